@@ -1,0 +1,285 @@
+"""Words to vectors, and the contrast with pictures that teaches them to mean something.
+
+CLIP (Radford et al. 2021, arXiv 2103.00020): :class:`TextEncoder` is its text transformer at any size, keys and
+numbers as in transformers' ``CLIPTextModel``; :class:`ImageEncoder` is a small convolutional counterpart of our
+own; :func:`contrastive_loss` pulls the two of a pair together.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gobelin.attention import attention
+from gobelin.errors import UsageError
+from gobelin.formats.component import Component
+from gobelin.layers import Downsample2D, ResnetBlock2D
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """The shape of a text encoder; the fields are those of transformers' ``text_encoder/config.json``."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+    fixed: ClassVar[dict[str, Any]] = {"attention_dropout": 0.0}
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"hidden_size {self.hidden_size} must divide into {self.num_attention_heads} heads "
+                "(num_attention_heads)"
+            )
+        if self.hidden_act not in _ACTIVATIONS:
+            raise UsageError(f"hidden_act is {self.hidden_act!r}: the choices are {', '.join(_ACTIVATIONS)}")
+
+    @classmethod
+    def sd15(cls) -> Self:
+        """The text encoder of CLIP ViT-L/14, which Stable Diffusion 1.5 uses: 123,060,480 parameters."""
+        return cls.of(768, layers=12, heads=12, vocab_size=49408)
+
+    @classmethod
+    def of(
+        cls, width: int, *, layers: int, heads: int, vocab_size: int, max_position_embeddings: int = 77
+    ) -> Self:
+        """An encoder of this width and depth, for a vocabulary that ends with its BOS and EOS tokens."""
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=max_position_embeddings,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
+        )
+
+
+def quick_gelu(hidden: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), which CLIP was trained with."""
+    return hidden * torch.sigmoid(1.702 * hidden)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention, under the names that CLIP's weights have."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
+        query, key, value = (
+            rearrange(projection(hidden), "b length (heads d) -> b heads length d", heads=self.heads)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = attention(query, key, value, causal=True)
+        return self.out_proj(rearrange(attended, "b heads length d -> b length (heads d)"))
+
+
+class MLP(nn.Module):
+    """The transformer's feed-forward layer."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
+        return self.fc2(self.activation(self.fc1(hidden)))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer: attention, then feed-forward, each added to a residual."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
+
+
+class Embeddings(nn.Module):
+    """What a token is, plus where it stands."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, token_ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
+        return self.token_embedding(token_ids) + self.position_embedding.weight[: token_ids.shape[1]]
+
+
+class TextTransformer(nn.Module):
+    """Embeddings, layers, final norm: the part of CLIP that its files call ``text_model``."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))}
+        )
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class TextEncoder(Component[TextEncoderConfig]):
+    """CLIP's text transformer: what the U-Net reads is its last hidden state after the final norm."""
+
+    config_class = TextEncoderConfig
+    class_name = "CLIPTextModel"
+    weights_name = "model.safetensors"
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__(config)
+        self.text_model = TextTransformer(config)
+
+    def forward(
+        self, token_ids: Int[Tensor, "batch length"], clip_skip: int = 0
+    ) -> Float[Tensor, "batch length width"]:
+        """Text embeddings of padded token ids; ``clip_skip`` leaves out that many of the last layers."""
+        layers = self.text_model.encoder["layers"]
+        if not 0 <= clip_skip < len(layers):
+            raise UsageError(f"clip_skip is {clip_skip}: give a number from 0 to {len(layers) - 1}")
+        hidden = self.text_model.embeddings(token_ids)
+        for layer in layers[: len(layers) - clip_skip]:
+            hidden = layer(hidden)
+        return self.text_model.final_layer_norm(hidden)
+
+    def pooled(
+        self, token_ids: Int[Tensor, "batch length"], text_embeddings: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch width"]:
+        """The embedding at the first EOS token, which alone has seen the whole text."""
+        ends = (token_ids == self.config.eos_token_id).int().argmax(dim=1)
+        return text_embeddings[torch.arange(len(token_ids), device=token_ids.device), ends]
+
+    def init_(self) -> Self:
+        """Initial weights for training from nothing (CLIP's code, ``CLIP.initialize_parameters``)."""
+        width, depth = self.config.hidden_size, self.config.num_hidden_layers
+        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=width**-0.5)
+                nn.init.zeros_(module.bias)
+        for layer in self.text_model.encoder["layers"]:
+            nn.init.normal_(layer.self_attn.out_proj.weight, std=(2 * depth * width) ** -0.5)
+            nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(layer.mlp.fc2.weight, std=(2 * depth * width) ** -0.5)
+        return self
+
+    @classmethod
+    def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Newer transformers leave out the ``text_model.`` prefix, older ones carry a buffer of position ids."""
+        return {
+            name if name.startswith("text_model.") else f"text_model.{name}": tensor
+            for name, tensor in tensors.items()
+            if not name.endswith("position_ids")
+        }
+
+    def config_json(self) -> dict[str, Any]:
+        content = super().config_json()
+        del content["_class_name"], content["_diffusers_version"]
+        return {"architectures": [self.class_name], "model_type": "clip_text_model", **content}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """The shape of the image encoder and of the space that it shares with the text."""
+
+    image_size: int = 64
+    block_out_channels: tuple[int, ...] = (48, 96, 128)
+    norm_num_groups: int = 16
+    text_width: int
+    projection_dim: int
+
+
+class ImageEncoder(Component[ImageEncoderConfig]):
+    """A small convolutional network beside the text encoder, with the projections of both into a shared space.
+
+    It serves training and scoring, and is kept beside the model; painting does not need it.
+    """
+
+    config_class = ImageEncoderConfig
+    class_name = "GobelinImageEncoder"
+    weights_name = "model.safetensors"
+
+    def __init__(self, config: ImageEncoderConfig):
+        super().__init__(config)
+        widths = config.block_out_channels
+        groups = config.norm_num_groups
+        self.patches = nn.Conv2d(3, widths[0], 4, stride=4)
+        self.blocks = nn.ModuleList()
+        for here, there in zip(widths, (*widths[1:], widths[-1]), strict=True):
+            self.blocks.append(ResnetBlock2D(here, there, groups=groups, eps=1e-5))
+            self.blocks.append(Downsample2D(there, padding=1))
+        side = config.image_size // (4 * 2 ** len(widths))
+        self.image_projection = nn.Linear(widths[-1] * side**2, config.projection_dim)
+        self.text_projection = nn.Linear(config.text_width, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch projection_dim"]:
+        """Unit vectors for images in [-1, 1], which are resized to ``config.image_size``."""
+        size = self.config.image_size
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        hidden = self.patches(images)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return F.normalize(self.image_projection(hidden.flatten(1)), dim=-1)
+
+    def project_text(self, pooled: Float[Tensor, "batch text_width"]) -> Float[Tensor, "batch projection_dim"]:
+        """Unit vectors for pooled text embeddings."""
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+    def similarity(
+        self, images: Float[Tensor, "images projection_dim"], texts: Float[Tensor, "texts projection_dim"]
+    ) -> Float[Tensor, "images texts"]:
+        """Cosines times the learned scale, which is held at 100 or less."""
+        return self.logit_scale.exp().clamp(max=100) * images @ texts.T
+
+
+def contrastive_loss(
+    logits: Float[Tensor, "images texts"], same: Bool[Tensor, "images images"] | None = None
+) -> Float[Tensor, ""]:
+    """CLIP's loss (figure 3 of the paper): each image finds its text among all, and each text its image.
+
+    Texts beyond the images' number, where there are any, are hard negatives. ``same`` marks pairs of the batch
+    whose captions are equal, which share the blame; without it every pair stands alone.
+    """
+    count = len(logits)
+    positives = torch.eye(count, device=logits.device) if same is None else same.float()
+    positives = positives / positives.sum(dim=1, keepdim=True)
+    find_text = -(F.pad(positives, (0, logits.shape[1] - count)) * logits.log_softmax(dim=1)).sum(dim=1)
+    find_image = -(positives * logits[:, :count].T.log_softmax(dim=1)).sum(dim=1)
+    return (find_text.mean() + find_image.mean()) / 2

@@ -1,0 +1,137 @@
+"""Pairs from a folder of images: ``metadata.jsonl``, or a ``.txt`` file beside each image."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from gobelin.data.pairs import Pair
+from gobelin.errors import DataError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_PIXELS = 64_000_000
+MAX_SKIPPED = 0.5  # more than this fraction without a caption or unreadable, and the folder is refused
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """An image that cannot be learned from, and why."""
+
+    name: str
+    reason: str
+
+
+class FolderPairs:
+    """Captioned images of a folder (and its subfolders), in the order of their names.
+
+    Every image is opened once when the folder is read; those that cannot be are in ``skipped``. Images are turned
+    as their EXIF says, laid on white where they are transparent, scaled so that the shorter side is ``size``, and
+    cropped to the middle square. Raises :class:`DataError` where nothing, or less than half, can be used.
+    """
+
+    def __init__(self, folder: str | Path, size: int):
+        self.folder = Path(folder)
+        self.size = size
+        if not self.folder.is_dir():
+            raise DataError(f"no folder at {self.folder}: expected images with captions there")
+        self.skipped: list[Skipped] = []
+        self._files: list[Path] = []
+        self._captions: list[str] = []
+        for file, caption in self._listed():
+            reason = "no caption" if not caption.strip() else unreadable(file)
+            if reason:
+                name = file.relative_to(self.folder).as_posix()
+                self.skipped.append(Skipped(name=name, reason=reason))
+            else:
+                self._files.append(file)
+                self._captions.append(" ".join(caption.split()))
+        self._refuse_if_poor()
+
+    @property
+    def description(self) -> str:
+        text = f"{len(self):,} pairs in {self.folder}"
+        if self.skipped:
+            first = ", ".join(f"{skip.name} ({skip.reason})" for skip in self.skipped[:5])
+            more = f" and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
+            text += f"; skipped {len(self.skipped)}: {first}{more}"
+        return text
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(image=read_image(self._files[index], self.size), caption=self._captions[index])
+
+    def captions(self) -> list[str]:
+        return list(self._captions)
+
+    def negatives(self, index: int) -> list[str]:
+        return []
+
+    def _listed(self) -> Iterator[tuple[Path, str]]:
+        """(image file, caption) as the folder has them; the caption is empty where there is none."""
+        metadata = self.folder / METADATA
+        if metadata.is_file():
+            yield from self._from_metadata(metadata)
+            return
+        for file in sorted(self.folder.rglob("*")):
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
+                sidecar = file.with_suffix(".txt")
+                text = sidecar.read_text(encoding="utf-8", errors="replace") if sidecar.is_file() else ""
+                yield file, text
+
+    def _from_metadata(self, metadata: Path) -> Iterator[tuple[Path, str]]:
+        inside = self.folder.resolve()
+        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                name, caption = entry["file_name"], entry.get("text") or ""
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f'{metadata}, line {number}: expected an object like {{"file_name": "a.png", "text": "a cat"}} '
+                    f"({error})"
+                ) from error
+            file = self.folder / str(name)
+            if not file.resolve().is_relative_to(inside):
+                raise DataError(f"{metadata}, line {number}: {name!r} lies outside the folder")
+            yield file, str(caption)
+
+    def _refuse_if_poor(self) -> None:
+        found = len(self) + len(self.skipped)
+        if not found:
+            raise DataError(
+                f"{self.folder} has no captioned images: expected {METADATA} with file_name and text, or images "
+                f"({', '.join(IMAGE_SUFFIXES)}) with a .txt caption beside each"
+            )
+        if len(self.skipped) > MAX_SKIPPED * found or not len(self):
+            raise DataError(f"only {len(self)} of {found} images can be used: {self.description}")
+
+
+def read_image(file: Path, size: int) -> NDArray[np.uint8]:
+    """An image file as uint8 RGB [size, size, 3]: upright, opaque, scaled, cropped to the middle."""
+    with Image.open(file) as opened:
+        upright = ImageOps.exif_transpose(opened).convert("RGBA")
+    white = Image.new("RGBA", upright.size, "white")
+    opaque = Image.alpha_composite(white, upright).convert("RGB")
+    return np.asarray(ImageOps.fit(opaque, (size, size), Image.Resampling.LANCZOS))
+
+
+def unreadable(file: Path) -> str:
+    """Why an image file cannot be used; empty where it can."""
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return f"{image.width}×{image.height} pixels, more than {MAX_PIXELS // 1_000_000} million"
+            image.load()
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return "not a readable image"
+    return ""

@@ -1,0 +1,41 @@
+"""(text, image) pairs: what every source of training data hands over."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pair:
+    """One captioned image: ``image`` is uint8 RGB [size, size, 3]."""
+
+    image: NDArray[np.uint8]
+    caption: str
+
+
+class Pairs(Protocol):
+    """A fixed, indexed set of pairs; the same index always gives the same pair."""
+
+    @property
+    def description(self) -> str:
+        """One line for people: what this is and how many there are."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Height and width of every image, in pixels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+    def captions(self) -> list[str]:
+        """Every caption, in order."""
+        ...
+
+    def negatives(self, index: int) -> list[str]:
+        """Captions that are wrong about an image in one respect, where the source knows any."""
+        ...

@@ -1,0 +1,29 @@
+"""Every error that a user can meet, one small tree.
+
+Each message is one sentence: what was expected, what came, what to do. The command line prints it without a
+traceback and leaves with the error's ``exit_status``.
+"""
+
+
+class GobelinError(Exception):
+    """The root of every error that Gobelin raises on purpose."""
+
+    exit_status = 1
+
+
+class UsageError(GobelinError, ValueError):
+    """An argument that cannot mean anything: an unknown sampler, a size that the model cannot paint."""
+
+    exit_status = 2
+
+
+class ModelError(GobelinError):
+    """A model folder or weight file that is missing, damaged, or not what its configuration says."""
+
+
+class DataError(GobelinError):
+    """A data set with nothing to learn from: no pairs, missing captions, unreadable pictures."""
+
+
+class TrainingError(GobelinError):
+    """A training run that cannot start, continue or go on: no checkpoint, another configuration, a NaN loss."""

@@ -1,0 +1,47 @@
+"""Files that are whole or not there: JSON and text in and out, every write by way of a temporary name."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gobelin.errors import ModelError
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; :class:`ModelError` where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"no file at {file}: is this a model folder?") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file: the whole of it, or nothing."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write a JSON file: the whole of it, or nothing."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary path beside ``file`` that takes its place, on disk, when the block ends without an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

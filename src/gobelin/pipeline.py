@@ -1,0 +1,308 @@
+"""A prompt in, a stream of steps and then pictures out: everything put together."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Generator, Tensor
+
+from gobelin.clip import TextEncoder
+from gobelin.denoiser import Denoiser
+from gobelin.errors import ModelError, UsageError
+from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
+from gobelin.formats.files import read_json, write_json
+from gobelin.formats.png import write_png
+from gobelin.samplers import NoiseSource, Step, find_sampler, sample
+from gobelin.schedule import NoiseSchedule, ScheduleConfig
+from gobelin.tokenizer import Tokenizer
+from gobelin.unet import UNet
+from gobelin.vae import VAE
+
+SHIPPED = "nano"
+MAX_SEED = 2**63 - 1
+MODEL_INDEX = "model_index.json"
+OURS = "gobelin.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommended:
+    """How a model asks to be sampled; read from ``gobelin.json`` where its folder has one."""
+
+    sampler: str = "dpmpp_2m"
+    steps: int = 25
+    guidance: float = 7.5
+    guidance_rescale: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintingStep(Step):
+    """A sampler's step that can show what it sees."""
+
+    vae: VAE
+
+    def preview(self, index: int = 0) -> Image.Image:
+        """Image ``index`` of the batch as it is guessed at this step."""
+        with torch.no_grad():
+            return to_pil(self.vae.latents_to_images(self.denoised[index : index + 1].to(self.vae.dtype)))[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Painted pictures, with the latents [B, 4, h, w] and, for each, the settings that repeat it."""
+
+    images: list[Image.Image]
+    latents: Float[Tensor, "batch channels h w"]
+    settings: list[dict[str, Any]]
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write PNGs that carry their settings, never over an existing file; returns their paths."""
+        paths = []
+        for image, settings in zip(self.images, self.settings, strict=True):
+            path = _free_path(Path(folder), f"{_slug(settings['prompt'])}-{settings['seed']}")
+            write_png(path, image, settings)
+            paths.append(path)
+        return paths
+
+
+class Pipeline:
+    """A text encoder, a U-Net and a VAE, with the tokenizer and the noise schedule that they were trained with."""
+
+    def __init__(
+        self,
+        *,
+        unet: UNet,
+        vae: VAE,
+        text_encoder: TextEncoder,
+        tokenizer: Tokenizer,
+        schedule: NoiseSchedule,
+        recommended: Recommended | None = None,
+        name: str = "",
+    ):
+        self.unet, self.vae, self.text_encoder = unet.eval(), vae.eval(), text_encoder.eval()
+        self.tokenizer, self.schedule = tokenizer, schedule
+        self.recommended = recommended or Recommended()
+        self.name = name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Open a model: the one that ships with Gobelin, or a diffusers folder.
+
+        ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None takes float32. Raises
+        :class:`ModelError` that names the file and what is wrong with it.
+        """
+        folder = shipped_model() if path is None else Path(path)
+        if not (folder / MODEL_INDEX).is_file():
+            raise ModelError(f"no model at {folder}: expected a folder with a {MODEL_INDEX}")
+        device = torch.device(device) if device else best_device()
+        dtype = dtype or torch.float32
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        ours = folder / OURS
+        return cls(
+            unet=UNet.from_pretrained(folder / "unet", dtype).to(device),
+            vae=VAE.from_pretrained(folder / "vae", dtype).to(device),
+            text_encoder=TextEncoder.from_pretrained(folder / "text_encoder", dtype).to(device),
+            tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
+            schedule=NoiseSchedule(config_from_json(ScheduleConfig, read_json(scheduler), scheduler)),
+            recommended=config_from_json(Recommended, read_json(ours), ours) if ours.is_file() else None,
+            name=folder.resolve().name,
+        )
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a diffusers folder, in ``dtype`` or in the weights' own precision; the index comes last."""
+        folder = Path(folder)
+        self.unet.save_pretrained(folder / "unet", dtype)
+        self.vae.save_pretrained(folder / "vae", dtype)
+        self.text_encoder.save_pretrained(folder / "text_encoder", dtype)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(self.schedule.config))
+        write_json(folder / OURS, dataclasses.asdict(self.recommended))
+        write_json(folder / MODEL_INDEX, MODEL_INDEX_JSON)
+
+    def __call__(self, prompt: str | Sequence[str], **options: Any) -> Result:
+        """Paint; the options are those of :meth:`stream`. Results are in prompt-major order, then by count."""
+        request = self._request(prompt, **options)
+        step = None
+        for step in self._steps(request):
+            pass
+        assert step is not None
+        with torch.no_grad():
+            images = self.vae.latents_to_images(step.latents.to(self.vae.dtype))
+        return Result(images=to_pil(images), latents=step.latents, settings=request.settings)
+
+    def stream(self, prompt: str | Sequence[str], **options: Any) -> Iterator[PaintingStep]:
+        """Paint step by step, for one prompt or several.
+
+        Options: ``negative_prompt`` str; ``seed`` int, None draws one; ``steps``, ``guidance``,
+        ``guidance_rescale``, ``sampler``, None for what the model recommends; ``height`` and ``width`` in pixels,
+        None for the model's own; ``count`` pictures a prompt; ``latents`` [B, 4, h, w], start noise of your own;
+        ``clip_skip`` layers of the text encoder to leave out. Raises :class:`UsageError` for what cannot be painted.
+        """
+        return self._steps(self._request(prompt, **options))
+
+    def _request(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        seed: int | None = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        guidance_rescale: float | None = None,
+        sampler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        count: int = 1,
+        latents: Float[Tensor, "batch channels h w"] | None = None,
+        clip_skip: int = 0,
+    ) -> "_Request":
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(text.strip() for text in prompts):
+            raise UsageError("the prompt is empty: say in a few words what to paint")
+        if count < 1:
+            raise UsageError(f"count is {count}: give 1 or more")
+        for text in dict.fromkeys([*prompts, negative_prompt]):
+            if cut := self.tokenizer.cut(text):
+                warnings.warn(
+                    f"the prompt is longer than this model's {self.tokenizer.max_length} tokens, so its end is "
+                    f"left out: {cut!r}",
+                    stacklevel=3,
+                )
+        if seed is None:
+            seed = int(torch.randint(2**31, ()).item())
+        total = len(prompts) * count
+        if not 0 <= seed <= MAX_SEED - total:
+            raise UsageError(f"the seed is {seed}: give a number from 0 to {MAX_SEED - total}")
+        factor, side = self.vae.config.factor, self.unet.config.sample_size * self.vae.config.factor
+        height, width = height or side, width or side
+        if height < factor or width < factor or height % factor or width % factor:
+            raise UsageError(
+                f"{width}×{height} pixels asked for: this model paints sizes that are multiples of {factor}"
+            )
+        shape = (self.unet.config.in_channels, height // factor, width // factor)
+        if latents is not None and tuple(latents.shape) != (total, *shape):
+            raise UsageError(f"the start latents are {list(latents.shape)}: expected {[total, *shape]}")
+        find_sampler(sampler or self.recommended.sampler)
+        common = {
+            "negative_prompt": negative_prompt,
+            "steps": self.recommended.steps if steps is None else steps,
+            "guidance": self.recommended.guidance if guidance is None else guidance,
+            "guidance_rescale": (
+                self.recommended.guidance_rescale if guidance_rescale is None else guidance_rescale
+            ),
+            "sampler": sampler or self.recommended.sampler,
+            "height": height,
+            "width": width,
+            "clip_skip": clip_skip,
+            "model": self.name,
+        }
+        repeated = [text for text in prompts for _ in range(count)]
+        settings = [{"prompt": text, "seed": seed + index, **common} for index, text in enumerate(repeated)]
+        return _Request(settings=settings, shape=shape, latents=latents)
+
+    @torch.no_grad()
+    def _steps(self, request: "_Request") -> Iterator[PaintingStep]:
+        options = request.settings[0]
+        device = self.unet.device
+        generators = [Generator().manual_seed(settings["seed"]) for settings in request.settings]
+        noise = NoiseSource(generators, request.shape, device)
+        start_noise = noise() if request.latents is None else request.latents.to(device, torch.float32)
+        denoiser = Denoiser(
+            unet=self.unet,
+            schedule=self.schedule,
+            text_embeddings=self.encode_text([s["prompt"] for s in request.settings], options["clip_skip"]),
+            negative_embeddings=self.encode_text(
+                [s["negative_prompt"] for s in request.settings], options["clip_skip"]
+            ),
+            guidance=options["guidance"],
+            guidance_rescale=options["guidance_rescale"],
+        )
+        steps = sample(options["sampler"], denoiser, self.schedule, start_noise, options["steps"], noise)
+        for step in steps:
+            yield PaintingStep(**vars(step), vae=self.vae)
+
+    @torch.no_grad()
+    def encode_text(
+        self, texts: Sequence[str], clip_skip: int = 0
+    ) -> Float[Tensor, "batch length width"]:
+        """Text embeddings of prompts, each distinct one computed once."""
+        distinct = list(dict.fromkeys(texts))
+        embeddings = self.text_encoder(self.tokenizer(distinct).to(self.text_encoder.device), clip_skip)
+        return embeddings[[distinct.index(text) for text in texts]].to(self.unet.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """A checked request: the settings of every picture, and the shape of its latents."""
+
+    settings: list[dict[str, Any]]
+    shape: tuple[int, int, int]
+    latents: Tensor | None
+
+
+def shipped_model() -> Path:
+    """The folder of the model that comes with Gobelin."""
+    return Path(str(files("gobelin") / "models" / SHIPPED))
+
+
+def best_device() -> torch.device:
+    """cuda, mps or cpu: the first that is there."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def to_pil(images: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
+    """Images in [-1, 1], clamped to it, as 8-bit pictures."""
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(level)) for level in levels]
+
+
+def scheduler_json(config: ScheduleConfig) -> dict[str, Any]:
+    """The noise schedule as diffusers' ``DDIMScheduler`` reads it."""
+    fields = dataclasses.asdict(config)
+    fields["timestep_spacing"] = config.timestep_spacing or "leading"
+    header = {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION}
+    return {**header, **fields, "clip_sample": False, "trained_betas": None}
+
+
+MODEL_INDEX_JSON = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": DIFFUSERS_VERSION,
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def _slug(prompt: str) -> str:
+    """A prompt as a file name: letters and digits, at most 60."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "picture"
+
+
+def _free_path(folder: Path, stem: str) -> Path:
+    path = folder / f"{stem}.png"
+    number = 2
+    while path.exists():
+        path = folder / f"{stem}-{number}.png"
+        number += 1
+    return path

@@ -1,0 +1,29 @@
+"""A world whose truth is known: procedural captioned images, a grader to read them, and prompts to score."""
+
+from gobelin.scenes.grader import Seen, grade
+from gobelin.scenes.judge import Verdict, judge
+from gobelin.scenes.negatives import hard_negatives
+from gobelin.scenes.prompts import Prompt, prompts
+from gobelin.scenes.render import render
+from gobelin.scenes.sampling import Sample, sample
+from gobelin.scenes.scene import Scene, SceneObject
+from gobelin.scenes.world import CORE, NANO, WORLDS, World
+
+__all__ = [
+    "CORE",
+    "NANO",
+    "WORLDS",
+    "Prompt",
+    "Sample",
+    "Scene",
+    "SceneObject",
+    "Seen",
+    "Verdict",
+    "World",
+    "grade",
+    "hard_negatives",
+    "judge",
+    "prompts",
+    "render",
+    "sample",
+]

@@ -1,0 +1,201 @@
+"""Captions: templates, wordings, and which words speak of which objects.
+
+A template is text with slots: ``{a}`` and ``{b}`` for objects, ``{rel}`` for "left of" (``a`` seen from
+``b``) and ``{side}`` for "to its left".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gobelin.scenes.relations import INVERSE, Wanted
+
+TEMPLATES = {
+    "single": (
+        "{a}",
+        "there is {a}",
+        "here is {a}",
+        "this is {a}",
+        "we see {a}",
+        "{a} alone",
+        "just {a}",
+        "{a} and nothing else",
+        "an image of {a}",
+        "a picture of {a}",
+        "a drawing of {a}",
+        "a scene with {a}",
+    ),
+    "two": (
+        "{a} and {b}",
+        "{a} with {b}",
+        "{a}, {b}",
+        "both {a} and {b}",
+        "{a} as well as {b}",
+        "{a} together with {b}",
+        "there is {a} and {b}",
+        "here are {a} and {b}",
+        "two shapes, {a} and {b}",
+        "an image of {a} and {b}",
+        "a picture of {a} and {b}",
+        "a scene with {a} and {b}",
+    ),
+    "relation": (
+        "{a} {rel} {b}",
+        "{a} is {rel} {b}",
+        "{rel} {b} is {a}",
+        "{rel} {b} there is {a}",
+        "there is {a} {rel} {b}",
+        "here is {a} {rel} {b}",
+        "{b} with {a} {side}",
+        "{b} has {a} {side}",
+        "{b}, and {a} {side}",
+        "an image of {a} {rel} {b}",
+        "a picture of {a} {rel} {b}",
+        "a scene where {a} is {rel} {b}",
+    ),
+}
+
+TEST_TEMPLATES = {
+    "single": ("a photo of {a}", "look at {a}", "it shows {a}"),
+    "two": ("a photo of {a} and {b}", "{a} accompanied by {b}", "it shows {a} plus {b}"),
+    "relation": ("a photo of {a} {rel} {b}", "{a} can be seen {rel} {b}", "{b} and, {side}, {a}"),
+}
+
+ARTICLES = ("a", "a", "a", "a", "a", "the", "the", "", "", "one")
+NOUNS = {
+    "circle": ("circle", "disc"),
+    "square": ("square", "box"),
+    "triangle": ("triangle", "wedge"),
+    "diamond": ("diamond", "rhombus"),
+    "cross": ("cross", "plus sign"),
+    "ring": ("ring", "hoop"),
+    "star": ("star", "pentagram"),
+    None: ("shape", "object", "thing"),
+}
+# Each relation's wordings of {rel}, and beside them those of {side}.
+WORDINGS = {
+    "left of": (
+        ("left of", "on the left"),
+        ("to the left of", "to its left"),
+        ("on the left of", "on its left"),
+    ),
+    "right of": (
+        ("right of", "on the right"),
+        ("to the right of", "to its right"),
+        ("on the right of", "on its right"),
+    ),
+    "above": (("above", "above it"), ("over", "over it"), ("higher than", "higher up")),
+    "below": (("below", "below it"), ("under", "under it"), ("lower than", "lower down")),
+}
+_SYNONYM_RATE = 0.1
+_NO_REFERENCE = ("the", "its", "it")
+
+
+def templates(category: str, split: str) -> tuple[str, ...]:
+    """The templates that a split may use for "single", "two" or "relation"."""
+    return TEMPLATES[category] + (TEST_TEMPLATES[category] if split in ("test", "heldout") else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mention:
+    """One object in a caption. ``shape`` or ``colour`` is None where the caption leaves it out.
+
+    ``index`` is the object's place in the scene; ``noun`` picks the synonym.
+    """
+
+    index: int
+    shape: str | None
+    colour: str | None
+    article: str
+    noun: int
+
+    def words(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The words of the noun phrase, each with the objects that it speaks of."""
+        nouns = NOUNS[self.shape]
+        naming = [word for word in (self.colour, *nouns[self.noun % len(nouns)].split()) if word]
+        article = "an" if self.article == "a" and naming[0][0] in "aeiou" else self.article
+        return [(article, ())] * bool(article) + [(word, (self.index,)) for word in naming]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phrasing:
+    """A caption before it is words: change a field, and the wording follows.
+
+    ``mentions`` fill ``{a}`` and ``{b}`` in this order; ``relation`` is that of the first to the second.
+    """
+
+    template: str
+    mentions: tuple[Mention, ...]
+    relation: str | None = None
+    wording: int = 0
+
+    @property
+    def wanted(self) -> tuple[Wanted, ...]:
+        """What the caption asks for: (shape, colour) of each mention, None where it does not say."""
+        return tuple((mention.shape, mention.colour) for mention in self.mentions)
+
+    def words(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The words, a comma clinging to the one before it, each with the objects that it speaks of."""
+        words: list[tuple[str, tuple[int, ...]]] = []
+        both = tuple(sorted(mention.index for mention in self.mentions))
+        for token in self.template.split():
+            slot = token.rstrip(",")
+            if slot in ("{a}", "{b}"):
+                words += self.mentions[slot == "{b}"].words()
+            elif slot in ("{rel}", "{side}") and self.relation:
+                phrase = WORDINGS[self.relation][self.wording][slot == "{side}"]
+                words += [(word, () if word in _NO_REFERENCE else both) for word in phrase.split()]
+            else:
+                words.append((slot, ()))
+            if token != slot:
+                words[-1] = (words[-1][0] + ",", words[-1][1])
+        return tuple(words)
+
+    @property
+    def text(self) -> str:
+        """The caption."""
+        return " ".join(word for word, _ in self.words())
+
+
+def phrase(
+    rng: np.random.Generator,
+    wanted: Sequence[Wanted],
+    relation: str | None,
+    template: str,
+    underspecified: float = 0.0,
+) -> Phrasing:
+    """Word a caption of ``wanted`` objects at random, in either order: articles, synonyms, inverse relations.
+
+    ``relation`` is that of the first object to the second. With probability ``underspecified`` the colour or
+    the shape of one object goes unsaid.
+    """
+    draw = rng.random(8).tolist()
+    said = list(wanted)
+    if draw[0] < underspecified:
+        unsaid = int(draw[1] * len(said))
+        shape, colour = said[unsaid]
+        said[unsaid] = (None, colour) if draw[2] < 0.5 else (shape, None)
+    mentions = [
+        Mention(
+            index=index,
+            shape=shape,
+            colour=colour,
+            article=ARTICLES[int(draw[3 + index] * len(ARTICLES))],
+            noun=_noun(draw[5 + index], shape),
+        )
+        for index, (shape, colour) in enumerate(said)
+    ]
+    if draw[7] < 0.5:
+        mentions.reverse()
+        relation = INVERSE[relation] if relation else None
+    wording = int(rng.integers(3)) if relation else 0
+    return Phrasing(template=template, mentions=tuple(mentions), relation=relation, wording=wording)
+
+
+def _noun(draw: float, shape: str | None) -> int:
+    """The synonym for a number drawn from [0, 1): the usual name nine times in ten; all alike for "thing"."""
+    count = len(NOUNS[shape])
+    if shape is None:
+        return int(draw * count)
+    return 0 if draw >= _SYNONYM_RATE else 1

@@ -1,0 +1,54 @@
+"""The named colours, the backgrounds, and how far apart two colours look.
+
+Colours are sRGB triples in [0, 255]. Distances are CIE76: the Euclidean distance in CIE L*a*b* (D65 white),
+where about 2.3 is the smallest difference that an eye notices.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# GenEval's ten colours.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (221, 32, 38),
+    "orange": (250, 133, 12),
+    "yellow": (250, 220, 30),
+    "green": (30, 150, 60),
+    "blue": (24, 104, 216),
+    "purple": (140, 36, 150),
+    "pink": (255, 140, 196),
+    "brown": (112, 66, 30),
+    "black": (16, 16, 18),
+    "white": (255, 255, 255),
+}
+
+# Quiet backgrounds: 25 or more from every object colour of the worlds that use them. "paper" is too near
+# white.
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "grey": (174, 176, 180),
+    "sage": (165, 184, 168),
+    "sand": (190, 178, 156),
+    "paper": (238, 236, 230),
+}
+
+# IEC 61966-2-1: linear sRGB to CIE XYZ, each row divided by the D65 white point.
+_RGB_TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+) / np.array([[0.95047], [1.0], [1.08883]])
+_LEVELS = np.arange(256) / 255
+_LINEAR = np.where(_LEVELS <= 0.04045, _LEVELS / 12.92, ((_LEVELS + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: ArrayLike) -> NDArray[np.float64]:
+    """CIE L*a*b* of sRGB colours.
+
+    ``rgb`` is [..., 3] of whole numbers in [0, 255]; the answer is [..., 3] with L* in [0, 100].
+    """
+    xyz = _LINEAR[np.asarray(rgb, dtype=np.uint8)] @ _RGB_TO_XYZ.T
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    x, y, z = f[..., 0], f[..., 1], f[..., 2]
+    return np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), axis=-1)
+
+
+def difference(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
+    """CIE76 ΔE between L*a*b* colours [..., 3] that broadcast against each other."""
+    return np.linalg.norm(np.asarray(a) - np.asarray(b), axis=-1)

@@ -1,0 +1,56 @@
+"""A scene: what is in an image, and where. Serialisable, and enough to draw the image again."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from gobelin.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneObject:
+    """One object. ``x`` (right) and ``y`` (down) are its centre and ``radius`` its disc's, all in pixels.
+
+    The top left corner of the image is (0, 0) and the centre of the first pixel (0.5, 0.5).
+    """
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def width(self) -> float:
+        """The diameter of the disc that holds the object, in pixels."""
+        return 2 * self.radius
+
+    @property
+    def height(self) -> float:
+        """The same as ``width``."""
+        return 2 * self.radius
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Objects on a background, in an image of ``size`` × ``size`` pixels.
+
+    ``relation``, where the scene is about one, says where ``objects[0]`` is, seen from ``objects[1]``.
+    """
+
+    objects: tuple[SceneObject, ...]
+    background: str
+    relation: str | None = None
+    size: int = 64
+
+    def to_json(self) -> dict[str, Any]:
+        """The scene as dicts, lists, strings and numbers; ``from_json`` gives back an equal scene."""
+        return asdict(self) | {"objects": [asdict(thing) for thing in self.objects]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The scene that ``to_json`` wrote. Raises DataError for anything else."""
+        try:
+            objects = tuple(SceneObject(**thing) for thing in data["objects"])
+            return cls(**{**data, "objects": objects})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"Expected a scene as Scene.to_json writes it, but {error}.") from error

@@ -1,0 +1,110 @@
+"""Worlds: what may occur in a scene, how often, and which combinations are kept from training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from gobelin.errors import UsageError
+from gobelin.scenes.colours import BACKGROUNDS, COLOURS
+from gobelin.scenes.relations import INVERSE, Wanted
+from gobelin.scenes.shapes import SHAPES
+
+CATEGORIES = ("single", "two", "relation")
+SPLITS = ("train", "dev", "test", "heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A distribution of captioned scenes.
+
+    ``radius`` bounds the radius of an object that is alone and ``radius_crowded`` that of one in company, in
+    pixels. ``noise`` is the standard deviation of the pixels' noise, where white is 1. ``mix`` weighs the
+    categories, and ``underspecified`` is the fraction of captions that leave out a colour or a shape. ``gap``
+    is the least distance between objects and ``size`` the side of the image, in pixels. Raises UsageError for
+    names that do not exist, and for too few of them.
+    """
+
+    name: str
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    radius: tuple[float, float]
+    radius_crowded: tuple[float, float]
+    mix: tuple[tuple[str, float], ...]
+    underspecified: float = 0.15
+    noise: float = 0.004
+    gap: float = 3.0
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        categories = tuple(category for category, _ in self.mix)
+        for kind, given, known in (
+            ("shapes", self.shapes, SHAPES),
+            ("colours", self.colours, COLOURS),
+            ("backgrounds", self.backgrounds, BACKGROUNDS),
+            ("categories", categories, CATEGORIES),
+        ):
+            if not given or not set(given) <= set(known):
+                raise UsageError(f"Expected {kind} of {', '.join(known)}; got {', '.join(given) or 'none'}.")
+        if not self.held_out_pairs:
+            pairs = len(self.shapes) * len(self.colours)
+            raise UsageError(
+                f"Expected 7 pairs of shape and colour or more, so as to hold some out; got {pairs}."
+            )
+
+    @property
+    def max_objects(self) -> int:
+        """The most objects that a scene has."""
+        return 1 if all(category == "single" for category, _ in self.mix) else 2
+
+    @cached_property
+    def held_out_pairs(self) -> frozenset[tuple[str, str]]:
+        """The (shape, colour) pairs kept from training, 15 % of all.
+
+        Shapes and colours are both dealt out in turn, so that each loses as few pairs as can be.
+        """
+        shapes, colours = self.shapes, self.colours
+        count = int(0.15 * len(shapes) * len(colours))
+        return frozenset((shapes[k % len(shapes)], colours[(k + 1) % len(colours)]) for k in range(count))
+
+    @cached_property
+    def held_out_relations(self) -> frozenset[tuple[str, str, str]]:
+        """The (shape, relation, shape) triples kept from training, closed under turning a relation round.
+
+        Each shape is kept from being left of, or above, the next shape in the list, by turns.
+        """
+        following = (*self.shapes[1:], self.shapes[0])
+        kept = {
+            (a, ("left of", "above")[k % 2], b)
+            for k, (a, b) in enumerate(zip(self.shapes, following, strict=True))
+        }
+        return frozenset(kept | {(b, INVERSE[relation], a) for a, relation, b in kept})
+
+    def holds_out(self, objects: Sequence[Wanted], *relations: str) -> bool:
+        """Whether an object's pair is held out, or one of the ``relations`` of the first to the second."""
+        return any(pair in self.held_out_pairs for pair in objects) or any(
+            (objects[0][0], relation, objects[1][0]) in self.held_out_relations for relation in relations
+        )
+
+
+CORE = World(
+    name="core",
+    shapes=("circle", "square", "triangle", "diamond", "cross", "ring", "star"),
+    colours=("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"),
+    backgrounds=("grey", "sage", "sand"),
+    radius=(8, 14),
+    radius_crowded=(8, 13),
+    mix=(("single", 0.3), ("two", 0.3), ("relation", 0.4)),
+)
+
+NANO = World(
+    name="nano",
+    shapes=("circle", "square", "triangle", "cross", "ring"),
+    colours=("red", "green", "blue", "yellow", "purple", "black"),
+    backgrounds=("paper",),
+    radius=(11, 15),
+    radius_crowded=(9.5, 13),
+    mix=(("single", 0.5), ("two", 0.25), ("relation", 0.25)),
+)
+
+WORLDS = {world.name: world for world in (CORE, NANO)}

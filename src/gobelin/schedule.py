@@ -1,0 +1,146 @@
+"""How much noise at which timestep, and what follows from it: pure functions of a table of ᾱ.
+
+z_t = √ᾱ_t · z_0 + √(1 − ᾱ_t) · ε, with ᾱ_t = ∏ (1 − β_s), the cumulative product (Ho et al. 2020, equation 4).
+Latents in this "variance preserving" form are what the U-Net sees and what samplers pass on.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gobelin.errors import UsageError
+
+PredictionType = Literal["epsilon", "v_prediction"]
+Spacing = Literal["leading", "linspace", "trailing"]
+
+TINY_ALPHA_CUMPROD = 2.0**-24  # what σ-space samplers put where zero terminal SNR says 0, to keep σ finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """A noise schedule; the fields are those of a diffusers ``scheduler/scheduler_config.json``.
+
+    The defaults are Stable Diffusion 1.5's. ``timestep_spacing`` None leaves the choice to the sampler.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    prediction_type: PredictionType = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: Spacing | None = None
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+
+    fixed: ClassVar[dict[str, Any]] = {"clip_sample": False, "thresholding": False, "trained_betas": None}
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("beta_schedule", ("scaled_linear", "linear")),
+            ("prediction_type", ("epsilon", "v_prediction")),
+            ("timestep_spacing", (None, "leading", "linspace", "trailing")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)!r}: the choices are {', '.join(map(str, choices))}"
+                )
+
+    @classmethod
+    def sd15(cls) -> "ScheduleConfig":
+        """Stable Diffusion 1.5: ε-prediction over scaled-linear betas."""
+        return cls()
+
+    @classmethod
+    def zero_terminal_snr(cls) -> "ScheduleConfig":
+        """For training from nothing: v-prediction, and nothing but noise at the last timestep.
+
+        Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
+        """
+        return cls(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
+
+
+class NoiseSchedule:
+    """The table of ᾱ_t, and the conversions between latents, noise, velocity and prediction that it fixes."""
+
+    def __init__(self, config: ScheduleConfig | None = None):
+        self.config = config or ScheduleConfig.sd15()
+        self.alphas_cumprod: Float[Tensor, " timesteps"] = alphas_cumprod(self.config)
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the U-Net predicts: the noise ε, or the velocity v."""
+        return self.config.prediction_type
+
+    def add_noise(
+        self,
+        latents: Float[Tensor, "batch channels h w"],
+        noise: Float[Tensor, "batch channels h w"],
+        timesteps: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch channels h w"]:
+        """z_t = √ᾱ_t · z_0 + √(1 − ᾱ_t) · ε."""
+        signal, sigma = self._rates(latents, timesteps)
+        return signal * latents + sigma * noise
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "batch channels h w"],
+        noise: Float[Tensor, "batch channels h w"],
+        timesteps: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch channels h w"]:
+        """v_t = √ᾱ_t · ε − √(1 − ᾱ_t) · z_0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D)."""
+        signal, sigma = self._rates(latents, timesteps)
+        return signal * noise - sigma * latents
+
+    def target(
+        self,
+        latents: Float[Tensor, "batch channels h w"],
+        noise: Float[Tensor, "batch channels h w"],
+        timesteps: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch channels h w"]:
+        """What the U-Net is trained to predict: the noise, or the velocity."""
+        return noise if self.prediction_type == "epsilon" else self.velocity(latents, noise, timesteps)
+
+    def split(
+        self,
+        prediction: Float[Tensor, "batch channels h w"],
+        noisy_latents: Float[Tensor, "batch channels h w"],
+        alpha_cumprod: float,
+    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
+        """The (denoised latents ẑ_0, noise ε̂) that a prediction at noise level ᾱ stands for."""
+        signal, sigma = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+        if self.prediction_type == "epsilon":
+            return (noisy_latents - sigma * prediction) / signal, prediction
+        return signal * noisy_latents - sigma * prediction, signal * prediction + sigma * noisy_latents
+
+    def _rates(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alphas = self.alphas_cumprod.to(latents.device)[timesteps].to(latents.dtype)[:, None, None, None]
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+def alphas_cumprod(config: ScheduleConfig) -> Float[Tensor, " timesteps"]:
+    """ᾱ_t for every training timestep, float32 as every implementation keeps it."""
+    count = config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        betas = torch.linspace(config.beta_start, config.beta_end, count, dtype=torch.float32)
+    else:
+        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, count, dtype=torch.float32) ** 2
+    alphas = torch.cumprod(1 - betas, dim=0)
+    return zero_terminal_snr(alphas) if config.rescale_betas_zero_snr else alphas
+
+
+def zero_terminal_snr(alphas: Float[Tensor, " timesteps"]) -> Float[Tensor, " timesteps"]:
+    """Shift and scale √ᾱ so that the last is 0 and the first stays (arXiv 2305.08891, algorithm 1).
+
+    By way of the betas, as the reference does, so that rounding is the reference's too.
+    """
+    signal = alphas.sqrt()
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    rescaled = signal**2
+    ratios = torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]])
+    return torch.cumprod(1 - (1 - ratios), dim=0)

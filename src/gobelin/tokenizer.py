@@ -1,0 +1,145 @@
+"""Prompt to token ids, and the tokens that each word became.
+
+Byte-pair encoding as CLIP has it (Radford et al. 2021, section 2.4), run by the ``tokenizers`` library: lower
+case, 256 byte symbols, words that end in ``</w>``, BOS first, then EOS as end and padding.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from jaxtyping import Int
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Engine
+from torch import Tensor
+
+from gobelin.errors import ModelError
+from gobelin.formats.files import read_json, write_json, write_text
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+MERGES_HEADER = "#version: 0.2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordSpan:
+    """A word of a text: its characters ``text[start:end]``, and the positions of its tokens, BOS being 0."""
+
+    word: str
+    start: int
+    end: int
+    tokens: tuple[int, ...]
+
+
+class Tokenizer:
+    """A byte-pair tokenizer of CLIP's kind, loaded from ``vocab.json`` and ``merges.txt`` or trained on texts."""
+
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], max_length: int = 77):
+        if missing := [token for token in (BOS, EOS) if token not in vocab]:
+            raise ModelError(f"the vocabulary lacks {missing[0]!r}: it is not a CLIP tokenizer's")
+        self.vocab = vocab
+        self.merges = list(merges)
+        self.max_length = max_length
+        self._engine = _engine(models.BPE(vocab, self.merges, end_of_word_suffix=WORD_END, unk_token=EOS))
+        self._engine.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS)])
+        self._engine.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A {EOS}", special_tokens=[(BOS, vocab[BOS]), (EOS, vocab[EOS])]
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 2048, max_length: int = 77) -> Self:
+        """Learn the merges from texts; the vocabulary is laid out as CLIP's and holds ``vocab_size`` at most.
+
+        All 256 byte symbols and their word-end forms are in it, so that no text is ever unknown.
+        """
+        engine = _engine(models.BPE(end_of_word_suffix=WORD_END))
+        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+        alphabet = symbols + [symbol + WORD_END for symbol in symbols]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            show_progress=False,
+            initial_alphabet=symbols,
+            end_of_word_suffix=WORD_END,
+        )
+        engine.train_from_iterator(texts, trainer)
+        merges = [tuple(pair) for pair in json.loads(engine.to_str())["model"]["merges"]]
+        merges = merges[: vocab_size - len(alphabet) - 2]
+        tokens = dict.fromkeys([*alphabet, *("".join(pair) for pair in merges), BOS, EOS])
+        return cls({token: index for index, token in enumerate(tokens)}, merges, max_length)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read ``vocab.json``, ``merges.txt`` and, for the length, ``tokenizer_config.json``."""
+        folder = Path(folder)
+        merges_file = folder / "merges.txt"
+        try:
+            lines = merges_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{merges_file} cannot be read: {error}") from error
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        if bad := [pair for pair in merges if len(pair) != 2]:
+            raise ModelError(f"{merges_file}: {' '.join(bad[0])!r} is not a pair of symbols")
+        length = read_json(folder / "tokenizer_config.json").get("model_max_length", 77)
+        return cls(read_json(folder / "vocab.json"), merges, length)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files that transformers' ``CLIPTokenizer`` reads."""
+        folder = Path(folder)
+        write_json(folder / "vocab.json", self.vocab)
+        lines = [MERGES_HEADER, *(" ".join(pair) for pair in self.merges)]
+        write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+        special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+        write_json(folder / "special_tokens_map.json", special)
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length}
+        write_json(folder / "tokenizer_config.json", {**config, **special})
+
+    def __call__(self, texts: str | Sequence[str]) -> Int[Tensor, "batch length"]:
+        """Token ids, each text cut or padded to ``max_length``: BOS, the text, EOS, and EOS as padding."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        eos = self.vocab[EOS]
+        rows = []
+        for encoding in self._engine.encode_batch(texts):
+            ids = encoding.ids[: self.max_length - 1]
+            rows.append([*ids, *[eos] * (self.max_length - len(ids))])
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), self.max_length)
+
+    def spans(self, text: str) -> list[WordSpan]:
+        """The words of a text and where their tokens are, for the words that are not cut off.
+
+        A word is what stands between spaces, less the punctuation around it.
+        """
+        encoding = self._engine.encode(text)
+        kept = list(enumerate(encoding.offsets))[1 : self.max_length - 1]
+        spans = []
+        for match in re.finditer(r"[^\W_](?:\S*[^\W_])?", text):
+            start, end = match.span()
+            tokens = tuple(index for index, (first, last) in kept if first < end and last > start)
+            if tokens:
+                spans.append(WordSpan(word=match.group(), start=start, end=end, tokens=tokens))
+        return spans
+
+    def cut(self, text: str) -> str:
+        """The end of a text that does not fit into ``max_length`` tokens; empty where all of it fits."""
+        encoding = self._engine.encode(text)
+        if len(encoding.ids) <= self.max_length:
+            return ""
+        return text[encoding.offsets[self.max_length - 1][0] :].strip()
+
+
+def _engine(model: models.BPE) -> Engine:
+    engine = Engine(model)
+    engine.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return engine

@@ -1,0 +1,5 @@
+"""Training from nothing: tokenizer, contrastive text encoder, VAE, U-Net."""
+
+from gobelin.training.config import PRESETS, TrainConfig, find_preset
+
+__all__ = ["PRESETS", "TrainConfig", "find_preset"]

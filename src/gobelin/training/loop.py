@@ -1,0 +1,233 @@
+"""The loop that every stage with gradients runs in.
+
+Nothing random outlives a step: which samples a step takes and what noise it draws follow from (seed, stage, step)
+alone, so that a resumed run is the run that was interrupted.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from zlib import crc32
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Generator, Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from gobelin.errors import TrainingError
+from gobelin.training import state
+from gobelin.training.config import OptimConfig
+
+
+class Stage(Protocol):
+    """What the loop trains: a module, and a loss over samples that it names by their indices."""
+
+    name: str
+    optim: OptimConfig
+    module: nn.Module
+    samples: int
+    """How many samples an epoch has."""
+
+    def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
+        """Scalars by name; ``loss`` is the one to descend. All randomness comes from ``generator`` (CPU)."""
+        ...
+
+    def picture(self, module: nn.Module) -> Image.Image | None:
+        """What to look at: the module, with averaged weights, at work. None where there is nothing to see."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a run is written, and what all stages share."""
+
+    folder: Path
+    seed: int
+    device: torch.device
+    save_every: int
+    picture_every: int
+    console: Console
+
+    def checkpoints(self, stage: Stage) -> Path:
+        return self.folder / "checkpoints" / stage.name
+
+    def log(self, stage: str, values: dict[str, float]) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, **values}) + "\n")
+
+
+def fit(stage: Stage, run: Run) -> nn.Module:
+    """Train a stage to its last step, from its newest checkpoint if it has one; returns the averaged module.
+
+    SIGINT and SIGTERM end it after the step under way, with a checkpoint. Raises :class:`TrainingError` where the
+    loss is not a number: the last checkpoint stands.
+    """
+    optim = stage.optim
+    module = stage.module.to(run.device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, fused=True
+    )
+    average = AveragedModel(module, multi_avg_fn=_averager(optim.ema))
+    start = _restore(stage, run, module, average, optimizer)
+    recent: list[dict[str, Tensor]] = []
+    seen_at, seen = time.perf_counter(), start
+
+    def save(step: int) -> None:
+        states = {"module": module, "average": average, "optimizer": optimizer}
+        state.save(run.checkpoints(stage), step, {key: value.state_dict() for key, value in states.items()})
+
+    with _progress(run.console, stage.name, start, optim.steps) as advance, _stop_requested() as stop:
+        for step in range(start, optim.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(optim, step)
+            generator = Generator().manual_seed(mix(run.seed, stage.name, step))
+            indices = batch_indices(run.seed, stage.name, step, optim.batch_size, stage.samples)
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+                losses = stage.loss(indices, generator)
+            if not losses["loss"].isfinite():
+                raise TrainingError(
+                    f"the loss of stage {stage.name} is {losses['loss'].item()} at step {step}, samples "
+                    f"{indices[:4].tolist()}…: lower the learning rate and resume from the last checkpoint"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm)
+            optimizer.step()
+            average.update_parameters(module)
+
+            done = step + 1
+            recent.append({name: value.detach() for name, value in {**losses, "grad_norm": norm}.items()})
+            if done % 50 == 0 or done == optim.steps:
+                now = time.perf_counter()
+                means = {name: torch.stack([r[name].float() for r in recent]).mean().item() for name in recent[0]}
+                speed = (done - seen) * optim.batch_size / (now - seen_at)
+                run.log(stage.name, {"step": done, "lr": learning_rate(optim, step), "samples_per_s": speed, **means})
+                advance(done, means["loss"], speed)
+                recent, seen_at, seen = [], now, done
+            if done % run.picture_every == 0 or done == optim.steps:
+                _keep_picture(stage, run, average.module, done)
+            if done % run.save_every == 0 or done == optim.steps or stop():
+                save(done)
+            if stop() and done < optim.steps:
+                raise KeyboardInterrupt
+    return average.module.eval()
+
+
+def learning_rate(optim: OptimConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine from the full rate to the final one at the last step."""
+    if step < optim.warmup_steps:
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, optim.steps - 1 - optim.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return optim.learning_rate * (optim.final_learning_rate + (1 - optim.final_learning_rate) * cosine)
+
+
+def batch_indices(seed: int, stage: str, step: int, batch_size: int, samples: int) -> Tensor:
+    """The samples of a step: consecutive places in an endless line of shuffled epochs."""
+    places = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // samples
+    parts = []
+    for epoch in epochs.unique().tolist():
+        order = torch.randperm(samples, generator=Generator().manual_seed(mix(seed, f"{stage}/order", epoch)))
+        parts.append(order[places[epochs == epoch] % samples])
+    return torch.cat(parts)
+
+
+def mix(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for every purpose and number."""
+    return crc32(f"{seed}/{purpose}/{number}".encode()) | seed << 32 & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and kernels decay; biases, norms and scalars do not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _averager(decay: float):
+    """An exponential moving average that moves faster while it is young."""
+
+    def update(averages: list[Tensor], currents: list[Tensor], count: Tensor) -> None:
+        step = float(count)
+        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + step) / (10 + step)))
+
+    return update
+
+
+def _restore(
+    stage: Stage, run: Run, module: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
+) -> int:
+    """Continue from the newest checkpoint; returns the step it stands at, 0 where there is none."""
+    saved = state.load(run.checkpoints(stage))
+    if saved is None:
+        return 0
+    module.load_state_dict(saved["module"])
+    average.load_state_dict(saved["average"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+def _keep_picture(stage: Stage, run: Run, module: nn.Module, step: int) -> None:
+    module.eval()
+    with torch.no_grad():
+        picture = stage.picture(module)
+    if picture is not None:
+        folder = run.folder / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{stage.name}-{step:06d}.png")
+
+
+@contextmanager
+def _progress(console: Console, name: str, start: int, steps: int) -> Iterator:
+    """A bar on a terminal; elsewhere two lines, at the start and at the end."""
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    begun = time.perf_counter()
+    note = ""
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=steps, completed=start, note="")
+
+        def advance(done: int, loss: float, speed: float) -> None:
+            nonlocal note
+            note = f"loss {loss:.4f}, {speed:.0f} samples/s"
+            progress.update(task, completed=done, note=note)
+
+        yield advance
+    if not console.is_terminal:
+        console.print(f"{name}: {steps} steps in {time.perf_counter() - begun:.0f} s; {note}")
+
+
+@contextmanager
+def _stop_requested() -> Iterator:
+    """A function that says whether SIGINT or SIGTERM has come; a second one ends the program as usual."""
+    requested = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

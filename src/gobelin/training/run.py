@@ -1,0 +1,235 @@
+"""A whole training run: tokenizer, text encoder, VAE, U-Net, one after the other, into one model folder.
+
+The folder is a diffusers folder when the run ends; its ``training`` subfolder keeps the configuration, the
+metrics, the sample grids and, until the end, the checkpoints.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
+from gobelin.data import FolderPairs, Pairs, ScenePairs, find_world
+from gobelin.errors import TrainingError
+from gobelin.formats.files import read_json, write_json, write_text
+from gobelin.pipeline import Pipeline, Recommended, best_device, to_pil
+from gobelin.schedule import NoiseSchedule, ScheduleConfig
+from gobelin.tokenizer import Tokenizer
+from gobelin.training.card import model_card
+from gobelin.training.config import TrainConfig
+from gobelin.training.loop import Run, fit, mix
+from gobelin.training.stages import Images, TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
+from gobelin.unet import UNet, UNetConfig
+from gobelin.vae import VAE, VAEConfig
+
+StageName = Literal["tokenizer", "text_encoder", "vae", "unet"]
+STAGES: tuple[StageName, ...] = ("tokenizer", "text_encoder", "vae", "unet")
+IMAGE_ENCODER = "image_encoder"
+SHOWN = 8  # pictures in a sample grid's row
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    stage: StageName | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Train all stages, or one, into the folder ``out``; returns it.
+
+    Stages whose result is in the folder already are kept. Raises :class:`TrainingError` where the folder holds a
+    run and ``resume`` is off, or holds one with another configuration, or lacks what ``stage`` builds on.
+    """
+    return _Training(config, Path(out), resume, console or Console(stderr=True)).run(stage)
+
+
+class _Training:
+    def __init__(self, config: TrainConfig, out: Path, resume: bool, console: Console):
+        self.config = config
+        self.out = out
+        self.console = console
+        self.folder = out / "training"
+        self.pairs = open_pairs(config)
+        console.print(f"data: {self.pairs.description}", highlight=False)
+        self._claim(resume)
+        device = best_device() if config.device == "auto" else torch.device(config.device)
+        self.context = Run(
+            folder=self.folder,
+            seed=config.seed,
+            device=device,
+            save_every=config.save_every,
+            picture_every=config.picture_every,
+            console=console,
+        )
+        self._images: Images | None = None
+
+    def run(self, only: StageName | None) -> Path:
+        actions = {
+            "tokenizer": self.tokenizer,
+            "text_encoder": self.text_encoder,
+            "vae": self.vae,
+            "unet": self.unet,
+        }
+        for name in [only] if only else STAGES:
+            if name in self.done:
+                self.console.print(f"{name}: done before, kept")
+                continue
+            torch.manual_seed(mix(self.config.seed, name, 0))
+            actions[name]()
+            self.done.append(name)
+            write_json(self.folder / "done.json", {"stages": self.done})
+            shutil.rmtree(self.folder / "checkpoints" / name, ignore_errors=True)
+        return self.out
+
+    def tokenizer(self) -> None:
+        config = self.config.tokenizer
+        tokenizer = Tokenizer.train(self.pairs.captions(), config.vocab_size, config.max_length)
+        tokenizer.save_pretrained(self.out / "tokenizer")
+        self.console.print(f"tokenizer: {len(tokenizer.vocab)} tokens")
+
+    def text_encoder(self) -> None:
+        config = self.config.text
+        tokenizer = self._built("tokenizer", Tokenizer)
+        text_encoder = TextEncoder(
+            TextEncoderConfig.of(
+                config.width,
+                layers=config.layers,
+                heads=config.heads,
+                vocab_size=len(tokenizer.vocab),
+                max_position_embeddings=tokenizer.max_length,
+            )
+        ).init_()
+        image_encoder = ImageEncoder(
+            ImageEncoderConfig(
+                image_size=self.pairs.size, text_width=config.width, projection_dim=config.projection
+            )
+        )
+        stage = TextStage(self.pairs, self.images, tokenizer, text_encoder, image_encoder, config.optim)
+        trained = fit(stage, self.context)
+        trained["text"].save_pretrained(self.out / "text_encoder")
+        trained["image"].save_pretrained(self.out / IMAGE_ENCODER)
+
+    def vae(self) -> None:
+        vae = VAE(dataclasses.replace(preset(VAEConfig, self.config.vae.preset), sample_size=self.pairs.size))
+        stage = VAEStage(self.images, vae, self.config.vae, torch.arange(min(SHOWN, len(self.pairs))))
+        trained = fit(stage, self.context)
+        means, _ = encode_images(trained, self.images)
+        trained.normalise_latents_(means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
+        trained.config = trained.config.__class__(**{**vars(trained.config), "scaling_factor": 1.0})
+        trained.save_pretrained(self.out / "vae")
+
+    def unet(self) -> None:
+        config = self.config.unet
+        tokenizer = self._built("tokenizer", Tokenizer)
+        text_encoder = self._built("text_encoder", TextEncoder).to(self.context.device)
+        vae = self._built("vae", VAE).to(self.context.device)
+        schedule = NoiseSchedule(
+            ScheduleConfig(
+                prediction_type=config.prediction,
+                rescale_betas_zero_snr=config.zero_terminal_snr,
+                timestep_spacing="trailing" if config.zero_terminal_snr else "leading",
+            )
+        )
+        unet = UNet(
+            dataclasses.replace(
+                preset(UNetConfig, config.preset),
+                sample_size=self.pairs.size // vae.config.factor,
+                in_channels=vae.config.latent_channels,
+                out_channels=vae.config.latent_channels,
+                cross_attention_dim=text_encoder.config.hidden_size,
+            )
+        ).zero_init_()
+        unet.gradient_checkpointing = config.gradient_checkpointing
+        captions = self.pairs.captions()
+        distinct = list(dict.fromkeys(captions))
+        numbers = {caption: number for number, caption in enumerate(distinct)}
+        latents, spread = encode_images(vae, self.images)
+
+        def pipeline(network: UNet) -> Pipeline:
+            return Pipeline(
+                unet=network,
+                vae=vae,
+                text_encoder=text_encoder,
+                tokenizer=tokenizer,
+                schedule=schedule,
+                recommended=Recommended(**vars(self.config.recommended)),
+            )
+
+        stage = UNetStage(
+            unet,
+            schedule,
+            latents * vae.config.scaling_factor,
+            spread * vae.config.scaling_factor,
+            encode_texts(text_encoder, tokenizer, [*distinct, ""]),
+            torch.tensor([numbers[caption] for caption in captions]),
+            config,
+            paint=lambda network: self._grid(pipeline(network), captions[: 3 * SHOWN]),
+        )
+        trained = fit(stage, self.context)
+        write_text(self.out / "README.md", model_card(self.config, self.pairs.description, trained, vae, text_encoder))
+        pipeline(trained).save_pretrained(self.out)
+
+    @property
+    def images(self) -> Images:
+        if self._images is None:
+            self._images = Images(self.pairs, self.context.device)
+        return self._images
+
+    def _grid(self, pipeline: Pipeline, captions: list[str]):
+        result = pipeline(captions, seed=0)
+        images = torch.stack([_to_tensor(image) for image in result.images])
+        return grid(images, columns=SHOWN)
+
+    def _built(self, name: str, component: Any) -> Any:
+        if name not in self.done:
+            raise TrainingError(f"{self.out} has no {name} yet: train that stage first, or all of them")
+        return component.from_pretrained(self.out / name)
+
+    def _claim(self, resume: bool) -> None:
+        """Make the folder this run's own, or find that it already is."""
+        recorded = self.folder / "config.json"
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        self.done: list[str] = []
+        if not recorded.exists():
+            if self.out.exists() and any(self.out.iterdir()):
+                raise TrainingError(f"{self.out} is not empty and holds no training run: choose another folder")
+            if resume:
+                raise TrainingError(f"{self.out} holds no training run to resume: leave out --resume to start one")
+            write_json(recorded, config)
+            return
+        if not resume:
+            raise TrainingError(f"{self.out} holds a training run: add --resume to go on, or choose another folder")
+        if difference := first_difference(read_json(recorded), config):
+            raise TrainingError(f"the run in {self.out} has another configuration: {difference}")
+        if (self.folder / "done.json").exists():
+            self.done = read_json(self.folder / "done.json")["stages"]
+
+
+def open_pairs(config: TrainConfig) -> Pairs:
+    """The pairs that a configuration names: a folder's, or scenes."""
+    data = config.data
+    if data.path is not None:
+        return FolderPairs(data.path, data.size)
+    world = dataclasses.replace(find_world(data.world), size=data.size)
+    return ScenePairs(world=world, count=data.count, seed=config.seed)
+
+
+def preset(config_class: Any, name: str) -> Any:
+    """The network configuration of that name: ``UNetConfig.nano()`` and its like."""
+    return getattr(config_class, name)()
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> str:
+    """Where two configurations differ first, in words; empty where they do not."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if found := first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip(".")):
+                return found
+        return ""
+    return "" if old == new else f"{name} was {old!r} and is now {new!r}"

@@ -1,0 +1,219 @@
+"""The stages with gradients: text encoder, VAE, U-Net. Each holds its module, its data, and its loss."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
+from gobelin.data import Pairs
+from gobelin.schedule import NoiseSchedule
+from gobelin.tokenizer import Tokenizer
+from gobelin.training.config import OptimConfig, UNetTraining, VAETraining
+from gobelin.unet import UNet
+from gobelin.vae import VAE
+
+IN_MEMORY_BYTES = 2 * 2**30
+
+
+class Images:
+    """The images of a set of pairs, kept in memory where they fit and read when needed where they do not."""
+
+    def __init__(self, pairs: Pairs, device: torch.device):
+        self.pairs = pairs
+        self.device = device
+        self._kept: np.ndarray | None = None
+        if len(pairs) * pairs.size**2 * 3 <= IN_MEMORY_BYTES:
+            self._kept = np.empty((len(pairs), pairs.size, pairs.size, 3), np.uint8)
+            for index in range(len(pairs)):
+                self._kept[index] = pairs[index].image
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1], channels last."""
+        rows = indices.tolist()
+        kept = self._kept
+        chosen = np.stack([self.pairs[row].image for row in rows]) if kept is None else kept[rows]
+        images = torch.from_numpy(chosen).to(self.device).permute(0, 3, 1, 2)
+        return images.float() / 127.5 - 1
+
+
+class TextStage:
+    """CLIP's contrastive loss over (image, caption) pairs, with hard negatives where the data knows any."""
+
+    name = "text_encoder"
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        images: Images,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        image_encoder: ImageEncoder,
+        optim: OptimConfig,
+    ):
+        self.optim = optim
+        self.samples = len(pairs)
+        self.module = nn.ModuleDict({"text": text_encoder, "image": image_encoder})
+        self._images = images
+        captions = pairs.captions()
+        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+        self._caption = torch.tensor([numbers[caption] for caption in captions])
+        self._token_ids = tokenizer(captions)
+        negatives = [pairs.negatives(index) for index in range(len(pairs))]
+        self._negatives = [tokenizer(texts) if texts else None for texts in negatives]
+
+    def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
+        captions = self._caption[indices]
+        images = self._images(indices)
+        token_ids = torch.cat([self._token_ids[indices], *self._hard(indices, generator)])
+        text_encoder, image_encoder = self.module["text"], self.module["image"]
+        token_ids = token_ids.to(images.device)
+        pooled = text_encoder.pooled(token_ids, text_encoder(token_ids))
+        texts = image_encoder.project_text(pooled)
+        logits = image_encoder.similarity(image_encoder(images), texts)
+        same = (captions[:, None] == captions[None, :]).to(images.device)
+        found = logits.argmax(dim=1)
+        right = (found < len(indices)) & same.gather(1, found.clamp(max=len(indices) - 1)[:, None])[:, 0]
+        return {"loss": contrastive_loss(logits, same), "accuracy": right.float().mean()}
+
+    def _hard(self, indices: Tensor, generator: Generator) -> list[Tensor]:
+        """One wrong caption for each image that has any."""
+        picks = torch.rand(len(indices), generator=generator).tolist()
+        wrong = [(self._negatives[index], pick) for index, pick in zip(indices.tolist(), picks, strict=True)]
+        return [texts[int(pick * len(texts))][None] for texts, pick in wrong if texts is not None]
+
+    def picture(self, module: nn.Module) -> Image.Image | None:
+        return None
+
+
+class VAEStage:
+    """Reconstruction by squared errors that put colour first, and a KL term weighed so that no channel drowns."""
+
+    name = "vae"
+
+    def __init__(self, images: Images, vae: VAE, config: VAETraining, shown: Tensor):
+        self.optim = config.optim
+        self.samples = len(images.pairs)
+        self.module = vae
+        self._config = config
+        self._images = images
+        self._shown = shown
+        _start_with_little_noise_(vae)
+
+    def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
+        config = self._config
+        images = self._images(indices)
+        posterior = self.module.encode(images)
+        error = self.module.decode(posterior.sample(generator)).float() - images
+        parts = {
+            "mse": error.square().mean(),
+            "coarse_mse": F.avg_pool2d(error, 4).square().mean(),
+            "edges": error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean(),
+            "l1": error.abs().mean(),
+            "kl": posterior.kl().sum(),
+        }
+        loss = sum(getattr(config, name) * value for name, value in parts.items())
+        noise = posterior.logvar.exp().mean(dim=(0, 2, 3)) / posterior.mean.var(dim=(0, 2, 3))
+        return {"loss": loss, **parts, "worst_noise_share": noise.sqrt().max()}
+
+    def picture(self, module: nn.Module) -> Image.Image:
+        images = self._images(self._shown)
+        return grid(torch.cat([images, module.decode(module.encode(images).mode())]), columns=len(images))
+
+
+class UNetStage:
+    """The noise (or velocity) in noisy latents, given the text: the seed of all the rest.
+
+    ``latents`` and their posterior's ``spread`` are [N, 4, h, w]; ``text_embeddings`` [M, L, D] hold every caption
+    once, the empty one last, and ``caption`` [N] says which is whose.
+    """
+
+    name = "unet"
+
+    def __init__(
+        self,
+        unet: UNet,
+        schedule: NoiseSchedule,
+        latents: Tensor,
+        spread: Tensor,
+        text_embeddings: Tensor,
+        caption: Tensor,
+        config: UNetTraining,
+        paint: Callable[[nn.Module], Image.Image],
+    ):
+        self.optim = config.optim
+        self.samples = len(latents)
+        self.module = unet
+        self._schedule = schedule
+        self._latents, self._spread = latents, spread
+        self._text_embeddings, self._caption = text_embeddings, caption
+        self._config = config
+        self._paint = paint
+
+    def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
+        device = self._text_embeddings.device
+        clean = self._latents[indices]
+        latents = clean + self._spread[indices] * torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = self._timesteps(len(indices), generator)
+        dropped = torch.rand(len(indices), generator=generator) < self._config.caption_dropout
+        caption = torch.where(dropped, len(self._text_embeddings) - 1, self._caption[indices])
+
+        noisy_latents = self._schedule.add_noise(latents, noise, timesteps)
+        target = self._schedule.target(latents, noise, timesteps).to(device)
+        text_embeddings = self._text_embeddings[caption.to(device)]
+        prediction = self.module(noisy_latents.to(device), timesteps.to(device), text_embeddings)
+        return {"loss": F.mse_loss(prediction.float(), target)}
+
+    def _timesteps(self, count: int, generator: Generator) -> Tensor:
+        """Stratified: evenly spread over the batch, or logit-normally (Esser et al. 2024, arXiv 2403.03206, eq. 19)."""
+        last = self._schedule.config.num_train_timesteps
+        strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        middle = torch.randn(count, generator=generator).sigmoid()
+        even = torch.rand(count, generator=generator) < self._config.uniform_timesteps
+        return (torch.where(even, strata, middle) * last).long().clamp(max=last - 1)
+
+    def picture(self, module: nn.Module) -> Image.Image:
+        return self._paint(module)
+
+
+@torch.no_grad()
+def encode_images(vae: VAE, images: Images, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of the raw posterior of every image, [N, 4, h, w] on the CPU."""
+    means, spreads = [], []
+    for indices in torch.arange(len(images.pairs)).split(batch_size):
+        posterior = vae.encode(images(indices))
+        means.append(posterior.mean.cpu())
+        spreads.append((0.5 * posterior.logvar).exp().cpu())
+    return torch.cat(means), torch.cat(spreads)
+
+
+@torch.no_grad()
+def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """Text embeddings [N, L, D], on the encoder's device."""
+    batches = tokenizer(texts).split(256)
+    return torch.cat([text_encoder(token_ids.to(text_encoder.device)) for token_ids in batches])
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images [N, 3, H, W] in [-1, 1] as one picture, row by row, two pixels apart."""
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    height, width = levels.shape[1:3]
+    rows = -(-len(levels) // columns)
+    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for index, level in enumerate(levels):
+        place = (index % columns * (width + 2), index // columns * (height + 2))
+        sheet.paste(Image.fromarray(level), place)
+    return sheet
+
+
+def _start_with_little_noise_(vae: VAE, logvar: float = -6.0) -> None:
+    """Begin with a narrow posterior: a wide one drowns small details before the decoder has learned any."""
+    channels = vae.config.latent_channels
+    with torch.no_grad():
+        vae.quant_conv.weight[channels:].zero_()
+        assert vae.quant_conv.bias is not None
+        vae.quant_conv.bias[channels:].fill_(logvar)

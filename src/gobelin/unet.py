@@ -1,0 +1,378 @@
+"""Noisy latents, a timestep and a text in; the predicted noise out: the U-Net of Stable Diffusion 1.5, at any size.
+
+Rombach et al. 2022 (arXiv 2112.10752), sections 3.3 and C.1. In every transformer block the patches of the
+latents attend to each other (``attn1``) and to the words (``attn2``).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Num
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gobelin.errors import UsageError
+from gobelin.formats.component import Component
+from gobelin.layers import (
+    Attention,
+    Downsample2D,
+    FeedForward,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Timesteps,
+    Upsample2D,
+)
+
+TRANSFORMER_NORM_EPS = 1e-6  # the resnets' and the output's is `norm_eps`
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The shape of a U-Net; the fields are those of a diffusers ``unet/config.json``.
+
+    ``attention_head_dim`` is the number of *heads*: the misnomer is the file format's.
+    ``sample_size`` is the latents' usual height and width; any other works too.
+    """
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int = 2
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    cross_attention_dim: int
+    attention_head_dim: int = 8
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+
+    # What a config file may say besides, and the only values that this architecture has.
+    fixed: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu",
+        "attention_type": "default",
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "addition_embed_type": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "cross_attention_norm": None,
+        "downsample_padding": 1,
+        "dropout": 0.0,
+        "dual_cross_attention": False,
+        "encoder_hid_dim": None,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_only_cross_attention": None,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "num_attention_heads": None,
+        "num_class_embeds": None,
+        "only_cross_attention": False,
+        "resnet_out_scale_factor": 1.0,
+        "resnet_skip_time_act": False,
+        "resnet_time_scale_shift": "default",
+        "reverse_transformer_layers_per_block": None,
+        "time_cond_proj_dim": None,
+        "time_embedding_dim": None,
+        "time_embedding_type": "positional",
+        "timestep_post_act": None,
+        "transformer_layers_per_block": 1,
+        "use_linear_projection": False,
+    }
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        if not levels or len(self.down_block_types) != levels or len(self.up_block_types) != levels:
+            raise UsageError(
+                f"block_out_channels has {levels} widths, but down_block_types names {len(self.down_block_types)} "
+                f"blocks and up_block_types {len(self.up_block_types)}: give one of each per width"
+            )
+        for name, known in (("down", _DOWN_BLOCKS), ("up", _UP_BLOCKS)):
+            for kind in getattr(self, f"{name}_block_types"):
+                if kind not in known:
+                    raise UsageError(f"{name}_block_types names {kind!r}: the choices are {', '.join(known)}")
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups or width % self.attention_head_dim:
+                raise UsageError(
+                    f"the width {width} must divide into {self.norm_num_groups} groups (norm_num_groups) "
+                    f"and {self.attention_head_dim} heads (attention_head_dim)"
+                )
+
+    @classmethod
+    def of(cls, *block_out_channels: int, attention: tuple[bool, ...], **others: Any) -> Self:
+        """A symmetric U-Net: ``attention`` says, from the top down, which levels have transformer blocks."""
+        down = tuple(_DOWN_BLOCKS[not attends] for attends in attention)
+        up = tuple(_UP_BLOCKS[not attends] for attends in reversed(attention))
+        return cls(block_out_channels=block_out_channels, down_block_types=down, up_block_types=up, **others)
+
+    @classmethod
+    def sd15(cls) -> Self:
+        """Stable Diffusion 1.5: 859,520,964 parameters."""
+        return cls.of(320, 640, 1280, 1280, attention=(True, True, True, False), cross_attention_dim=768)
+
+    @classmethod
+    def nano(cls) -> Self:
+        """1.1 million parameters, for 16×16 latents: it trains in minutes on two CPU cores."""
+        return cls.of(
+            *(32, 64),
+            attention=(True, True),
+            sample_size=16,
+            layers_per_block=1,
+            cross_attention_dim=96,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """5,060,548 parameters, for 16×16 latents."""
+        return cls.of(
+            *(48, 96, 144),
+            attention=(True, True, False),
+            sample_size=16,
+            layers_per_block=1,
+            cross_attention_dim=192,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        )
+
+    @classmethod
+    def small(cls) -> Self:
+        """About 38 million parameters, for 16×16 latents; wants a GPU."""
+        return cls.of(
+            *(96, 192, 288),
+            attention=(True, True, True),
+            sample_size=16,
+            cross_attention_dim=256,
+            attention_head_dim=4,
+            norm_num_groups=32,
+        )
+
+
+_DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+_UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+
+class BasicTransformerBlock(nn.Module):
+    """Patches attend to patches, then to words, then each thinks for itself; each step is added to a residual."""
+
+    def __init__(self, width: int, config: UNetConfig):
+        super().__init__()
+        heads = config.attention_head_dim
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads=heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads=heads, context_width=config.cross_attention_dim)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch patches width"],
+        text_embeddings: Float[Tensor, "batch length text_width"],
+        text_mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch patches width"]:
+        hidden = hidden + self.attn1(self.norm1(hidden))
+        hidden = hidden + self.attn2(self.norm2(hidden), text_embeddings, text_mask)
+        return hidden + self.ff(self.norm3(hidden))
+
+
+class Transformer2DModel(nn.Module):
+    """A transformer over the patches of a feature map, with a residual around the whole."""
+
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_NORM_EPS)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, config)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(
+        self,
+        feature_map: Float[Tensor, "batch channels height width"],
+        text_embeddings: Float[Tensor, "batch length text_width"],
+        text_mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        height = feature_map.shape[-2]
+        patches = rearrange(self.proj_in(self.norm(feature_map)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            patches = block(patches, text_embeddings, text_mask)
+        return feature_map + self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
+
+
+class _Block(nn.Module):
+    """Residual blocks, each followed by a transformer where the block has them; every level is made of these."""
+
+    def __init__(self, channels: list[tuple[int, int]], transformers: int, config: UNetConfig):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(
+                in_channels,
+                out_channels,
+                groups=config.norm_num_groups,
+                eps=config.norm_eps,
+                time_width=4 * config.block_out_channels[0],
+            )
+            for in_channels, out_channels in channels
+        )
+        if transformers:
+            width = channels[-1][1]
+            self.attentions = nn.ModuleList(Transformer2DModel(width, config) for _ in range(transformers))
+
+    def _transformer(self, layer: int) -> Callable[..., Tensor]:
+        return self.attentions[layer] if hasattr(self, "attentions") else lambda hidden, *_: hidden
+
+
+class DownBlock2D(_Block):
+    """One level of the way down. Returns its output and every feature map that the way up will want back."""
+
+    def __init__(self, config: UNetConfig, level: int):
+        widths = config.block_out_channels
+        layers = config.layers_per_block
+        channels = [(widths[max(level - 1, 0)], widths[level])] + [(widths[level],) * 2] * (layers - 1)
+        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        super().__init__(channels, layers if attends else 0, config)
+        if level < len(widths) - 1:
+            self.downsamplers = nn.ModuleList([Downsample2D(widths[level], padding=1)])
+
+    def forward(
+        self, hidden: Tensor, time: Tensor, text_embeddings: Tensor, text_mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for layer, resnet in enumerate(self.resnets):
+            hidden = resnet(hidden, time)
+            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask)
+            skips.append(hidden)
+        if hasattr(self, "downsamplers"):
+            hidden = self.downsamplers[0](hidden)
+            skips.append(hidden)
+        return hidden, skips
+
+
+class UNetMidBlock2DCrossAttn(_Block):
+    """The bottom of the U: residual block, transformer, residual block."""
+
+    def __init__(self, config: UNetConfig):
+        width = config.block_out_channels[-1]
+        super().__init__([(width, width)] * 2, 1, config)
+
+    def forward(
+        self, hidden: Tensor, time: Tensor, text_embeddings: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.resnets[0](hidden, time)
+        hidden = self.attentions[0](hidden, text_embeddings, text_mask)
+        return self.resnets[1](hidden, time)
+
+
+class UpBlock2D(_Block):
+    """One level of the way up. Every residual block sees one feature map of the way down beside its input."""
+
+    def __init__(self, config: UNetConfig, position: int):
+        widths = config.block_out_channels
+        level = len(widths) - 1 - position
+        layers = config.layers_per_block + 1
+        below = widths[min(level + 1, len(widths) - 1)]
+        skips = [widths[level]] * (layers - 1) + [widths[max(level - 1, 0)]]
+        inputs = [below] + [widths[level]] * (layers - 1)
+        channels = [(hidden + skip, widths[level]) for hidden, skip in zip(inputs, skips, strict=True)]
+        attends = config.up_block_types[position] == "CrossAttnUpBlock2D"
+        super().__init__(channels, layers if attends else 0, config)
+        if level > 0:
+            self.upsamplers = nn.ModuleList([Upsample2D(widths[level])])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        skips: list[Tensor],
+        size: tuple[int, int] | None,
+        time: Tensor,
+        text_embeddings: Tensor,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            hidden = resnet(torch.cat([hidden, skip], dim=1), time)
+            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask)
+        return self.upsamplers[0](hidden, size) if hasattr(self, "upsamplers") else hidden
+
+
+class UNet(Component[UNetConfig]):
+    """The cross-attention U-Net: ε_θ(z_t, t, τ(y)), or v_θ where the schedule says so.
+
+    Set ``gradient_checkpointing`` to recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    config_class = UNetConfig
+    class_name = "UNet2DConditionModel"
+    weights_name = "diffusion_pytorch_model.safetensors"
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        widths = config.block_out_channels
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_proj = Timesteps(widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.down_blocks = nn.ModuleList(DownBlock2D(config, level) for level in range(len(widths)))
+        self.mid_block = UNetMidBlock2DCrossAttn(config)
+        self.up_blocks = nn.ModuleList(UpBlock2D(config, position) for position in range(len(widths)))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        noisy_latents: Float[Tensor, "batch in_channels height width"],
+        timesteps: Num[Tensor, " batch"],
+        text_embeddings: Float[Tensor, "batch length text_width"],
+        text_mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """Predict the noise (or the velocity) in ``noisy_latents``.
+
+        ``timesteps`` are in 0 … 999 and may lie between two integers. ``text_mask`` is True where a token may be
+        attended to; without one all are, the padding too, as in Stable Diffusion. Height and width are free:
+        where a level has an odd size, the way up goes back to that size.
+        """
+        time = self.time_embedding(self.time_proj(timesteps).to(noisy_latents.dtype))
+        conditions = (time, text_embeddings, text_mask)
+
+        hidden = self.conv_in(noisy_latents)
+        skips = [hidden]
+        for block in self.down_blocks:
+            hidden, block_skips = self._run(block, hidden, *conditions)
+            skips += block_skips
+
+        hidden = self._run(self.mid_block, hidden, *conditions)
+
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, block_skips = skips[:-count], skips[-count:]
+            size = tuple(skips[-1].shape[-2:]) if skips else None
+            hidden = self._run(block, hidden, block_skips, size, *conditions)
+
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def zero_init_(self) -> Self:
+        """Start training from nothing: every residual branch, and the output, begin at zero.
+
+        As CompVis trains (``zero_module`` in ``ldm/modules/diffusionmodules/openaimodel.py``); diffusers does not.
+        """
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                _zero_(module.conv2)
+            elif isinstance(module, Transformer2DModel):
+                _zero_(module.proj_out)
+        _zero_(self.conv_out)
+        return self
+
+
+def _zero_(layer: nn.Conv2d) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -1,0 +1,304 @@
+"""Image to latents and back: the autoencoder of latent diffusion, at any size.
+
+Kingma and Welling 2013 (arXiv 1312.6114); Rombach et al. 2022 (arXiv 2112.10752), section 3.1. This file is the
+only owner of the scaling factor: the rest of Gobelin knows latents of about unit variance and nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from gobelin.errors import UsageError
+from gobelin.formats.component import Component
+from gobelin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """The shape of a VAE; the fields are those of a diffusers ``vae/config.json``."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int = 2
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    mid_block_add_attention: bool = True
+
+    fixed: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu",
+        "latents_mean": None,
+        "latents_std": None,
+        "shift_factor": None,
+        "use_post_quant_conv": True,
+        "use_quant_conv": True,
+    }
+
+    def __post_init__(self) -> None:
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise UsageError(
+                    f"the width {width} must divide into {self.norm_num_groups} groups (norm_num_groups)"
+                )
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent is wide: 8 for Stable Diffusion 1.5."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def sd15(cls) -> Self:
+        """Stable Diffusion 1.5: 83,653,863 parameters."""
+        return cls(block_out_channels=(128, 256, 512, 512))
+
+    @classmethod
+    def nano(cls) -> Self:
+        """64×64 images to 16×16 latents."""
+        return cls(
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=64,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """0.52 million parameters, 64×64 images to 16×16 latents."""
+        return cls(
+            block_out_channels=(24, 48, 48),
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=64,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+
+    @classmethod
+    def small(cls) -> Self:
+        """64×64 images to 16×16 latents, with room for texture."""
+        return cls(
+            block_out_channels=(32, 64, 64),
+            norm_num_groups=8,
+            sample_size=64,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """A diagonal Gaussian over raw (unscaled) latents, one for each image."""
+
+    mean: Float[Tensor, "batch latent_channels h w"]
+    logvar: Float[Tensor, "batch latent_channels h w"]
+
+    def mode(self) -> Float[Tensor, "batch latent_channels h w"]:
+        """The most likely latents: the mean."""
+        return self.mean
+
+    def sample(self, generator: Generator | None = None) -> Float[Tensor, "batch latent_channels h w"]:
+        """Latents drawn from the posterior, by the reparametrisation z = μ + σ·ε; the generator is a CPU one."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
+
+    def kl(self) -> Float[Tensor, " latent_channels"]:
+        """KL divergence from N(0, 1) in nats, per channel: summed over positions, averaged over the batch."""
+        divergence = 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar)
+        return divergence.sum(dim=(2, 3)).mean(dim=0)
+
+
+class MidAttention(Attention):
+    """Attention of every position to every other, one head as wide as the feature map, with its residual."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+
+    def forward(  # type: ignore[override]
+        self, feature_map: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        positions = rearrange(self.group_norm(feature_map), "b c h w -> b (h w) c")
+        attended = super().forward(positions)
+        return feature_map + rearrange(attended, "b (h w) c -> b c h w", h=feature_map.shape[-2])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention where the configuration has it, residual block."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        width = config.block_out_channels[-1]
+        self.resnets = nn.ModuleList(_resnet(width, width, config) for _ in range(2))
+        if config.mid_block_add_attention:
+            self.attentions = nn.ModuleList([MidAttention(width, config.norm_num_groups)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.resnets[0](hidden)
+        if hasattr(self, "attentions"):
+            hidden = self.attentions[0](hidden)
+        return self.resnets[1](hidden)
+
+
+class LevelBlock(nn.Module):
+    """One resolution of the encoder or the decoder: residual blocks, then a change of size except at the end."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, change: str | None, config: VAEConfig):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            _resnet(in_channels if layer == 0 else out_channels, out_channels, config) for layer in range(layers)
+        )
+        if change == "down":
+            self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=0)])
+        elif change == "up":
+            self.upsamplers = nn.ModuleList([Upsample2D(out_channels)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.children():
+            for module in layer:
+                hidden = module(hidden)
+        return hidden
+
+
+class Encoder(nn.Module):
+    """Image to the mean and log-variance of the posterior, before the last 1×1 convolution."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            LevelBlock(
+                widths[max(level - 1, 0)],
+                width,
+                config.layers_per_block,
+                "down" if level < len(widths) - 1 else None,
+                config,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.mid_block = MidBlock(config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.conv_in(images)
+        for block in self.down_blocks:
+            hidden = block(hidden)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(hidden))))
+
+
+class Decoder(nn.Module):
+    """Latents to an image, after the first 1×1 convolution."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(
+            LevelBlock(
+                widths[max(position - 1, 0)],
+                width,
+                config.layers_per_block + 1,
+                "up" if position < len(widths) - 1 else None,
+                config,
+            )
+            for position, width in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        hidden = self.mid_block(self.conv_in(latents))
+        for block in self.up_blocks:
+            hidden = block(hidden)
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+
+
+class VAE(Component[VAEConfig]):
+    """The variational autoencoder. ``encode`` and ``decode`` speak raw latents, as diffusers does;
+    ``images_to_latents`` and ``latents_to_images`` speak the scaled ones that the rest of Gobelin uses."""
+
+    config_class = VAEConfig
+    class_name = "AutoencoderKL"
+    weights_name = "diffusion_pytorch_model.safetensors"
+
+    def __init__(self, config: VAEConfig):
+        super().__init__(config)
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Posterior:
+        """Images in [-1, 1] to a posterior over raw latents; the sides must be multiples of ``config.factor``."""
+        if images.shape[-2] % self.config.factor or images.shape[-1] % self.config.factor:
+            raise UsageError(
+                f"the images are {images.shape[-1]}×{images.shape[-2]} pixels: the sides must be multiples "
+                f"of {self.config.factor} for this VAE"
+            )
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return Posterior(mean=mean, logvar=logvar.clamp(-30, 20))
+
+    def decode(
+        self, latents: Float[Tensor, "batch latent_channels h w"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Raw latents to images, in about [-1, 1] (not clamped)."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def images_to_latents(
+        self, images: Float[Tensor, "batch 3 height width"], generator: Generator | None = None
+    ) -> Float[Tensor, "batch latent_channels h w"]:
+        """Images in [-1, 1] to latents of about unit variance: drawn from the posterior with a generator, else its mean."""
+        posterior = self.encode(images)
+        return self.config.scaling_factor * (
+            posterior.mode() if generator is None else posterior.sample(generator)
+        )
+
+    def latents_to_images(
+        self, latents: Float[Tensor, "batch latent_channels h w"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Latents of about unit variance to images, in about [-1, 1] (not clamped)."""
+        return self.decode(latents / self.config.scaling_factor)
+
+    @torch.no_grad()
+    def normalise_latents_(
+        self, mean: Float[Tensor, " latent_channels"], std: Float[Tensor, " latent_channels"]
+    ) -> None:
+        """Shift and scale each raw channel from the given statistics to mean 0 and variance 1.
+
+        The change is folded into the two 1×1 convolutions, so that every picture decodes as before and other
+        tools, which know one scalar only, need nothing new.
+        """
+        channels = self.config.latent_channels
+        scale = torch.cat([std, torch.ones_like(std)])
+        shift = torch.cat([mean / std, 2 * std.log()])
+        self.quant_conv.weight.div_(scale[:, None, None, None])
+        self.quant_conv.bias.div_(scale).sub_(shift)
+        assert self.post_quant_conv.bias is not None
+        self.post_quant_conv.bias.add_(self.post_quant_conv.weight.reshape(channels, channels) @ mean)
+        self.post_quant_conv.weight.mul_(std[None, :, None, None])
+
+    def config_json(self) -> dict[str, Any]:
+        levels = len(self.config.block_out_channels)
+        return {
+            **super().config_json(),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+
+
+def _resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock2D:
+    return ResnetBlock2D(in_channels, out_channels, groups=config.norm_num_groups, eps=NORM_EPS)
