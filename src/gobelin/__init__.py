@@ -1,0 +1,60 @@
+"""Gobelin: train, run and look inside text-conditioned latent diffusion with a cross-attention U-Net.
+
+The public names are imported when they are first used, so that ``import gobelin`` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gobelin import scenes
+    from gobelin.clip import TextEncoder, TextEncoderConfig
+    from gobelin.errors import GobelinError
+    from gobelin.pipeline import Pipeline
+    from gobelin.schedule import NoiseSchedule, ScheduleConfig
+    from gobelin.tokenizer import Tokenizer
+    from gobelin.unet import UNet, UNetConfig
+    from gobelin.vae import VAE, VAEConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GobelinError": "errors",
+    "NoiseSchedule": "schedule",
+    "Pipeline": "pipeline",
+    "ScheduleConfig": "schedule",
+    "TextEncoder": "clip",
+    "TextEncoderConfig": "clip",
+    "Tokenizer": "tokenizer",
+    "UNet": "unet",
+    "UNetConfig": "unet",
+    "VAE": "vae",
+    "VAEConfig": "vae",
+}
+
+__all__ = [
+    "VAE",
+    "GobelinError",
+    "NoiseSchedule",
+    "Pipeline",
+    "ScheduleConfig",
+    "TextEncoder",
+    "TextEncoderConfig",
+    "Tokenizer",
+    "UNet",
+    "UNetConfig",
+    "VAEConfig",
+    "scenes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "scenes":
+        return import_module("gobelin.scenes")
+    if name in _HOMES:
+        return getattr(import_module(f"gobelin.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'gobelin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -53,9 +53,7 @@ class TextEncoderConfig:
         return cls.of(768, layers=12, heads=12, vocab_size=49408)
 
     @classmethod
-    def of(
-        cls, width: int, *, layers: int, heads: int, vocab_size: int, max_position_embeddings: int = 77
-    ) -> Self:
+    def of(cls, width: int, *, layers: int, heads: int, vocab_size: int, max_position_embeddings: int = 77) -> Self:
         """An encoder of this width and depth, for a vocabulary that ends with its BOS and EOS tokens."""
         return cls(
             vocab_size=vocab_size,
@@ -246,9 +244,7 @@ class ImageEncoder(Component[ImageEncoderConfig]):
         self.text_projection = nn.Linear(config.text_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch projection_dim"]:
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch projection_dim"]:
         """Unit vectors for images in [-1, 1], which are resized to ``config.image_size``."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):

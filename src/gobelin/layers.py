@@ -44,9 +44,7 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock2D(nn.Module):
     """Two 3×3 convolutions with a residual; the timestep, where there is one, is added between them."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int | None = None
-    ):
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int | None = None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)

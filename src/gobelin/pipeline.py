@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -132,13 +132,20 @@ class Pipeline:
         write_json(folder / OURS, dataclasses.asdict(self.recommended))
         write_json(folder / MODEL_INDEX, MODEL_INDEX_JSON)
 
-    def __call__(self, prompt: str | Sequence[str], **options: Any) -> Result:
-        """Paint; the options are those of :meth:`stream`. Results are in prompt-major order, then by count."""
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        on_step: Callable[[PaintingStep], None] = lambda step: None,
+        **options: Any,
+    ) -> Result:
+        """Paint; the options are those of :meth:`stream`, and ``on_step`` hears of each step.
+
+        Results are in prompt-major order, then by count.
+        """
         request = self._request(prompt, **options)
-        step = None
         for step in self._steps(request):
-            pass
-        assert step is not None
+            on_step(step)
         with torch.no_grad():
             images = self.vae.latents_to_images(step.latents.to(self.vae.dtype))
         return Result(images=to_pil(images), latents=step.latents, settings=request.settings)
@@ -200,9 +207,7 @@ class Pipeline:
             "negative_prompt": negative_prompt,
             "steps": self.recommended.steps if steps is None else steps,
             "guidance": self.recommended.guidance if guidance is None else guidance,
-            "guidance_rescale": (
-                self.recommended.guidance_rescale if guidance_rescale is None else guidance_rescale
-            ),
+            "guidance_rescale": (self.recommended.guidance_rescale if guidance_rescale is None else guidance_rescale),
             "sampler": sampler or self.recommended.sampler,
             "height": height,
             "width": width,
@@ -235,9 +240,7 @@ class Pipeline:
             yield PaintingStep(**vars(step), vae=self.vae)
 
     @torch.no_grad()
-    def encode_text(
-        self, texts: Sequence[str], clip_skip: int = 0
-    ) -> Float[Tensor, "batch length width"]:
+    def encode_text(self, texts: Sequence[str], clip_skip: int = 0) -> Float[Tensor, "batch length width"]:
         """Text embeddings of prompts, each distinct one computed once."""
         distinct = list(dict.fromkeys(texts))
         embeddings = self.text_encoder(self.tokenizer(distinct).to(self.text_encoder.device), clip_skip)

@@ -97,9 +97,7 @@ def ddpm(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Lat
         yield _step(index, timestep, here, latents, denoised)
 
 
-def euler_ancestral(
-    denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]
-) -> Iterator[Step]:
+def euler_ancestral(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
     """An Euler step below the next level, then fresh noise up to it (k-diffusion ``sample_euler_ancestral``)."""
     for index, timestep, here, there in grid.levels():
         denoised, predicted_noise = denoise(latents, timestep, here)
@@ -123,9 +121,7 @@ def dpmpp_2m(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[],
         if previous is not None and there < 1:  # the last step, to no noise at all, is of first order
             direction = denoised + h / (2 * previous_h) * (denoised - previous)
         shrink = _sigma(there) / _sigma(here)  # e^-h
-        latents = (
-            shrink * math.sqrt(there / here) * latents + math.sqrt(there) * (1 - shrink) * direction
-        )
+        latents = shrink * math.sqrt(there / here) * latents + math.sqrt(there) * (1 - shrink) * direction
         previous, previous_h = denoised, h
         yield _step(index, timestep, here, latents, denoised)
 
@@ -225,9 +221,7 @@ def sample(
     """
     sampler = find_sampler(name)
     if not 1 <= steps <= schedule.config.num_train_timesteps:
-        raise UsageError(
-            f"{steps} steps asked for: give a number from 1 to {schedule.config.num_train_timesteps}"
-        )
+        raise UsageError(f"{steps} steps asked for: give a number from 1 to {schedule.config.num_train_timesteps}")
     spacing = schedule.config.timestep_spacing or sampler.spacing
     grid = sampler.grid(schedule, steps, spacing, sampler.karras)
     return sampler.function(denoise, start_noise * grid.start_scale, grid, noise)
@@ -263,9 +257,7 @@ def _sigmas(schedule: NoiseSchedule) -> np.ndarray:
 
 def _sigma_grid(timesteps: np.ndarray, sigmas: np.ndarray) -> Grid:
     alphas = (1 / (1 + sigmas**2)).tolist()
-    return Grid(
-        timesteps=timesteps.tolist(), alphas_cumprod=alphas, next_alphas_cumprod=[*alphas[1:], 1.0]
-    )
+    return Grid(timesteps=timesteps.tolist(), alphas_cumprod=alphas, next_alphas_cumprod=[*alphas[1:], 1.0])
 
 
 def _spaced(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> np.ndarray:

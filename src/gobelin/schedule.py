@@ -45,9 +45,7 @@ class ScheduleConfig:
             ("timestep_spacing", (None, "leading", "linspace", "trailing")),
         ):
             if getattr(self, name) not in choices:
-                raise UsageError(
-                    f"{name} is {getattr(self, name)!r}: the choices are {', '.join(map(str, choices))}"
-                )
+                raise UsageError(f"{name} is {getattr(self, name)!r}: the choices are {', '.join(map(str, choices))}")
 
     @classmethod
     def sd15(cls) -> "ScheduleConfig":
@@ -60,9 +58,7 @@ class ScheduleConfig:
 
         Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
         """
-        return cls(
-            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
-        )
+        return cls(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
 class NoiseSchedule:

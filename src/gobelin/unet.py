@@ -123,7 +123,7 @@ class UNetConfig:
             sample_size=16,
             layers_per_block=1,
             cross_attention_dim=96,
-            attention_head_dim=4,
+            attention_head_dim=2,
             norm_num_groups=8,
         )
 
@@ -260,9 +260,7 @@ class UNetMidBlock2DCrossAttn(_Block):
         width = config.block_out_channels[-1]
         super().__init__([(width, width)] * 2, 1, config)
 
-    def forward(
-        self, hidden: Tensor, time: Tensor, text_embeddings: Tensor, text_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, time: Tensor, text_embeddings: Tensor, text_mask: Tensor | None = None) -> Tensor:
         hidden = self.resnets[0](hidden, time)
         hidden = self.attentions[0](hidden, text_embeddings, text_mask)
         return self.resnets[1](hidden, time)

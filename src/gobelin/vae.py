@@ -46,9 +46,7 @@ class VAEConfig:
     def __post_init__(self) -> None:
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                raise UsageError(
-                    f"the width {width} must divide into {self.norm_num_groups} groups (norm_num_groups)"
-                )
+                raise UsageError(f"the width {width} must divide into {self.norm_num_groups} groups (norm_num_groups)")
 
     @property
     def factor(self) -> int:
@@ -252,20 +250,16 @@ class VAE(Component[VAEConfig]):
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return Posterior(mean=mean, logvar=logvar.clamp(-30, 20))
 
-    def decode(
-        self, latents: Float[Tensor, "batch latent_channels h w"]
-    ) -> Float[Tensor, "batch 3 height width"]:
+    def decode(self, latents: Float[Tensor, "batch latent_channels h w"]) -> Float[Tensor, "batch 3 height width"]:
         """Raw latents to images, in about [-1, 1] (not clamped)."""
         return self.decoder(self.post_quant_conv(latents))
 
     def images_to_latents(
         self, images: Float[Tensor, "batch 3 height width"], generator: Generator | None = None
     ) -> Float[Tensor, "batch latent_channels h w"]:
-        """Images in [-1, 1] to latents of about unit variance: drawn from the posterior with a generator, else its mean."""
+        """Images in [-1, 1] to latents of about unit variance: a draw with a generator, else the posterior's mean."""
         posterior = self.encode(images)
-        return self.config.scaling_factor * (
-            posterior.mode() if generator is None else posterior.sample(generator)
-        )
+        return self.config.scaling_factor * (posterior.mode() if generator is None else posterior.sample(generator))
 
     def latents_to_images(
         self, latents: Float[Tensor, "batch latent_channels h w"]

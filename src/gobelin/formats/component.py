@@ -30,9 +30,7 @@ def config_from_json(config_class: type[Config], content: dict[str, Any], source
     if missing := [name for name in required if name not in content]:
         raise ModelError(f"{source} lacks the field {missing[0]!r}")
     values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in content.items()
-        if name in known
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items() if name in known
     }
     try:
         return config_class(**values)

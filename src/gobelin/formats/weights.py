@@ -43,14 +43,11 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ModelError(f"{source} lacks {missing[0]!r}{_and_more(missing)}: it does not fit its configuration")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise ModelError(
-            f"{source} holds {extra[0]!r}{_and_more(extra)}, which the configuration has no place for"
-        )
+        raise ModelError(f"{source} holds {extra[0]!r}{_and_more(extra)}, which the configuration has no place for")
     for name, parameter in expected.items():
         if tensors[name].shape != parameter.shape:
             raise ModelError(
-                f"{source}: {name!r} is {list(tensors[name].shape)}, but the configuration says "
-                f"{list(parameter.shape)}"
+                f"{source}: {name!r} is {list(tensors[name].shape)}, but the configuration says {list(parameter.shape)}"
             )
     module.load_state_dict({name: tensors[name].to(p.dtype) for name, p in expected.items()}, assign=True)
 
@@ -62,4 +59,3 @@ def _and_more(names: list[str]) -> str:
 def parameter_count(module: nn.Module) -> int:
     """How many numbers a module learns."""
     return sum(parameter.numel() for parameter in module.parameters())
-

@@ -20,8 +20,9 @@ from gobelin.scenes.world import CORE, World
 
 UNKNOWN = "unknown"
 
-_FOREGROUND = 18.0  # ΔE from the background
-_BORDER_SPREAD = 9.0  # ΔE within which border pixels are of one colour
+_FOREGROUND = 18.0  # ΔE of an object from the background
+_LEAST_CONTRAST = 60.0  # sRGB distance; half of it is more than noise
+_BORDER_SPREAD = 24.0  # sRGB distance within which border pixels are of one colour
 _LEAST_AREA = 25  # pixels
 _LEAST_CORE = 6  # pixels; thinner objects are judged whole
 _LEAST_IOU = 0.75
@@ -39,8 +40,7 @@ class Seen:
     """An object that the grader found.
 
     ``shape`` is "unknown" where no template overlaps by ``iou`` ≥ 0.75. ``mask`` is bool [H, W], ``area`` its
-    pixels and ``box`` its left, top, right and bottom edges in pixels: the mask is ``mask[top:bottom,
-    left:right]``.
+    pixels and ``box`` its left, top, right and bottom edges in pixels, right and bottom exclusive.
     """
 
     shape: str
@@ -80,28 +80,26 @@ def grade(image: NDArray[np.uint8] | Image.Image, world: World = CORE) -> list[S
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise UsageError(f"Expected a uint8 image [H, W, 3]; got {pixels.dtype} {list(pixels.shape)}.")
-    looks = lab(pixels)
-    contrast = difference(looks, _background(looks))
-    # As a share of what the neighbourhood reaches: an edge is where an object covers half, however blurred it
-    # is.
-    cover = contrast / np.maximum(2 * _FOREGROUND, ndimage.maximum_filter(contrast, 5))
-    solid = cover > 0.5
-    labels = np.empty(solid.shape, np.int32)
-    ndimage.label(solid, _EIGHT_WAYS, output=labels)
+    looks, background = lab(pixels), _background(pixels)
+    cover = _cover(pixels, background)
+    labels = np.empty(cover.shape, np.int32)
+    ndimage.label(cover > 0.5, _EIGHT_WAYS, output=labels)
     seen = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         part = labels[rows, columns] == number
         area = int(part.sum())
-        if area < _LEAST_AREA:
+        typical = _typical(looks[rows, columns], part)
+        if area < _LEAST_AREA or difference(typical, lab(background)) < _FOREGROUND:
             continue
         mask = np.zeros(labels.shape, np.bool_)
         mask[rows, columns] = part
         others = (labels > 0) & ~mask
         shape, iou = _shape(np.where(others, 0, cover), part.shape, (rows.start, columns.start), world.shapes)
+        prototypes = lab([COLOURS[name] for name in world.colours])
         seen.append(
             Seen(
                 shape=shape,
-                colour=_colour(looks[rows, columns], part, world.colours),
+                colour=world.colours[int(difference(prototypes, typical).argmin())],
                 area=area,
                 box=(columns.start, rows.start, columns.stop, rows.stop),
                 mask=mask,
@@ -111,19 +109,27 @@ def grade(image: NDArray[np.uint8] | Image.Image, world: World = CORE) -> list[S
     return seen
 
 
-def _background(looks: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The L*a*b* [3] that most of the border is near."""
-    border = np.concatenate((looks[0], looks[-1], looks[1:-1, 0], looks[1:-1, -1]))
-    few = border[::2]
-    near = difference(few[:, None], few) < _BORDER_SPREAD
-    return np.median(few[near[near.sum(axis=1).argmax()]], axis=0)
+def _background(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The colour [3] that most of the border is near."""
+    border = np.concatenate((pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]))[::2]
+    near = difference(border[:, None].astype(np.float32), border) < _BORDER_SPREAD
+    return np.median(border[near[near.sum(axis=1).argmax()]], axis=0).astype(np.uint8)
 
 
-def _colour(looks: NDArray[np.float64], part: NDArray[np.bool_], colours: tuple[str, ...]) -> str:
-    """The nearest named colour to the middle of an object; its edge is mixed with the background."""
+def _cover(pixels: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """How much of each pixel an object covers, [H, W] in [0, 1].
+
+    Pixels at an edge mix object and background in proportion, so this is their distance from the background as
+    a share of the most that their neighbourhood reaches. One half is the outline, whether sharp or blurred.
+    """
+    distance = difference(pixels.astype(np.float32), background)
+    return distance / np.maximum(_LEAST_CONTRAST, ndimage.maximum_filter(distance, 5))
+
+
+def _typical(looks: NDArray[np.float64], part: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The colour [3] of an object away from its edge, in the space of ``looks``."""
     core = np.asarray(ndimage.binary_erosion(part), np.bool_)
-    typical = np.median(looks[core if core.sum() >= _LEAST_CORE else part], axis=0)
-    return colours[int(difference(lab([COLOURS[name] for name in colours]), typical).argmin())]
+    return np.median(looks[core if core.sum() >= _LEAST_CORE else part], axis=0)
 
 
 def _shape(

@@ -44,8 +44,7 @@ def _changes(phrasing: Phrasing, sample: Sample) -> list[Sequence[Phrasing]]:
             [replace(mention, shape=shape) for shape in sample.world.shapes if mention.shape],
         )
         changes += [
-            [replace(phrasing, mentions=(*mentions[:at], o, *mentions[at + 1 :])) for o in kind]
-            for kind in others
+            [replace(phrasing, mentions=(*mentions[:at], o, *mentions[at + 1 :])) for o in kind] for kind in others
         ]
     return changes
 

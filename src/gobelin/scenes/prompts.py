@@ -33,13 +33,12 @@ class Prompt:
 
 
 def prompts(world: World, task: str, split: str = "dev", count: int = 100) -> list[Prompt]:
-    """The first ``count`` prompts of a task ("single_object", "two_objects" or "position"), the same each
-    time.
+    """The first ``count`` prompts of a task, the same each time.
 
-    A split is "dev", "test" (other prompts, templates that training never saw) or "heldout" (at least one
-    held-out combination a prompt). Pairs of shape and colour, relations and templates all come up equally
-    often, as far as ``count`` and the held-out combinations allow. Raises UsageError for another task or
-    split.
+    A task is "single_object", "two_objects" or "position". A split is "dev", "test" (other prompts, and
+    templates that training never saw) or "heldout" (at least one held-out combination a prompt). Pairs of
+    shape and colour, relations and templates all come up equally often, as far as ``count`` and the held-out
+    combinations allow. Raises UsageError for another task or split.
     """
     if task not in TASKS or split not in PROMPT_SPLITS:
         known = f"a task of {', '.join(TASKS)} and a split of {', '.join(PROMPT_SPLITS)}"
@@ -49,9 +48,7 @@ def prompts(world: World, task: str, split: str = "dev", count: int = 100) -> li
     found = []
     for number, (objects, relation) in enumerate(_balanced(rng, list(_requests(world, task, split)), count)):
         phrasing = phrase(rng, objects, relation, choices[(number + number // len(choices)) % len(choices)])
-        found.append(
-            Prompt(text=phrasing.text, task=task, objects=phrasing.wanted, relation=phrasing.relation)
-        )
+        found.append(Prompt(text=phrasing.text, task=task, objects=phrasing.wanted, relation=phrasing.relation))
     return found
 
 
@@ -68,9 +65,9 @@ def _balanced(rng: np.random.Generator, requests: list[_Request], count: int) ->
     """Draw requests one after the other, always one whose pairs and relation came up least so far."""
     requests = [requests[at] for at in rng.permutation(len(requests))]
     parts = [(*objects, relation) for objects, relation in requests]
-    number = {part: n for n, part in enumerate(dict.fromkeys(part for row in parts for part in row))}
-    rows = np.array([[number[part] for part in row] for row in parts])
-    used = np.zeros(len(number))
+    numbers = {part: n for n, part in enumerate(dict.fromkeys(part for row in parts for part in row))}
+    rows = np.array([[numbers[part] for part in row] for row in parts])
+    used = np.zeros(len(numbers))
     for _ in range(count):
         chosen = int(used[rows].sum(axis=1).argmin())
         used[rows[chosen]] += 1

@@ -27,9 +27,7 @@ def render(
         columns, x = _span(thing.x, thing.radius, scene.size)
         distance = thing.radius * SHAPES[thing.shape](x[None, :], y[:, None])
         patch = image[rows, columns]
-        patch += np.clip(0.5 - distance, 0, 1)[..., None] * (
-            np.array(COLOURS[thing.colour], np.float32) - patch
-        )
+        patch += np.clip(0.5 - distance, 0, 1)[..., None] * (np.array(COLOURS[thing.colour], np.float32) - patch)
         mask[rows, columns] = distance < 0
     if noise:
         rng = rng or np.random.default_rng(0)

@@ -11,11 +11,10 @@ from gobelin.scenes.captions import Phrasing, phrase, templates
 from gobelin.scenes.relations import relations
 from gobelin.scenes.render import render
 from gobelin.scenes.scene import Scene, SceneObject
-from gobelin.scenes.world import CORE, SPLITS, World
+from gobelin.scenes.world import CORE, MARGIN, SPLITS, World
 
 # A scene about a relation is never on the diagonal: the offset along one axis is this many times the other's.
 _CLEAR = 1.7
-_MARGIN = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +68,7 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
 
 
 def _category(rng: np.random.Generator, world: World) -> str:
+    """Draw a category by its weight in the mix."""
     at = rng.random() * sum(weight for _, weight in world.mix)
     for category, weight in world.mix:
         at -= weight
@@ -104,6 +104,7 @@ def _scene(rng: np.random.Generator, category: str, world: World) -> Scene:
 
 
 def _name(rng: np.random.Generator, world: World) -> tuple[str, str]:
+    """Draw a shape and a colour."""
     shape, colour = divmod(int(rng.integers(len(world.shapes) * len(world.colours))), len(world.colours))
     return world.shapes[shape], world.colours[colour]
 
@@ -112,7 +113,7 @@ def _place(rng: np.random.Generator, world: World, bounds: tuple[float, float]) 
     """Draw x, y and radius in pixels, with the whole disc inside the image."""
     across, down, large = rng.random(3).tolist()
     radius = round(bounds[0] + large * (bounds[1] - bounds[0]), 2)
-    edge = radius + _MARGIN
+    edge = radius + MARGIN
     x, y = (round(edge + at * (world.size - 2 * edge), 2) for at in (across, down))
     return x, y, radius
 

@@ -11,6 +11,7 @@ from gobelin.scenes.shapes import SHAPES
 
 CATEGORIES = ("single", "two", "relation")
 SPLITS = ("train", "dev", "test", "heldout")
+MARGIN = 1.0  # pixels between an object's disc and the edge of the image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class World:
     pixels. ``noise`` is the standard deviation of the pixels' noise, where white is 1. ``mix`` weighs the
     categories, and ``underspecified`` is the fraction of captions that leave out a colour or a shape. ``gap``
     is the least distance between objects and ``size`` the side of the image, in pixels. Raises UsageError for
-    names that do not exist, and for too few of them.
+    names that do not exist, for too few of them, and for objects too large for the image.
     """
 
     name: str
@@ -48,8 +49,12 @@ class World:
                 raise UsageError(f"Expected {kind} of {', '.join(known)}; got {', '.join(given) or 'none'}.")
         if not self.held_out_pairs:
             pairs = len(self.shapes) * len(self.colours)
+            raise UsageError(f"Expected 7 pairs of shape and colour or more, so as to hold some out; got {pairs}.")
+        room = self.size - 2 * MARGIN
+        if 2 * self.radius[1] > room or 4 * self.radius_crowded[1] + self.gap > room:
             raise UsageError(
-                f"Expected 7 pairs of shape and colour or more, so as to hold some out; got {pairs}."
+                f"Expected one disc, or two with a gap, to fit into {room:g} px; "
+                f"got radii of {self.radius[1]:g} and {self.radius_crowded[1]:g} px."
             )
 
     @property
@@ -75,8 +80,7 @@ class World:
         """
         following = (*self.shapes[1:], self.shapes[0])
         kept = {
-            (a, ("left of", "above")[k % 2], b)
-            for k, (a, b) in enumerate(zip(self.shapes, following, strict=True))
+            (a, ("left of", "above")[k % 2], b) for k, (a, b) in enumerate(zip(self.shapes, following, strict=True))
         }
         return frozenset(kept | {(b, INVERSE[relation], a) for a, relation, b in kept})
 

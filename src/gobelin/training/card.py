@@ -13,8 +13,7 @@ def model_card(config: TrainConfig, data: str, unet: UNet, vae: VAE, text_encode
     rows = "\n".join(f"| {name} | {parameter_count(module):,} |" for name, module in sizes.items())
     stages = {"text encoder": config.text.optim, "VAE": config.vae.optim, "U-Net": config.unet.optim}
     steps = "\n".join(
-        f"| {name} | {optim.steps:,} | {optim.batch_size} | {optim.learning_rate:g} |"
-        for name, optim in stages.items()
+        f"| {name} | {optim.steps:,} | {optim.batch_size} | {optim.learning_rate:g} |" for name, optim in stages.items()
     )
     recommended = config.recommended
     target = "velocity" if config.unet.prediction == "v_prediction" else "noise"

@@ -128,11 +128,16 @@ def nano() -> TrainConfig:
     """From nothing to pictures in about ten minutes on two CPU cores: 5 shapes, 6 colours, 1.4 million parameters."""
     return TrainConfig(
         text=TextConfig(optim=OptimConfig(steps=300, batch_size=128, learning_rate=2e-3, warmup_steps=50)),
-        vae=VAETraining(
-            optim=OptimConfig(steps=1500, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)
-        ),
+        vae=VAETraining(optim=OptimConfig(steps=1500, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
         unet=UNetTraining(
-            optim=OptimConfig(steps=4000, batch_size=64, learning_rate=2e-3, warmup_steps=100, ema=0.998)
+            optim=OptimConfig(
+                steps=2600,
+                batch_size=32,
+                learning_rate=2e-3,
+                warmup_steps=100,
+                ema=0.998,
+                precision="bfloat16",
+            )
         ),
     )
 

@@ -110,7 +110,10 @@ def fit(stage: Stage, run: Run) -> nn.Module:
                 now = time.perf_counter()
                 means = {name: torch.stack([r[name].float() for r in recent]).mean().item() for name in recent[0]}
                 speed = (done - seen) * optim.batch_size / (now - seen_at)
-                run.log(stage.name, {"step": done, "lr": learning_rate(optim, step), "samples_per_s": speed, **means})
+                run.log(
+                    stage.name,
+                    {"step": done, "lr": learning_rate(optim, step), "samples_per_s": speed, **means},
+                )
                 advance(done, means["loss"], speed)
                 recent, seen_at, seen = [], now, done
             if done % run.picture_every == 0 or done == optim.steps:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from rich.console import Console
 
 from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from gobelin.data import FolderPairs, Pairs, ScenePairs, find_world
 from gobelin.errors import TrainingError
 from gobelin.formats.files import read_json, write_json, write_text
-from gobelin.pipeline import Pipeline, Recommended, best_device, to_pil
+from gobelin.pipeline import Pipeline, Recommended, best_device
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.training.card import model_card
@@ -106,9 +107,7 @@ class _Training:
             )
         ).init_()
         image_encoder = ImageEncoder(
-            ImageEncoderConfig(
-                image_size=self.pairs.size, text_width=config.width, projection_dim=config.projection
-            )
+            ImageEncoderConfig(image_size=self.pairs.size, text_width=config.width, projection_dim=config.projection)
         )
         stage = TextStage(self.pairs, self.images, tokenizer, text_encoder, image_encoder, config.optim)
         trained = fit(stage, self.context)
@@ -121,7 +120,6 @@ class _Training:
         trained = fit(stage, self.context)
         means, _ = encode_images(trained, self.images)
         trained.normalise_latents_(means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
-        trained.config = trained.config.__class__(**{**vars(trained.config), "scaling_factor": 1.0})
         trained.save_pretrained(self.out / "vae")
 
     def unet(self) -> None:
@@ -172,7 +170,10 @@ class _Training:
             paint=lambda network: self._grid(pipeline(network), captions[: 3 * SHOWN]),
         )
         trained = fit(stage, self.context)
-        write_text(self.out / "README.md", model_card(self.config, self.pairs.description, trained, vae, text_encoder))
+        write_text(
+            self.out / "README.md",
+            model_card(self.config, self.pairs.description, trained, vae, text_encoder),
+        )
         pipeline(trained).save_pretrained(self.out)
 
     @property
@@ -181,10 +182,9 @@ class _Training:
             self._images = Images(self.pairs, self.context.device)
         return self._images
 
-    def _grid(self, pipeline: Pipeline, captions: list[str]):
+    def _grid(self, pipeline: Pipeline, captions: list[str]) -> Image.Image:
         result = pipeline(captions, seed=0)
-        images = torch.stack([_to_tensor(image) for image in result.images])
-        return grid(images, columns=SHOWN)
+        return grid(pipeline.vae.latents_to_images(result.latents), columns=SHOWN)
 
     def _built(self, name: str, component: Any) -> Any:
         if name not in self.done:

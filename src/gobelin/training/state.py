@@ -44,4 +44,3 @@ def load(folder: Path) -> dict[str, Any] | None:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parser meets
         raise TrainingError(f"the checkpoint {file} cannot be read ({error}): remove its folder") from error
-

@@ -1,0 +1,73 @@
+"""The shape walk: what goes into and comes out of every attn1 and attn2 of a U-Net, for a given picture size.
+
+No weights are needed: the network is built, and run, on the meta device, where tensors have shapes only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gobelin.layers import Attention
+from gobelin.unet import UNet, UNetConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteShapes:
+    """One attention of the U-Net. ``name`` is its state-dict prefix; ``kind`` is "self" (attn1) or "cross" (attn2).
+
+    ``query``, ``key`` and ``value`` are [B, heads, length, width of a head]; ``probs`` is softmax(QKᵀ/√width),
+    [B, heads, patches, keys]; ``output`` is [B, patches, channels].
+    """
+
+    name: str
+    kind: str
+    grid: tuple[int, int]
+    query: Shape
+    key: Shape
+    value: Shape
+    probs: Shape
+    output: Shape
+
+
+def walk(config: UNetConfig, height: int, width: int, length: int = 77) -> list[SiteShapes]:
+    """The sites in the order in which latents of ``height`` × ``width`` pass through them; L = ``length`` tokens."""
+    with torch.device("meta"):
+        unet = UNet(config)
+        latents = torch.empty(1, config.in_channels, height, width)
+        text_embeddings = torch.empty(1, length, config.cross_attention_dim)
+        timesteps = torch.zeros(1)
+    sites: list[SiteShapes] = []
+    grids: list[tuple[int, int]] = []
+    names = {module: name for name, module in unet.named_modules()}
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        grids.append(tuple(inputs[0].shape[-2:]))
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, Attention)
+        hidden, *context = inputs
+        keys = (context[0] if context else hidden).shape[1]
+        head = module.to_q.out_features // module.heads
+        sites.append(
+            SiteShapes(
+                name=names[module],
+                kind="cross" if context else "self",
+                grid=grids[-1],
+                query=(1, module.heads, hidden.shape[1], head),
+                key=(1, module.heads, keys, head),
+                value=(1, module.heads, keys, head),
+                probs=(1, module.heads, hidden.shape[1], keys),
+                output=tuple(output.shape),
+            )
+        )
+
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(leave)
+        elif type(module).__name__ == "Transformer2DModel":
+            module.register_forward_pre_hook(enter)
+    unet(latents, timesteps, text_embeddings)
+    return sites

@@ -1,0 +1,113 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from gobelin.errors import UsageError
+from gobelin.scenes import CORE, Sample, Scene, SceneObject, World, grade, render, sample
+
+
+def exact(made: Sample, image: np.ndarray) -> bool:
+    """Whether the grader reads just what was drawn."""
+    drawn = Counter((thing.shape, thing.colour) for thing in made.scene.objects)
+    return drawn == Counter((seen.shape, seen.colour) for seen in grade(image, made.world))
+
+
+def pixels(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    return pixels(ndimage.gaussian_filter(image.astype(float), (sigma, sigma, 0)))
+
+
+def noisy(image: np.ndarray, sigma: float) -> np.ndarray:
+    return pixels(image + 255 * sigma * np.random.default_rng(0).standard_normal(image.shape))
+
+
+def test_true_renders_are_read_exactly(world: World):
+    right, total = Counter(), Counter()
+    for index in range(300):
+        made = sample(21, index, world, "heldout" if index % 4 == 0 else "test")
+        category = "relation" if made.scene.relation else len(made.scene.objects)
+        right[category] += exact(made, made.image)
+        total[category] += 1
+    assert min(total.values()) > 50
+    assert all(right[category] >= 0.995 * total[category] for category in total)
+
+
+def test_masks_and_places_are_those_of_the_objects(world: World):
+    for index in range(60):
+        made = sample(22, index, world)
+        for seen in grade(made.image, world):
+            overlaps = (made.masks & seen.mask).sum(axis=(1, 2)) / (made.masks | seen.mask).sum(axis=(1, 2))
+            thing = made.scene.objects[overlaps.argmax()]
+            assert overlaps.max() > 0.9
+            assert (
+                np.hypot(seen.x - thing.x, seen.y - thing.y) < 0.25 * thing.radius + 0.8
+            )  # a triangle's disc is off its box
+            left, top, right, bottom = seen.box
+            assert seen.area == seen.mask.sum() == seen.mask[top:bottom, left:right].sum()
+            assert (seen.width, seen.height) == (right - left, bottom - top)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "levels"), [(blurred, (0.5, 1.5, 2, 3)), (noisy, (0.02, 0.06, 0.08, 0.15))]
+)
+def test_scores_fall_steadily_as_images_get_worse(world: World, spoil, levels):
+    made = [sample(23, index, world) for index in range(80)]
+    scores = [np.mean([exact(one, spoil(one.image, level)) for one in made]) for level in levels]
+    assert scores[0] >= 0.98
+    assert scores == sorted(scores, reverse=True)
+    assert scores[-1] < 0.6
+
+
+def test_a_mild_blur_does_no_harm(world: World):
+    made = [sample(24, index, world) for index in range(100)]
+    assert np.mean([exact(one, blurred(one.image, 1)) for one in made]) >= 0.98
+
+
+def test_the_shape_must_stand_upright_and_have_its_proportions():
+    square = SceneObject(shape="square", colour="red", x=32, y=32, radius=14)
+    image, _ = render(Scene(objects=(square,), background="grey"))
+    assert [seen.shape for seen in grade(image)] == ["square"]
+    turned = ndimage.rotate(image.astype(float), 45, reshape=False, order=1, mode="nearest")
+    assert [seen.shape for seen in grade(pixels(turned))] != ["square"]
+    flat = image.copy()
+    flat[:28] = flat[0, 0]
+    flat[37:] = flat[0, 0]
+    assert [seen.shape for seen in grade(flat)] == ["unknown"]
+
+
+def test_a_blob_is_unknown():
+    image = np.full((64, 64, 3), 176, np.uint8)
+    image[10:40, 10:16] = image[34:40, 10:40] = (221, 32, 38)
+    (seen,) = grade(image)
+    assert (seen.shape, seen.colour) == ("unknown", "red")
+    assert seen.iou < 0.75
+
+
+def test_specks_are_no_objects_and_an_empty_image_has_none():
+    image = np.full((64, 64, 3), 176, np.uint8)
+    assert grade(image) == []
+    image[10:14, 10:14] = 0
+    assert grade(image) == []
+    image[10:15, 10:15] = 0
+    assert len(grade(image)) == 1
+
+
+def test_an_object_at_the_border_does_not_become_the_background():
+    image = np.full((64, 64, 3), 176, np.uint8)
+    image[:24, :24] = (221, 32, 38)
+    assert [(seen.shape, seen.colour) for seen in grade(image)] == [("square", "red")]
+
+
+def test_images_may_be_pils_but_not_floats():
+    made = sample(25, 0)
+    (a, *_), (b, *_) = grade(made.image, CORE), grade(Image.fromarray(made.image), CORE)
+    assert (a.shape, a.colour, a.box) == (b.shape, b.colour, b.box)
+    for wrong in (made.image / 255, made.image[..., 0], made.image[..., :2]):
+        with pytest.raises(UsageError, match="Expected a uint8 image"):
+            grade(wrong)
