@@ -137,15 +137,27 @@ class Embeddings(nn.Module):
         return self.token_embedding(token_ids) + self.position_embedding.weight[: token_ids.shape[1]]
 
 
+class Encoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden: Float[Tensor, "batch length width"], count: int) -> Float[Tensor, "batch length width"]:
+        """Run the first ``count`` layers."""
+        for layer in self.layers[:count]:
+            hidden = layer(hidden)
+        return hidden
+
+
 class TextTransformer(nn.Module):
     """Embeddings, layers, final norm: the part of CLIP that its files call ``text_model``."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))}
-        )
+        self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -164,13 +176,11 @@ class TextEncoder(Component[TextEncoderConfig]):
         self, token_ids: Int[Tensor, "batch length"], clip_skip: int = 0
     ) -> Float[Tensor, "batch length width"]:
         """Text embeddings of padded token ids; ``clip_skip`` leaves out that many of the last layers."""
-        layers = self.text_model.encoder["layers"]
-        if not 0 <= clip_skip < len(layers):
-            raise UsageError(f"clip_skip is {clip_skip}: give a number from 0 to {len(layers) - 1}")
+        depth = self.config.num_hidden_layers
+        if not 0 <= clip_skip < depth:
+            raise UsageError(f"clip_skip is {clip_skip}: give a number from 0 to {depth - 1}")
         hidden = self.text_model.embeddings(token_ids)
-        for layer in layers[: len(layers) - clip_skip]:
-            hidden = layer(hidden)
-        return self.text_model.final_layer_norm(hidden)
+        return self.text_model.final_layer_norm(self.text_model.encoder(hidden, depth - clip_skip))
 
     def pooled(
         self, token_ids: Int[Tensor, "batch length"], text_embeddings: Float[Tensor, "batch length width"]
@@ -188,7 +198,8 @@ class TextEncoder(Component[TextEncoderConfig]):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=width**-0.5)
                 nn.init.zeros_(module.bias)
-        for layer in self.text_model.encoder["layers"]:
+        for layer in self.text_model.encoder.layers:
+            assert isinstance(layer, EncoderLayer)
             nn.init.normal_(layer.self_attn.out_proj.weight, std=(2 * depth * width) ** -0.5)
             nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(layer.mlp.fc2.weight, std=(2 * depth * width) ** -0.5)

@@ -144,11 +144,13 @@ class Pipeline:
         Results are in prompt-major order, then by count.
         """
         request = self._request(prompt, **options)
+        latents = torch.empty(0)
         for step in self._steps(request):
+            latents = step.latents
             on_step(step)
         with torch.no_grad():
-            images = self.vae.latents_to_images(step.latents.to(self.vae.dtype))
-        return Result(images=to_pil(images), latents=step.latents, settings=request.settings)
+            images = self.vae.latents_to_images(latents.to(self.vae.dtype))
+        return Result(images=to_pil(images), latents=latents, settings=request.settings)
 
     def stream(self, prompt: str | Sequence[str], **options: Any) -> Iterator[PaintingStep]:
         """Paint step by step, for one prompt or several.

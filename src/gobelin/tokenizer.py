@@ -67,7 +67,7 @@ class Tokenizer:
             end_of_word_suffix=WORD_END,
         )
         engine.train_from_iterator(texts, trainer)
-        merges = [tuple(pair) for pair in json.loads(engine.to_str())["model"]["merges"]]
+        merges = [(left, right) for left, right in json.loads(engine.to_str())["model"]["merges"]]
         merges = merges[: vocab_size - len(alphabet) - 2]
         tokens = dict.fromkeys([*alphabet, *("".join(pair) for pair in merges), BOS, EOS])
         return cls({token: index for index, token in enumerate(tokens)}, merges, max_length)
@@ -81,9 +81,10 @@ class Tokenizer:
             lines = merges_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{merges_file} cannot be read: {error}") from error
-        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        if bad := [pair for pair in merges if len(pair) != 2]:
-            raise ModelError(f"{merges_file}: {' '.join(bad[0])!r} is not a pair of symbols")
+        lines = [line for line in lines if line.strip() and not line.startswith("#version")]
+        if bad := [line for line in lines if len(line.split()) != 2]:
+            raise ModelError(f"{merges_file}: {bad[0]!r} is not a pair of symbols")
+        merges = [(left, right) for left, right in map(str.split, lines)]
         length = read_json(folder / "tokenizer_config.json").get("model_max_length", 77)
         return cls(read_json(folder / "vocab.json"), merges, length)
 

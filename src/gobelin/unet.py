@@ -233,11 +233,12 @@ class DownBlock2D(_Block):
     def __init__(self, config: UNetConfig, level: int):
         widths = config.block_out_channels
         layers = config.layers_per_block
-        channels = [(widths[max(level - 1, 0)], widths[level])] + [(widths[level],) * 2] * (layers - 1)
+        width = widths[level]
+        channels = [(widths[max(level - 1, 0)], width)] + [(width, width)] * (layers - 1)
         attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
         super().__init__(channels, layers if attends else 0, config)
         if level < len(widths) - 1:
-            self.downsamplers = nn.ModuleList([Downsample2D(widths[level], padding=1)])
+            self.downsamplers = nn.ModuleList([Downsample2D(width, padding=1)])
 
     def forward(
         self, hidden: Tensor, time: Tensor, text_embeddings: Tensor, text_mask: Tensor | None = None
@@ -345,7 +346,7 @@ class UNet(Component[UNetConfig]):
         hidden = self._run(self.mid_block, hidden, *conditions)
 
         for block in self.up_blocks:
-            count = len(block.resnets)
+            count = self.config.layers_per_block + 1
             skips, block_skips = skips[:-count], skips[-count:]
             size = tuple(skips[-1].shape[-2:]) if skips else None
             hidden = self._run(block, hidden, block_skips, size, *conditions)

@@ -162,9 +162,12 @@ class LevelBlock(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample2D(out_channels)])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.children():
-            for module in layer:
-                hidden = module(hidden)
+        for resnet in self.resnets:
+            hidden = resnet(hidden)
+        if hasattr(self, "downsamplers"):
+            hidden = self.downsamplers[0](hidden)
+        if hasattr(self, "upsamplers"):
+            hidden = self.upsamplers[0](hidden)
         return hidden
 
 
@@ -279,9 +282,10 @@ class VAE(Component[VAEConfig]):
         channels = self.config.latent_channels
         scale = torch.cat([std, torch.ones_like(std)])
         shift = torch.cat([mean / std, 2 * std.log()])
+        assert self.quant_conv.bias is not None
+        assert self.post_quant_conv.bias is not None
         self.quant_conv.weight.div_(scale[:, None, None, None])
         self.quant_conv.bias.div_(scale).sub_(shift)
-        assert self.post_quant_conv.bias is not None
         self.post_quant_conv.bias.add_(self.post_quant_conv.weight.reshape(channels, channels) @ mean)
         self.post_quant_conv.weight.mul_(std[None, :, None, None])
 

@@ -13,14 +13,10 @@ Options = TypeVar("Options")
 
 def parse(options: type[Options], command: str, arguments: Sequence[str], default: Options | None = None) -> Options:
     """Read a command's options; their dataclass' docstrings are its help. Leaves with 2 where they are wrong."""
-    more = {} if default is None else {"default": default}
-    return tyro.cli(
-        options,
-        prog=f"gobelin {command}",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-        **more,
-    )
+    prog, style = f"gobelin {command}", (tyro.conf.FlagCreatePairsOff,)
+    if default is None:
+        return tyro.cli(options, prog=prog, args=list(arguments), config=style)
+    return tyro.cli(options, prog=prog, args=list(arguments), config=style, default=default)
 
 
 def write_report(file: Path | None, report: Any) -> None:

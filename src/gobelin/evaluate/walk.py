@@ -44,7 +44,7 @@ def walk(config: UNetConfig, height: int, width: int, length: int = 77) -> list[
     names = {module: name for name, module in unet.named_modules()}
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        grids.append(tuple(inputs[0].shape[-2:]))
+        grids.append((inputs[0].shape[-2], inputs[0].shape[-1]))
 
     def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, Attention)

@@ -5,6 +5,7 @@ colours go to the nearest prototype and shapes to the template that overlaps mos
 on renders, blurred and noisy ones too, never on a model's samples.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,9 +27,8 @@ _BORDER_SPREAD = 24.0  # sRGB distance within which border pixels are of one col
 _LEAST_AREA = 25  # pixels
 _LEAST_CORE = 6  # pixels; thinner objects are judged whole
 _LEAST_IOU = 0.75
-_MOST_STRETCH = 1.4  # of width to height, against the template's
-# Shapes are compared on a grid of 26 × 26 points, stretched over the box and a little beyond; its side is 1.
-_AT = (np.arange(26) + 0.5) / 24 - 1 / 24
+# Shapes are compared on a grid of 30 × 30 points about the centre of the box, in units of √(width · height).
+_AT = (np.arange(30) - 14.5) / 24
 # A template is refitted to the box: scaled and shifted, across and down.
 _SCALES = (0.94, 1.0, 1.06)
 _SHIFTS = (-0.03, 0.0, 0.03)
@@ -88,20 +88,23 @@ def grade(image: NDArray[np.uint8] | Image.Image, world: World = CORE) -> list[S
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         part = labels[rows, columns] == number
         area = int(part.sum())
+        if area < _LEAST_AREA:
+            continue
         typical = _typical(looks[rows, columns], part)
-        if area < _LEAST_AREA or difference(typical, lab(background)) < _FOREGROUND:
+        if difference(typical, lab(background)) < _FOREGROUND:
             continue
         mask = np.zeros(labels.shape, np.bool_)
         mask[rows, columns] = part
         others = (labels > 0) & ~mask
-        shape, iou = _shape(np.where(others, 0, cover), part.shape, (rows.start, columns.start), world.shapes)
+        box = (columns.start, rows.start, columns.stop, rows.stop)
+        shape, iou = _shape(np.where(others, 0, cover), box, world.shapes)
         prototypes = lab([COLOURS[name] for name in world.colours])
         seen.append(
             Seen(
                 shape=shape,
                 colour=world.colours[int(difference(prototypes, typical).argmin())],
                 area=area,
-                box=(columns.start, rows.start, columns.stop, rows.stop),
+                box=box,
                 mask=mask,
                 iou=iou,
             )
@@ -132,35 +135,29 @@ def _typical(looks: NDArray[np.float64], part: NDArray[np.bool_]) -> NDArray[np.
     return np.median(looks[core if core.sum() >= _LEAST_CORE else part], axis=0)
 
 
-def _shape(
-    cover: NDArray[np.float64], size: tuple[int, ...], corner: tuple[int, int], shapes: tuple[str, ...]
-) -> tuple[str, float]:
+def _shape(cover: NDArray[np.float64], box: tuple[int, int, int, int], shapes: tuple[str, ...]) -> tuple[str, float]:
     """The shape of the object in a box of ``cover``, and its overlap with the best template, in [0, 1]."""
-    height, width = size
-    rows, columns = (start - 0.5 + _AT * length for start, length in zip(corner, size, strict=True))
-    sampled = ndimage.map_coordinates(cover, np.meshgrid(rows, columns, indexing="ij"), order=1)
-    mask = (sampled > 0.5).ravel().astype(np.float32)
-    templates, aspects = _templates(shapes)
+    left, top, right, bottom = box
+    reach = _AT * math.sqrt((right - left) * (bottom - top))
+    grid = np.meshgrid((top + bottom - 1) / 2 + reach, (left + right - 1) / 2 + reach, indexing="ij")
+    mask = (ndimage.map_coordinates(cover, grid, order=1) > 0.5).ravel().astype(np.float32)
+    templates = _templates(shapes)
     common = templates @ mask
     iou = (common / (templates.sum(axis=-1) + mask.sum() - common)).max(axis=-1)
-    stretch = width / height / aspects
-    iou = np.where((stretch < _MOST_STRETCH) & (stretch > 1 / _MOST_STRETCH), iou, 0)
     best = int(iou.argmax())
     return shapes[best] if iou[best] >= _LEAST_IOU else UNKNOWN, float(iou[best])
 
 
 @cache
-def _templates(shapes: tuple[str, ...]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Masks of 0 and 1 of the shapes, [shapes, refits, pixels], and each one's width / height, [shapes]."""
+def _templates(shapes: tuple[str, ...]) -> NDArray[np.float32]:
+    """Masks of 0 and 1 of the shapes, [shapes, refits, pixels], about the centres of their boxes."""
     fine = np.linspace(-1, 1, 401)
-    refits = np.stack([(_AT - 0.5 - shift) / scale for scale in _SCALES for shift in _SHIFTS])
-    masks, aspects = [], []
+    refits = np.stack([(_AT - shift) / scale for scale in _SCALES for shift in _SHIFTS])
+    masks = []
     for name in shapes:
         inside = SHAPES[name](fine[None, :], fine[:, None]) <= 0
         xs, ys = fine[inside.any(axis=0)], fine[inside.any(axis=1)]
-        width, height = xs[-1] - xs[0], ys[-1] - ys[0]
-        x = (xs[0] + xs[-1]) / 2 + refits * width
-        y = (ys[0] + ys[-1]) / 2 + refits * height
+        reach = refits * math.sqrt((xs[-1] - xs[0]) * (ys[-1] - ys[0]))
+        x, y = (xs[0] + xs[-1]) / 2 + reach, (ys[0] + ys[-1]) / 2 + reach
         masks.append(SHAPES[name](x[None, :, None, :], y[:, None, :, None]).reshape(len(refits) ** 2, -1) < 0)
-        aspects.append(width / height)
-    return np.stack(masks).astype(np.float32), np.array(aspects)
+    return np.stack(masks).astype(np.float32)

@@ -8,11 +8,11 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, cast
 from zlib import crc32
 
 import torch
@@ -26,13 +26,15 @@ from gobelin.errors import TrainingError
 from gobelin.training import state
 from gobelin.training.config import OptimConfig
 
+Module = TypeVar("Module", bound=nn.Module)
 
-class Stage(Protocol):
+
+class Stage(Protocol[Module]):
     """What the loop trains: a module, and a loss over samples that it names by their indices."""
 
     name: str
     optim: OptimConfig
-    module: nn.Module
+    module: Module
     samples: int
     """How many samples an epoch has."""
 
@@ -40,7 +42,7 @@ class Stage(Protocol):
         """Scalars by name; ``loss`` is the one to descend. All randomness comes from ``generator`` (CPU)."""
         ...
 
-    def picture(self, module: nn.Module) -> Image.Image | None:
+    def picture(self, module: Module) -> Image.Image | None:
         """What to look at: the module, with averaged weights, at work. None where there is nothing to see."""
         ...
 
@@ -65,14 +67,14 @@ class Run:
             file.write(json.dumps({"stage": stage, **values}) + "\n")
 
 
-def fit(stage: Stage, run: Run) -> nn.Module:
+def fit(stage: Stage[Module], run: Run) -> Module:
     """Train a stage to its last step, from its newest checkpoint if it has one; returns the averaged module.
 
     SIGINT and SIGTERM end it after the step under way, with a checkpoint. Raises :class:`TrainingError` where the
     loss is not a number: the last checkpoint stands.
     """
     optim = stage.optim
-    module = stage.module.to(run.device, memory_format=torch.channels_last).train()
+    module = stage.module.train().to(run.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         parameter_groups(module, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, fused=True
     )
@@ -117,12 +119,12 @@ def fit(stage: Stage, run: Run) -> nn.Module:
                 advance(done, means["loss"], speed)
                 recent, seen_at, seen = [], now, done
             if done % run.picture_every == 0 or done == optim.steps:
-                _keep_picture(stage, run, average.module, done)
+                _keep_picture(stage, run, cast(Module, average.module), done)
             if done % run.save_every == 0 or done == optim.steps or stop():
                 save(done)
             if stop() and done < optim.steps:
                 raise KeyboardInterrupt
-    return average.module.eval()
+    return cast(Module, average.module.eval())
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -159,12 +161,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def _averager(decay: float):
+def _averager(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
     """An exponential moving average that moves faster while it is young."""
 
-    def update(averages: list[Tensor], currents: list[Tensor], count: Tensor) -> None:
+    def update(averages: Any, currents: Any, count: Tensor | int) -> None:
         step = float(count)
-        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + step) / (10 + step)))  # type: ignore[attr-defined]
 
     return update
 
@@ -182,7 +184,7 @@ def _restore(
     return saved["step"]
 
 
-def _keep_picture(stage: Stage, run: Run, module: nn.Module, step: int) -> None:
+def _keep_picture(stage: Stage[Module], run: Run, module: Module, step: int) -> None:
     module.eval()
     with torch.no_grad():
         picture = stage.picture(module)

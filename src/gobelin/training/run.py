@@ -111,8 +111,8 @@ class _Training:
         )
         stage = TextStage(self.pairs, self.images, tokenizer, text_encoder, image_encoder, config.optim)
         trained = fit(stage, self.context)
-        trained["text"].save_pretrained(self.out / "text_encoder")
-        trained["image"].save_pretrained(self.out / IMAGE_ENCODER)
+        trained.text.save_pretrained(self.out / "text_encoder")
+        trained.image.save_pretrained(self.out / IMAGE_ENCODER)
 
     def vae(self) -> None:
         vae = VAE(dataclasses.replace(preset(VAEConfig, self.config.vae.preset), sample_size=self.pairs.size))

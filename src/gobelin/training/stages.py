@@ -40,6 +40,15 @@ class Images:
         return images.float() / 127.5 - 1
 
 
+class Contrast(nn.Module):
+    """The two encoders that are trained together."""
+
+    def __init__(self, text: TextEncoder, image: ImageEncoder):
+        super().__init__()
+        self.text = text
+        self.image = image
+
+
 class TextStage:
     """CLIP's contrastive loss over (image, caption) pairs, with hard negatives where the data knows any."""
 
@@ -56,7 +65,7 @@ class TextStage:
     ):
         self.optim = optim
         self.samples = len(pairs)
-        self.module = nn.ModuleDict({"text": text_encoder, "image": image_encoder})
+        self.module = Contrast(text_encoder, image_encoder)
         self._images = images
         captions = pairs.captions()
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
@@ -69,7 +78,7 @@ class TextStage:
         captions = self._caption[indices]
         images = self._images(indices)
         token_ids = torch.cat([self._token_ids[indices], *self._hard(indices, generator)])
-        text_encoder, image_encoder = self.module["text"], self.module["image"]
+        text_encoder, image_encoder = self.module.text, self.module.image
         token_ids = token_ids.to(images.device)
         pooled = text_encoder.pooled(token_ids, text_encoder(token_ids))
         texts = image_encoder.project_text(pooled)
@@ -85,7 +94,7 @@ class TextStage:
         wrong = [(self._negatives[index], pick) for index, pick in zip(indices.tolist(), picks, strict=True)]
         return [texts[int(pick * len(texts))][None] for texts, pick in wrong if texts is not None]
 
-    def picture(self, module: nn.Module) -> Image.Image | None:
+    def picture(self, module: Contrast) -> None:
         return None
 
 
@@ -115,11 +124,11 @@ class VAEStage:
             "l1": error.abs().mean(),
             "kl": posterior.kl().sum(),
         }
-        loss = sum(getattr(config, name) * value for name, value in parts.items())
+        loss = torch.stack([getattr(config, name) * value for name, value in parts.items()]).sum()
         noise = posterior.logvar.exp().mean(dim=(0, 2, 3)) / posterior.mean.var(dim=(0, 2, 3))
         return {"loss": loss, **parts, "worst_noise_share": noise.sqrt().max()}
 
-    def picture(self, module: nn.Module) -> Image.Image:
+    def picture(self, module: VAE) -> Image.Image:
         images = self._images(self._shown)
         return grid(torch.cat([images, module.decode(module.encode(images).mode())]), columns=len(images))
 
@@ -142,7 +151,7 @@ class UNetStage:
         text_embeddings: Tensor,
         caption: Tensor,
         config: UNetTraining,
-        paint: Callable[[nn.Module], Image.Image],
+        paint: Callable[[UNet], Image.Image],
     ):
         self.optim = config.optim
         self.samples = len(latents)
@@ -176,7 +185,7 @@ class UNetStage:
         even = torch.rand(count, generator=generator) < self._config.uniform_timesteps
         return (torch.where(even, strata, middle) * last).long().clamp(max=last - 1)
 
-    def picture(self, module: nn.Module) -> Image.Image:
+    def picture(self, module: UNet) -> Image.Image:
         return self._paint(module)
 
 

@@ -1,0 +1,50 @@
+# Two commands for a fresh machine: `make run` and `make test`. Everything lives in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PROMPTS := "a red circle" "a blue square" "a yellow ring" "a green triangle" "a purple cross" \
+	"a red circle to the left of a blue square"
+
+.PHONY: help run install test test-slow lint format clean
+
+help:
+	@echo "make run        install, then paint pictures with the shipped model into out/"
+	@echo "make test       install, then run the tests"
+	@echo "make test-slow  the tests that take minutes to hours"
+	@echo "make lint       formatting, lint, types, levels of the architecture"
+	@echo "make format     format the code"
+
+run: .venv/installed
+	$(BIN)/gobelin generate $(PROMPTS) --seed 1 --out out
+
+test: .venv/installed-dev
+	$(BIN)/pytest
+
+test-slow: .venv/installed-dev
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: .venv/installed
+
+# torch first and by its exact version: an unpinned one may bring gigabytes of CUDA.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out build dist .pytest_cache .ruff_cache
