@@ -107,7 +107,7 @@ class Pipeline:
         folder = shipped_model() if path is None else Path(path)
         if not (folder / MODEL_INDEX).is_file():
             raise ModelError(f"no model at {folder}: expected a folder with a {MODEL_INDEX}")
-        device = torch.device(device) if device else best_device()
+        device = find_device(device)
         dtype = dtype or torch.float32
         scheduler = folder / "scheduler" / "scheduler_config.json"
         ours = folder / OURS
@@ -263,11 +263,18 @@ def shipped_model() -> Path:
     return Path(str(files("gobelin") / "models" / SHIPPED))
 
 
-def best_device() -> torch.device:
-    """cuda, mps or cpu: the first that is there."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name; for None, the first of cuda, mps and cpu that is there.
+
+    Raises :class:`UsageError` with the choices for a device that this machine does not have.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    choices = [kind for kind, available in there.items() if available]
+    if name is None:
+        return torch.device(choices[0])
+    if str(name).split(":")[0] not in choices:
+        raise UsageError(f"unknown device {str(name)!r}: the choices on this machine are {', '.join(choices)}")
+    return torch.device(name)
 
 
 def to_pil(images: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:

@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -53,10 +54,12 @@ def test_a_relation_reads_back_from_every_template(template, read):
 
 def test_underspecified_captions_leave_out_one_thing():
     rng = np.random.default_rng(0)
-    left_out = []
+    left_out, parts = [], Counter()
     for _ in range(400):
         said = phrase(rng, [("circle", "red"), ("square", "blue")], None, "{a} and {b}", 0.2).wanted
         left_out.append(sum(part is None for pair in said for part in pair))
+        parts.update(part for pair in said for part in pair)
+    assert all(0.9 * 400 < parts[part] < 400 for part in ("circle", "red", "square", "blue"))
     assert set(left_out) == {0, 1}
     assert 0.14 < np.mean(left_out) < 0.26
 

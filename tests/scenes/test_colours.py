@@ -10,12 +10,13 @@ from gobelin.scenes.colours import BACKGROUNDS, COLOURS, difference, lab
     [
         ((255, 255, 255), (100, 0, 0)),
         ((0, 0, 0), (0, 0, 0)),
+        ((119, 119, 119), (50.03, 0, 0)),
         ((255, 0, 0), (53.24, 80.09, 67.20)),
         ((0, 0, 255), (32.30, 79.19, -107.86)),
     ],
 )
 def test_lab_of_known_colours(rgb, expected):
-    np.testing.assert_allclose(lab(rgb), expected, atol=0.02)
+    np.testing.assert_allclose(lab([rgb])[0], expected, atol=0.02)
 
 
 def test_backgrounds_are_far_from_every_object_colour(world: World):

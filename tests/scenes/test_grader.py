@@ -53,9 +53,7 @@ def test_masks_and_places_are_those_of_the_objects(world: World):
             assert (seen.width, seen.height) == (right - left, bottom - top)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "levels"), [(blurred, (0.5, 1.5, 2, 3)), (noisy, (0.02, 0.06, 0.08, 0.15))]
-)
+@pytest.mark.parametrize(("spoil", "levels"), [(blurred, (0.5, 1.5, 2, 3)), (noisy, (0.02, 0.06, 0.08, 0.15))])
 def test_scores_fall_steadily_as_images_get_worse(world: World, spoil, levels):
     made = [sample(23, index, world) for index in range(80)]
     scores = [np.mean([exact(one, spoil(one.image, level)) for one in made]) for level in levels]
@@ -87,6 +85,13 @@ def test_a_blob_is_unknown():
     (seen,) = grade(image)
     assert (seen.shape, seen.colour) == ("unknown", "red")
     assert seen.iou < 0.75
+
+
+def test_the_colour_is_that_of_the_core():
+    image = np.full((64, 64, 3), 176, np.uint8)
+    image[20:26, 20:26] = (140, 36, 150)
+    image[21:25, 21:25] = (221, 32, 38)
+    assert [seen.colour for seen in grade(image)] == ["red"]
 
 
 def test_specks_are_no_objects_and_an_empty_image_has_none():

@@ -18,9 +18,7 @@ def test_mask_is_where_the_colour_is(shape):
     assert (masks.shape, masks.dtype) == ((1, 64, 64), np.bool_)
     blue, grey = np.array(COLOURS["blue"]), np.array(BACKGROUNDS["grey"])
     cover = ((image - grey) @ (blue - grey)) / ((blue - grey) @ (blue - grey))
-    np.testing.assert_array_equal(
-        masks[0][np.abs(cover - 0.5) > 0.01], (cover > 0.5)[np.abs(cover - 0.5) > 0.01]
-    )
+    np.testing.assert_array_equal(masks[0][np.abs(cover - 0.5) > 0.01], (cover > 0.5)[np.abs(cover - 0.5) > 0.01])
     assert cover.sum() == pytest.approx(masks[0].sum(), rel=0.06)
 
 

@@ -44,8 +44,8 @@ def test_holds_out(world: World):
         ({"backgrounds": ("plaid",)}, "Expected backgrounds of"),
         ({"mix": (("crowd", 1.0),)}, "Expected categories of"),
         ({"shapes": ("circle",)}, "7 pairs"),
-        ({"radius": (8, 32)}, "fit into 62 px"),
-        ({"radius_crowded": (8, 15)}, "fit into 62 px"),
+        ({"radius": (8.0, 32.0)}, "fit into 62 px"),
+        ({"radius_crowded": (8.0, 15.0)}, "fit into 62 px"),
     ],
 )
 def test_a_world_that_cannot_be_is_refused(change, message):

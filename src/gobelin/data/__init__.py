@@ -1,7 +1,8 @@
 """Captioned images in: from a folder of anyone's pairs, or from the procedural scenes."""
 
+from gobelin.data.corpus import Corpus
 from gobelin.data.folder import FolderPairs
 from gobelin.data.pairs import Pair, Pairs
 from gobelin.data.scenes import ScenePairs, find_world
 
-__all__ = ["FolderPairs", "Pair", "Pairs", "ScenePairs", "find_world"]
+__all__ = ["Corpus", "FolderPairs", "Pair", "Pairs", "ScenePairs", "find_world"]

@@ -67,12 +67,6 @@ class FolderPairs:
     def __getitem__(self, index: int) -> Pair:
         return Pair(image=read_image(self._files[index], self.size), caption=self._captions[index])
 
-    def captions(self) -> list[str]:
-        return list(self._captions)
-
-    def negatives(self, index: int) -> list[str]:
-        return []
-
     def _listed(self) -> Iterator[tuple[Path, str]]:
         """(image file, caption) as the folder has them; the caption is empty where there is none."""
         metadata = self.folder / METADATA

@@ -29,17 +29,12 @@ class ScenePairs:
 
     def __getitem__(self, index: int) -> Pair:
         sample = self.sample(index)
-        return Pair(image=sample.image, caption=sample.caption)
+        negatives = scenes.hard_negatives(sample, index)
+        return Pair(image=sample.image, caption=sample.caption, negatives=tuple(negatives))
 
     def sample(self, index: int) -> scenes.Sample:
         """The scene behind a pair, with its masks and words."""
         return scenes.sample(self.seed, index, self.world, self.split)
-
-    def captions(self) -> list[str]:
-        return [self[index].caption for index in range(self.count)]
-
-    def negatives(self, index: int) -> list[str]:
-        return scenes.hard_negatives(self.sample(index), index)
 
 
 def find_world(name: str) -> scenes.World:

@@ -4,8 +4,10 @@ Colours are sRGB triples in [0, 255]. Distances are CIE76: the Euclidean distanc
 where about 2.3 is the smallest difference that an eye notices.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 # GenEval's ten colours.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -38,7 +40,7 @@ _LEVELS = np.arange(256) / 255
 _LINEAR = np.where(_LEVELS <= 0.04045, _LEVELS / 12.92, ((_LEVELS + 0.055) / 1.055) ** 2.4)
 
 
-def lab(rgb: ArrayLike) -> NDArray[np.float64]:
+def lab(rgb: NDArray[np.uint8] | Sequence[tuple[int, int, int]]) -> NDArray[np.float64]:
     """CIE L*a*b* of sRGB colours.
 
     ``rgb`` is [..., 3] of whole numbers in [0, 255]; the answer is [..., 3] with L* in [0, 100].
@@ -49,6 +51,6 @@ def lab(rgb: ArrayLike) -> NDArray[np.float64]:
     return np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), axis=-1)
 
 
-def difference(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
-    """CIE76 ΔE between L*a*b* colours [..., 3] that broadcast against each other."""
-    return np.linalg.norm(np.asarray(a) - np.asarray(b), axis=-1)
+def difference(a: NDArray[np.number], b: NDArray[np.number]) -> NDArray[np.floating]:
+    """The distance of colours [..., 3] that broadcast against each other: CIE76 ΔE where they are L*a*b*."""
+    return np.asarray(np.linalg.norm(a - b, axis=-1))

@@ -71,7 +71,7 @@ class Seen:
         return self.box[3] - self.box[1]
 
 
-def grade(image: NDArray[np.uint8] | Image.Image, world: World = CORE) -> list[Seen]:
+def grade(image: np.ndarray | Image.Image, world: World = CORE) -> list[Seen]:
     """Find the objects of an image, from top to bottom.
 
     ``image`` is uint8 [H, W, 3] in [0, 255], or a PIL image. Only the shapes and the colours of ``world`` are
@@ -119,7 +119,7 @@ def _background(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.median(border[near[near.sum(axis=1).argmax()]], axis=0).astype(np.uint8)
 
 
-def _cover(pixels: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _cover(pixels: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.floating]:
     """How much of each pixel an object covers, [H, W] in [0, 1].
 
     Pixels at an edge mix object and background in proportion, so this is their distance from the background as
@@ -135,7 +135,7 @@ def _typical(looks: NDArray[np.float64], part: NDArray[np.bool_]) -> NDArray[np.
     return np.median(looks[core if core.sum() >= _LEAST_CORE else part], axis=0)
 
 
-def _shape(cover: NDArray[np.float64], box: tuple[int, int, int, int], shapes: tuple[str, ...]) -> tuple[str, float]:
+def _shape(cover: NDArray[np.floating], box: tuple[int, int, int, int], shapes: tuple[str, ...]) -> tuple[str, float]:
     """The shape of the object in a box of ``cover``, and its overlap with the best template, in [0, 1]."""
     left, top, right, bottom = box
     reach = _AT * math.sqrt((right - left) * (bottom - top))

@@ -1,6 +1,6 @@
 """Hard negatives: captions that are wrong about an image in one respect."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from gobelin.scenes.captions import Phrasing
 from gobelin.scenes.relations import INVERSE, found_in
 from gobelin.scenes.sampling import Sample
+from gobelin.scenes.world import World
 
 
 def hard_negatives(sample: Sample, seed: int) -> list[str]:
@@ -18,35 +19,31 @@ def hard_negatives(sample: Sample, seed: int) -> list[str]:
     be true is left out, and so is what the world holds out, unless the sample is itself of the "heldout"
     split.
     """
-    rng = np.random.default_rng(seed)
     chosen = []
-    for options in _changes(sample.phrasing, sample):
-        false = [option for option in options if _false(option, sample)]
+    for options in _changes(sample.phrasing, sample.world, np.random.default_rng(seed)):
+        false = next((option for option in options if _false(option, sample)), None)
         if false:
-            chosen.append(false[rng.integers(len(false))].text)
+            chosen.append(false.text)
     return chosen
 
 
-def _changes(phrasing: Phrasing, sample: Sample) -> list[Sequence[Phrasing]]:
-    """For each respect in which the caption can be wrong, the ways to be so."""
-    changes: list[Sequence[Phrasing]] = []
+def _changes(phrasing: Phrasing, world: World, rng: np.random.Generator) -> Iterator[Iterable[Phrasing]]:
+    """For each respect in which the caption can be wrong, the ways to be so, in random order."""
     mentions = phrasing.mentions
-    if len(mentions) == 2:
-        first, second = mentions
-        if first.colour and second.colour:
-            swapped = (replace(first, colour=second.colour), replace(second, colour=first.colour))
-            changes.append([replace(phrasing, mentions=swapped)])
+
+    def changed(at: int, **fields: str) -> Phrasing:
+        return replace(phrasing, mentions=(*mentions[:at], replace(mentions[at], **fields), *mentions[at + 1 :]))
+
+    if len(mentions) == 2 and mentions[0].colour and mentions[1].colour:
+        swapped = (replace(mentions[0], colour=mentions[1].colour), replace(mentions[1], colour=mentions[0].colour))
+        yield [replace(phrasing, mentions=swapped)]
     if phrasing.relation:
-        changes.append([replace(phrasing, relation=INVERSE[phrasing.relation])])
+        yield [replace(phrasing, relation=INVERSE[phrasing.relation])]
     for at, mention in enumerate(mentions):
-        others = (
-            [replace(mention, colour=colour) for colour in sample.world.colours if mention.colour],
-            [replace(mention, shape=shape) for shape in sample.world.shapes if mention.shape],
-        )
-        changes += [
-            [replace(phrasing, mentions=(*mentions[:at], o, *mentions[at + 1 :])) for o in kind] for kind in others
-        ]
-    return changes
+        if mention.colour:
+            yield (changed(at, colour=colour) for colour in rng.permutation(world.colours).tolist())
+        if mention.shape:
+            yield (changed(at, shape=shape) for shape in rng.permutation(world.shapes).tolist())
 
 
 def _false(option: Phrasing, sample: Sample) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from itertools import permutations
 from math import hypot
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(INVERSE)
@@ -17,6 +17,7 @@ _TOLERANCE = 0.1
 _SHARE = 0.5
 
 
+@runtime_checkable
 class Thing(Protocol):
     """Anything with a name and a box: an object of a scene, or one that the grader saw. Lengths in pixels."""
 

@@ -1,7 +1,7 @@
 """A scene: what is in an image, and where. Serialisable, and enough to draw the image again."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 from gobelin.errors import DataError
 
@@ -47,7 +47,7 @@ class Scene:
         return asdict(self) | {"objects": [asdict(thing) for thing in self.objects]}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
+    def from_json(cls, data: dict[str, Any]) -> "Scene":
         """The scene that ``to_json`` wrote. Raises DataError for anything else."""
         try:
             objects = tuple(SceneObject(**thing) for thing in data["objects"])

@@ -96,8 +96,8 @@ CORE = World(
     shapes=("circle", "square", "triangle", "diamond", "cross", "ring", "star"),
     colours=("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"),
     backgrounds=("grey", "sage", "sand"),
-    radius=(8, 14),
-    radius_crowded=(8, 13),
+    radius=(8.0, 14.0),
+    radius_crowded=(8.0, 13.0),
     mix=(("single", 0.3), ("two", 0.3), ("relation", 0.4)),
 )
 
@@ -106,8 +106,8 @@ NANO = World(
     shapes=("circle", "square", "triangle", "cross", "ring"),
     colours=("red", "green", "blue", "yellow", "purple", "black"),
     backgrounds=("paper",),
-    radius=(11, 15),
-    radius_crowded=(9.5, 13),
+    radius=(11.0, 15.0),
+    radius_crowded=(9.5, 13.0),
     mix=(("single", 0.5), ("two", 0.25), ("relation", 0.25)),
 )
 

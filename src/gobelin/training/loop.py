@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 from zlib import crc32
 
 import torch
@@ -29,6 +29,7 @@ from gobelin.training.config import OptimConfig
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@runtime_checkable
 class Stage(Protocol[Module]):
     """What the loop trains: a module, and a loss over samples that it names by their indices."""
 

@@ -7,24 +7,26 @@ metrics, the sample grids and, until the end, the checkpoints.
 import dataclasses
 import json
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 
 from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
-from gobelin.data import FolderPairs, Pairs, ScenePairs, find_world
+from gobelin.data import Corpus, FolderPairs, Pairs, ScenePairs, find_world
 from gobelin.errors import TrainingError
 from gobelin.formats.files import read_json, write_json, write_text
-from gobelin.pipeline import Pipeline, Recommended, best_device
+from gobelin.pipeline import Pipeline, Recommended, find_device
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.training.card import model_card
 from gobelin.training.config import TrainConfig
 from gobelin.training.loop import Run, fit, mix
-from gobelin.training.stages import Images, TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
+from gobelin.training.stages import TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
@@ -59,7 +61,7 @@ class _Training:
         self.pairs = open_pairs(config)
         console.print(f"data: {self.pairs.description}", highlight=False)
         self._claim(resume)
-        device = best_device() if config.device == "auto" else torch.device(config.device)
+        device = find_device(None if config.device == "auto" else config.device)
         self.context = Run(
             folder=self.folder,
             seed=config.seed,
@@ -68,7 +70,6 @@ class _Training:
             picture_every=config.picture_every,
             console=console,
         )
-        self._images: Images | None = None
 
     def run(self, only: StageName | None) -> Path:
         actions = {
@@ -90,7 +91,7 @@ class _Training:
 
     def tokenizer(self) -> None:
         config = self.config.tokenizer
-        tokenizer = Tokenizer.train(self.pairs.captions(), config.vocab_size, config.max_length)
+        tokenizer = Tokenizer.train(self.corpus.captions, config.vocab_size, config.max_length)
         tokenizer.save_pretrained(self.out / "tokenizer")
         self.console.print(f"tokenizer: {len(tokenizer.vocab)} tokens")
 
@@ -109,16 +110,16 @@ class _Training:
         image_encoder = ImageEncoder(
             ImageEncoderConfig(image_size=self.pairs.size, text_width=config.width, projection_dim=config.projection)
         )
-        stage = TextStage(self.pairs, self.images, tokenizer, text_encoder, image_encoder, config.optim)
+        stage = TextStage(self.corpus, tokenizer, text_encoder, image_encoder, config.optim)
         trained = fit(stage, self.context)
         trained.text.save_pretrained(self.out / "text_encoder")
         trained.image.save_pretrained(self.out / IMAGE_ENCODER)
 
     def vae(self) -> None:
         vae = VAE(dataclasses.replace(preset(VAEConfig, self.config.vae.preset), sample_size=self.pairs.size))
-        stage = VAEStage(self.images, vae, self.config.vae, torch.arange(min(SHOWN, len(self.pairs))))
+        stage = VAEStage(self.corpus, vae, self.config.vae, torch.arange(min(SHOWN, len(self.pairs))))
         trained = fit(stage, self.context)
-        means, _ = encode_images(trained, self.images)
+        means, _ = encode_images(trained, self.corpus)
         trained.normalise_latents_(means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
         trained.save_pretrained(self.out / "vae")
 
@@ -144,10 +145,8 @@ class _Training:
             )
         ).zero_init_()
         unet.gradient_checkpointing = config.gradient_checkpointing
-        captions = self.pairs.captions()
-        distinct = list(dict.fromkeys(captions))
-        numbers = {caption: number for number, caption in enumerate(distinct)}
-        latents, spread = encode_images(vae, self.images)
+        captions, caption = self.corpus.distinct_captions()
+        latents, spread = encode_images(vae, self.corpus)
 
         def pipeline(network: UNet) -> Pipeline:
             return Pipeline(
@@ -164,8 +163,8 @@ class _Training:
             schedule,
             latents * vae.config.scaling_factor,
             spread * vae.config.scaling_factor,
-            encode_texts(text_encoder, tokenizer, [*distinct, ""]),
-            torch.tensor([numbers[caption] for caption in captions]),
+            encode_texts(text_encoder, tokenizer, [*captions, ""]),
+            caption,
             config,
             paint=lambda network: self._grid(pipeline(network), captions[: 3 * SHOWN]),
         )
@@ -176,11 +175,11 @@ class _Training:
         )
         pipeline(trained).save_pretrained(self.out)
 
-    @property
-    def images(self) -> Images:
-        if self._images is None:
-            self._images = Images(self.pairs, self.context.device)
-        return self._images
+    @cached_property
+    def corpus(self) -> Corpus:
+        with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task("reading", total=len(self.pairs))
+            return Corpus(self.pairs, advance=lambda: progress.advance(task))
 
     def _grid(self, pipeline: Pipeline, captions: list[str]) -> Image.Image:
         result = pipeline(captions, seed=0)

@@ -2,42 +2,18 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor, nn
 
 from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
-from gobelin.data import Pairs
+from gobelin.data import Corpus
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
 from gobelin.training.config import OptimConfig, UNetTraining, VAETraining
 from gobelin.unet import UNet
 from gobelin.vae import VAE
-
-IN_MEMORY_BYTES = 2 * 2**30
-
-
-class Images:
-    """The images of a set of pairs, kept in memory where they fit and read when needed where they do not."""
-
-    def __init__(self, pairs: Pairs, device: torch.device):
-        self.pairs = pairs
-        self.device = device
-        self._kept: np.ndarray | None = None
-        if len(pairs) * pairs.size**2 * 3 <= IN_MEMORY_BYTES:
-            self._kept = np.empty((len(pairs), pairs.size, pairs.size, 3), np.uint8)
-            for index in range(len(pairs)):
-                self._kept[index] = pairs[index].image
-
-    def __call__(self, indices: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1], channels last."""
-        rows = indices.tolist()
-        kept = self._kept
-        chosen = np.stack([self.pairs[row].image for row in rows]) if kept is None else kept[rows]
-        images = torch.from_numpy(chosen).to(self.device).permute(0, 3, 1, 2)
-        return images.float() / 127.5 - 1
 
 
 class Contrast(nn.Module):
@@ -56,30 +32,25 @@ class TextStage:
 
     def __init__(
         self,
-        pairs: Pairs,
-        images: Images,
+        corpus: Corpus,
         tokenizer: Tokenizer,
         text_encoder: TextEncoder,
         image_encoder: ImageEncoder,
         optim: OptimConfig,
     ):
         self.optim = optim
-        self.samples = len(pairs)
+        self.samples = len(corpus)
         self.module = Contrast(text_encoder, image_encoder)
-        self._images = images
-        captions = pairs.captions()
-        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-        self._caption = torch.tensor([numbers[caption] for caption in captions])
+        self._corpus = corpus
+        self._tokenizer = tokenizer
+        captions, self._caption = corpus.distinct_captions()
         self._token_ids = tokenizer(captions)
-        negatives = [pairs.negatives(index) for index in range(len(pairs))]
-        self._negatives = [tokenizer(texts) if texts else None for texts in negatives]
 
     def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
-        captions = self._caption[indices]
-        images = self._images(indices)
-        token_ids = torch.cat([self._token_ids[indices], *self._hard(indices, generator)])
         text_encoder, image_encoder = self.module.text, self.module.image
-        token_ids = token_ids.to(images.device)
+        captions = self._caption[indices]
+        images = self._corpus.images(indices).to(text_encoder.device)
+        token_ids = torch.cat([self._token_ids[captions], self._hard(indices, generator)]).to(images.device)
         pooled = text_encoder.pooled(token_ids, text_encoder(token_ids))
         texts = image_encoder.project_text(pooled)
         logits = image_encoder.similarity(image_encoder(images), texts)
@@ -88,11 +59,11 @@ class TextStage:
         right = (found < len(indices)) & same.gather(1, found.clamp(max=len(indices) - 1)[:, None])[:, 0]
         return {"loss": contrastive_loss(logits, same), "accuracy": right.float().mean()}
 
-    def _hard(self, indices: Tensor, generator: Generator) -> list[Tensor]:
-        """One wrong caption for each image that has any."""
+    def _hard(self, indices: Tensor, generator: Generator) -> Tensor:
+        """The tokens of one wrong caption for each image that has any."""
         picks = torch.rand(len(indices), generator=generator).tolist()
-        wrong = [(self._negatives[index], pick) for index, pick in zip(indices.tolist(), picks, strict=True)]
-        return [texts[int(pick * len(texts))][None] for texts, pick in wrong if texts is not None]
+        wrong = [(self._corpus.negatives[index], pick) for index, pick in zip(indices.tolist(), picks, strict=True)]
+        return self._tokenizer([texts[int(pick * len(texts))] for texts, pick in wrong if texts])
 
     def picture(self, module: Contrast) -> None:
         return None
@@ -103,18 +74,18 @@ class VAEStage:
 
     name = "vae"
 
-    def __init__(self, images: Images, vae: VAE, config: VAETraining, shown: Tensor):
+    def __init__(self, corpus: Corpus, vae: VAE, config: VAETraining, shown: Tensor):
         self.optim = config.optim
-        self.samples = len(images.pairs)
+        self.samples = len(corpus)
         self.module = vae
         self._config = config
-        self._images = images
+        self._corpus = corpus
         self._shown = shown
         _start_with_little_noise_(vae)
 
     def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
         config = self._config
-        images = self._images(indices)
+        images = self._corpus.images(indices).to(self.module.device)
         posterior = self.module.encode(images)
         error = self.module.decode(posterior.sample(generator)).float() - images
         parts = {
@@ -129,7 +100,7 @@ class VAEStage:
         return {"loss": loss, **parts, "worst_noise_share": noise.sqrt().max()}
 
     def picture(self, module: VAE) -> Image.Image:
-        images = self._images(self._shown)
+        images = self._corpus.images(self._shown).to(module.device)
         return grid(torch.cat([images, module.decode(module.encode(images).mode())]), columns=len(images))
 
 
@@ -190,11 +161,11 @@ class UNetStage:
 
 
 @torch.no_grad()
-def encode_images(vae: VAE, images: Images, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+def encode_images(vae: VAE, corpus: Corpus, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """(mean, standard deviation) of the raw posterior of every image, [N, 4, h, w] on the CPU."""
     means, spreads = [], []
-    for indices in torch.arange(len(images.pairs)).split(batch_size):
-        posterior = vae.encode(images(indices))
+    for indices in torch.arange(len(corpus)).split(batch_size):
+        posterior = vae.encode(corpus.images(indices).to(vae.device))
         means.append(posterior.mean.cpu())
         spreads.append((0.5 * posterior.logvar).exp().cpu())
     return torch.cat(means), torch.cat(spreads)

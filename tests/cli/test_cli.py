@@ -1,0 +1,253 @@
+"""The command line as a user meets it: what it prints, what it writes, how it leaves."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gobelin.cli.main import COMMANDS, main
+from gobelin.formats.png import read_png_settings
+from gobelin.training import find_preset
+
+
+@pytest.fixture
+def gobelin(capsys):
+    """Run the command line in this process; gives back (exit status, standard output, standard error)."""
+
+    def run(*arguments):
+        status = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run
+
+
+def is_one_sentence(text):
+    return text.count("\n") == 1 and "Traceback" not in text and text.startswith("gobelin: ")
+
+
+def test_help_lists_every_command_and_imports_no_torch():
+    code = (
+        "import sys\nfrom gobelin.cli.main import main\nmain(['--help'])\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'tyro'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"  {command}" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(gobelin, command):
+    status, out, _ = gobelin(command, "--help")
+    assert status == 0
+    assert f"gobelin {command}" in out.split("xamples:")[1]
+
+
+def test_generate_paints_pictures_that_remember(gobelin, trained, tmp_path):
+    out = tmp_path / "pictures"
+    options = ("--model", trained, "--out", out, "--seed", 5, "--steps", 2, "--count", 2, "--guidance", 2)
+    status, printed, err = gobelin("generate", "a red circle", "a BLUE ring!", *options)
+    assert status == 0, err
+    paths = sorted(out.iterdir())
+    assert sorted(printed.split()) == sorted(map(str, paths))
+    assert [path.name for path in paths] == [
+        "a-blue-ring-7.png",
+        "a-blue-ring-8.png",
+        "a-red-circle-5.png",
+        "a-red-circle-6.png",
+    ]
+    settings = read_png_settings(paths[1])
+    assert settings["prompt"] == "a BLUE ring!"
+    assert (settings["seed"], settings["steps"], settings["guidance"]) == (8, 2, 2.0)
+    assert "Seed: 8" in Image.open(paths[1]).info["parameters"]
+
+    again = tmp_path / "again"
+    gobelin("generate", "a BLUE ring!", "--model", trained, "--out", again, "--seed", 8, "--steps", 2, "--guidance", 2)
+    one, other = (np.asarray(Image.open(path), int) for path in (paths[1], again / "a-blue-ring-8.png"))
+    assert np.abs(one - other).max() <= 1, "the same seed paints the same picture, whatever else is in the batch"
+
+    gobelin("generate", "a BLUE ring!", "--model", trained, "--out", again, "--seed", 8, "--steps", 2)
+    assert (again / "a-blue-ring-8-2.png").exists(), "pictures are never overwritten"
+
+
+def test_the_shipped_model_paints(gobelin, tmp_path):
+    status, out, err = gobelin("generate", "a red circle", "--out", tmp_path, "--seed", 1)
+    assert status == 0, err
+    with Image.open(out.strip()) as image:
+        assert image.size == (64, 64)
+
+
+def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
+    prompt = "a red circle and " * 20 + "a zebra"
+    status, _, err = gobelin("generate", prompt, "--model", trained, "--out", tmp_path, "--steps", 1)
+    assert status == 0
+    assert is_one_sentence(err)
+    assert "longer than this model's 32 tokens" in err
+    assert "a zebra'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["paint"], 2, "unknown command 'paint': the choices are generate, train, evaluate, show, data"),
+        (["generate"], 2, "no prompt given"),
+        (["generate", "  "], 2, "the prompt is empty"),
+        (["generate", "x", "--sampler", "magic"], 2, "unknown sampler 'magic': the choices are ddpm, ddim, euler"),
+        (["generate", "x", "--width", "70"], 2, "70×64 pixels asked for: this model paints sizes that are multiples of 4"),
+        (["generate", "x", "--height", "-4"], 2, "multiples of 4"),
+        (["generate", "x", "--steps", "0"], 2, "0 steps asked for: give a number from 1 to 1000"),
+        (["generate", "x", "--count", "0"], 2, "count is 0"),
+        (["generate", "x", "--seed", "-1"], 2, "the seed is -1"),
+        (["generate", "x", "--device", "abacus"], 2, "unknown device 'abacus'"),
+        (["generate", "x", "--model", "nowhere"], 1, "no model at nowhere: expected a folder with a model_index.json"),
+        (["train", "--preset", "huge"], 2, "unknown preset 'huge': the choices are nano"),
+        (["train", "--preset"], 2, "--preset wants a name"),
+        (["train"], 2, "no folder to write to: say --out DIR"),
+        (["train", "--stage", "magic", "--out", "x"], 2, "unknown stage 'magic': the choices are tokenizer"),
+        (["train", "nowhere.toml", "--out", "x"], 2, "the configuration nowhere.toml cannot be read"),
+        (["train", "--data.path", "nowhere", "--out", "x"], 1, "no folder at nowhere"),
+        (["evaluate", "nowhere"], 1, "no model at nowhere"),
+        (["evaluate", "--tasks", "juggling"], 2, "unknown task 'juggling': the choices are single_object"),
+        (["evaluate", "--world", "mars"], 2, "unknown world 'mars'"),
+        (["show", "sd99"], 2, "'sd99' is neither a folder nor a preset: the presets are nano, tiny, small, sd15"),
+        (["show", "sd15", "--height", "12"], 2, "512×12 pixels: this model paints sizes that are multiples of 8"),
+        (["data", "dance"], 2, "unknown action 'dance': the choices are scenes, check"),
+        (["data", "check", "nowhere"], 1, "no folder at nowhere"),
+    ],
+)
+def test_bad_input_gets_one_sentence(gobelin, tmp_path, monkeypatch, arguments, status, message):
+    monkeypatch.chdir(tmp_path)
+    got, _, err = gobelin(*arguments)
+    assert is_one_sentence(err), err
+    assert message in err
+    assert got == status
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("generate", "x", "--brush", "7"), ("generate", "x", "--seed", "x"), ("train", "--unet.optim.steps", "x")]
+)
+def test_unknown_and_malformed_options_are_wrong_usage(gobelin, arguments):
+    status, _, err = gobelin(*arguments)
+    assert status == 2
+    assert "Traceback" not in err
+    assert arguments[-2] in err or arguments[-1] in err
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "message"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", lambda file: file.unlink(), "no weight file at"),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            lambda file: file.write_bytes(file.read_bytes()[:-100]),
+            "is not a whole safetensors file",
+        ),
+        (
+            "unet/config.json",
+            lambda file: file.write_text(file.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 40')),
+            "'down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight' is [32, 32], but the configuration says",
+        ),
+        ("text_encoder/config.json", lambda file: file.write_text("{"), "cannot be read as JSON"),
+    ],
+)
+def test_damaged_models_are_named_file_and_key(gobelin, trained, tmp_path, part, damage, message):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    damage(model / part)
+    status, _, err = gobelin("generate", "x", "--model", model, "--out", tmp_path / "out")
+    assert status == 1
+    assert is_one_sentence(err)
+    assert message in err
+    assert str(model / part.split("/")[0]) in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_takes_a_preset_a_file_and_options(gobelin, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("seed = 3\n[unet]\ncaption_dropout = 0\n[unet.optim]\nsteps = 7\nlearning_rate = 1e-3\n")
+    status, out, err = gobelin("train", file, "--unet.optim.steps", 9, "--print-config")
+    assert status == 0, err
+    import tomllib
+
+    config = tomllib.loads(out)
+    assert (config["seed"], config["unet"]["caption_dropout"]) == (3, 0.0)
+    assert (config["unet"]["optim"]["steps"], config["unet"]["optim"]["learning_rate"]) == (9, 1e-3)
+    assert config["vae"]["optim"]["steps"] == find_preset("nano").vae.optim.steps
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[unet]\ncaption_droput = 0.2", "unknown key 'caption_droput': did you mean 'caption_dropout'?"),
+        ("unet = 3", "unet is 3, expected a table [unet]"),
+        ("seed = 'x'", "seed is 'x', expected a int like 0"),
+        ("seed = ", "cannot be read"),
+    ],
+)
+def test_a_wrong_configuration_file_is_wrong_usage(gobelin, tmp_path, text, message):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    status, _, err = gobelin("train", file, "--out", tmp_path / "model")
+    assert status == 2
+    assert is_one_sentence(err)
+    assert message in err
+
+
+def test_evaluate_reports_scores_with_intervals(gobelin, trained, tmp_path):
+    status, out, err = gobelin(
+        *("evaluate", trained, "--limit", 3, "--json", tmp_path / "scores.json", "--sheet", tmp_path / "sheet.png")
+    )
+    assert status == 0, err
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert [(row["task"], row["split"]) for row in report["scores"]][:2] == [
+        ("single_object", "dev"),
+        ("two_objects", "dev"),
+    ]
+    for row in [*report["scores"], *report["shuffled"]]:
+        assert row["correct"]["low"] <= row["correct"]["value"] <= row["correct"]["high"]
+    assert report["instruments"]["renders"]["value"] >= 0.99
+    assert "single_object" in out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 500
+
+
+def test_show_prints_the_tree_and_the_walk(gobelin, trained):
+    status, out, _ = gobelin("show", "sd15")
+    assert status == 0
+    for name in ("Transformer2DModel", "BasicTransformerBlock", "(to_k): Linear(in_features=768, out_features=320, bias=False)"):
+        assert name in out
+    assert "859,520,964 parameters in 686 tensors" in out
+    assert "[1, 8, 4096, 77]" in out
+    assert "16 self-attentions (attn1), 16 cross-attentions (attn2)." in out
+    status, out, _ = gobelin("show", trained, "--width", 96, "--no-tree")
+    assert status == 0
+    assert "A 96×64 picture is [1, 4, 16, 24] latents; a prompt is 32 tokens." in out
+    assert "[1, 2, 384, 32]" in out
+
+
+def test_scenes_become_a_folder_that_training_reads(gobelin, tmp_path):
+    out = tmp_path / "scenes"
+    status, _, err = gobelin("data", "scenes", "--out", out, "--count", 6, "--world", "nano")
+    assert status == 0, err
+    entry = json.loads((out / "metadata.jsonl").read_text().splitlines()[3])
+    mask = np.asarray(Image.open(out / "masks" / entry["file_name"]))
+    assert set(np.unique(mask)) == set(range(len(entry["scene"]["objects"]) + 1))
+    (out / "000001.png").write_bytes(b"broken")
+    status, printed, _ = gobelin("data", "check", out, "--json", tmp_path / "check.json")
+    assert status == 0
+    assert "5 pairs can be used, 1 were skipped\n  000001.png: not a readable image" in printed
+    assert json.loads((tmp_path / "check.json").read_text())["pairs"] == 5
+    status, _, err = gobelin("data", "scenes", "--out", out)
+    assert status == 1
+    assert "is not empty" in err

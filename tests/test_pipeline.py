@@ -1,0 +1,102 @@
+"""Painting: seeds, batches, streams, sizes, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import gobelin
+from gobelin.errors import UsageError
+from gobelin.pipeline import Pipeline, shipped_model
+from gobelin.samplers import SAMPLERS
+
+
+@pytest.fixture(scope="module")
+def pipe(trained):
+    return Pipeline.from_pretrained(trained)
+
+
+def test_results_are_prompt_major_and_repeatable_from_their_settings(pipe):
+    result = pipe(["a red circle", "a blue ring"], count=2, seed=3, guidance=2.0)
+    assert [(s["prompt"], s["seed"]) for s in result.settings] == [
+        ("a red circle", 3),
+        ("a red circle", 4),
+        ("a blue ring", 5),
+        ("a blue ring", 6),
+    ]
+    assert result.latents.shape == (4, 4, 16, 16)
+    settings = json.loads(json.dumps(result.settings[2]))
+    del settings["model"]
+    alone = pipe(settings.pop("prompt"), **settings)
+    torch.testing.assert_close(alone.latents[0], result.latents[2], rtol=1e-4, atol=1e-4)
+
+
+def test_another_seed_is_another_picture_and_none_is_drawn(pipe):
+    first, second = (pipe("a red circle", seed=seed).latents for seed in (0, 1))
+    assert (first - second).abs().max() > 0.1
+    drawn = [pipe("a red circle", seed=None, steps=1).settings[0]["seed"] for _ in range(2)]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_streams_its_steps(pipe, sampler):
+    steps = list(pipe.stream("a red circle", sampler=sampler, steps=3))
+    assert [step.index for step in steps] == [0, 1, 2]
+    assert steps[0].timestep > steps[2].timestep
+    assert steps[0].sigma > steps[2].sigma
+    assert steps[1].preview().size == (64, 64)
+    final = pipe("a red circle", sampler=sampler, steps=3)
+    assert torch.equal(final.latents, steps[-1].latents)
+
+
+def test_the_prompt_and_the_guidance_change_the_picture(pipe):
+    base = pipe("a red circle", guidance=2.0).latents
+    for options in ({"guidance": 5.0}, {"negative_prompt": "blue"}, {"guidance_rescale": 0.9}, {"clip_skip": 1}):
+        changed = pipe("a red circle", **{"guidance": 2.0, **options}).latents
+        assert not torch.equal(changed, base), options
+    assert not torch.equal(pipe("a blue ring", guidance=2.0).latents, base)
+
+
+def test_any_size_that_the_vae_can_hold(pipe):
+    result = pipe("a red circle", height=36, width=100, steps=1)
+    assert result.images[0].size == (100, 36)
+
+
+def test_start_latents_take_the_place_of_noise(pipe):
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = pipe("a red circle", latents=latents, seed=99, sampler="ddim")
+    drawn = pipe("a red circle", seed=0, sampler="ddim")
+    assert torch.equal(given.latents, drawn.latents)
+    with pytest.raises(UsageError, match=r"the start latents are \[1, 4, 16, 16\]: expected \[2, 4, 16, 16\]"):
+        pipe("a red circle", count=2, latents=latents)
+
+
+def test_it_saves_and_opens_again_in_half_precision(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, torch.float16)
+    again = Pipeline.from_pretrained(tmp_path)
+    assert again.unet.dtype == torch.float32
+    assert again.recommended == pipe.recommended
+    one, other = (np.asarray(p("a red circle").images[0], int) for p in (pipe, again))
+    assert np.abs(one - other).mean() < 2
+
+
+def test_it_runs_in_bfloat16(trained, pipe):
+    fast = Pipeline.from_pretrained(trained, dtype=torch.bfloat16)
+    result = fast("a red circle")
+    assert result.latents.dtype == torch.float32
+    assert result.latents.isfinite().all()
+
+
+def test_the_shipped_model_is_small_and_opens():
+    size = sum(file.stat().st_size for file in shipped_model().rglob("*") if file.is_file())
+    assert size <= 6_000_000
+    pipe = gobelin.Pipeline.from_pretrained()
+    assert pipe("a red circle").images[0].size == (64, 64)
+
+
+def test_public_names_are_there():
+    for name in gobelin.__all__:
+        assert getattr(gobelin, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Unet'"):
+        gobelin.Unet  # noqa: B018

@@ -1,0 +1,128 @@
+"""What each stage's loss computes."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Generator
+
+from gobelin import scenes
+from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
+from gobelin.data import Corpus, ScenePairs
+from gobelin.schedule import NoiseSchedule, ScheduleConfig
+from gobelin.tokenizer import Tokenizer
+from gobelin.training import find_preset
+from gobelin.training.stages import TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
+from gobelin.unet import UNet, UNetConfig
+from gobelin.vae import VAE, VAEConfig
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return Corpus(ScenePairs(world=scenes.NANO, count=32))
+
+
+def test_the_text_stage_adds_hard_negatives_and_learns(corpus):
+    tokenizer = Tokenizer.train(corpus.captions, max_length=24)
+    config = TextEncoderConfig.of(
+        32, layers=1, heads=2, vocab_size=len(tokenizer.vocab), max_position_embeddings=24
+    )
+    text = TextEncoder(config).init_()
+    image = ImageEncoder(ImageEncoderConfig(text_width=32, projection_dim=16, block_out_channels=(16, 16, 16)))
+    optim = find_preset("nano").text.optim
+    stage = TextStage(corpus, tokenizer, text, image, optim)
+    indices = torch.arange(8)
+    seen = []
+    image.similarity, similarity = lambda *both: seen.append(both[1].shape[0]) or similarity(*both), image.similarity
+    first = stage.loss(indices, Generator().manual_seed(0))["loss"]
+    assert seen == [8 + sum(bool(corpus.negatives[index]) for index in range(8))]
+    optimizer = torch.optim.Adam(stage.module.parameters(), lr=1e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = stage.loss(indices, Generator().manual_seed(0))["loss"]
+        loss.backward()
+        optimizer.step()
+    assert loss < first / 2
+
+
+def test_the_vae_stage_starts_narrow_and_weighs_its_parts(corpus):
+    config = find_preset("nano").vae
+    stage = VAEStage(corpus, VAE(VAEConfig.nano()), config, torch.arange(4))
+    losses = stage.loss(torch.arange(4), Generator().manual_seed(0))
+    parts = sum(getattr(config, name) * losses[name] for name in ("mse", "coarse_mse", "edges", "l1", "kl"))
+    torch.testing.assert_close(losses["loss"], parts)
+    with torch.no_grad():
+        posterior = stage.module.encode(corpus.images(torch.arange(4)))
+    assert (posterior.logvar == -6).all()
+    assert stage.picture(stage.module).size == (4 * 66 - 2, 2 * 66 - 2)
+
+
+def unet_stage(corpus, **changes):
+    config = dataclasses.replace(find_preset("nano").unet, **changes)
+    latents = torch.randn(len(corpus), 4, 16, 16)
+    texts = torch.arange(4.0)[:, None, None].expand(4, 6, 96).contiguous()  # the last is the empty caption's
+    unet = UNet(UNetConfig.nano()).zero_init_()
+    seen = {}
+
+    def spy(noisy_latents, timesteps, text_embeddings):
+        seen.update(noisy=noisy_latents, timesteps=timesteps, text=text_embeddings[:, 0, 0])
+        return torch.zeros_like(noisy_latents)
+
+    unet.forward = spy
+    caption = torch.arange(len(corpus)) % 3
+    schedule = NoiseSchedule(ScheduleConfig(prediction_type="epsilon"))
+    stage = UNetStage(unet, schedule, latents, torch.zeros_like(latents), texts, caption, config, paint=None)
+    return stage, seen, caption
+
+
+def test_the_unet_stage_predicts_the_noise(corpus):
+    stage, seen, caption = unet_stage(corpus, caption_dropout=0.0)
+    indices = torch.randperm(32)
+    loss = stage.loss(indices, Generator().manual_seed(0))["loss"]
+    assert loss.item() == pytest.approx(1, abs=0.05), "a prediction of zero misses unit noise by 1"
+    assert torch.equal(seen["text"], caption[indices].float())
+    assert seen["timesteps"].min() >= 0
+    assert seen["timesteps"].max() <= 999
+
+
+def test_captions_are_dropped_as_often_as_asked(corpus):
+    stage, seen, _ = unet_stage(corpus, caption_dropout=0.25)
+    dropped = 0
+    for step in range(40):
+        stage.loss(torch.arange(32), Generator().manual_seed(step))
+        dropped += (seen["text"] == 3).sum().item()
+    assert 0.2 < dropped / (40 * 32) < 0.3
+
+
+@pytest.mark.parametrize(("uniform", "share"), [(1.0, 0.2), (0.0, 0.08)])
+def test_timesteps_are_even_or_around_the_middle(corpus, uniform, share):
+    stage, seen, _ = unet_stage(corpus, uniform_timesteps=uniform)
+    timesteps = []
+    for step in range(40):
+        stage.loss(torch.arange(32), Generator().manual_seed(step))
+        timesteps.append(seen["timesteps"])
+    timesteps = torch.cat(timesteps)
+    outer = ((timesteps < 100) | (timesteps >= 900)).float().mean().item()
+    assert outer == pytest.approx(2 * 0.0139 if uniform == 0 else share, abs=0.03)
+
+
+def test_encoding_is_what_the_networks_say(corpus):
+    vae = VAE(VAEConfig.nano())
+    mean, spread = encode_images(vae, corpus, batch_size=5)
+    with torch.no_grad():
+        posterior = vae.encode(corpus.images(torch.tensor([11])))
+    torch.testing.assert_close(mean[11:12], posterior.mean)
+    torch.testing.assert_close(spread[11:12], posterior.logvar.mul(0.5).exp())
+    tokenizer = Tokenizer.train(corpus.captions, max_length=24)
+    text = TextEncoder(
+        TextEncoderConfig.of(32, layers=1, heads=2, vocab_size=len(tokenizer.vocab), max_position_embeddings=24)
+    )
+    texts = ["a red circle", ""]
+    assert encode_texts(text, tokenizer, texts).shape == (2, 24, 32)
+
+
+def test_a_grid_shows_every_image():
+    images = torch.linspace(-1.5, 1.5, 5)[:, None, None, None].expand(5, 3, 4, 4)
+    sheet = grid(images, columns=3)
+    assert sheet.size == (16, 10)
+    assert [sheet.getpixel((6 * (i % 3), 6 * (i // 3)))[0] for i in range(5)] == [0, 32, 128, 223, 255]
