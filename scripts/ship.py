@@ -1,8 +1,8 @@
 """Put a trained run into the package as the model that ships: half precision, with its scores on its card.
 
-    gobelin train --preset nano --out runs/nano
-    gobelin evaluate runs/nano --json runs/nano/scores.json
-    python scripts/ship.py runs/nano
+gobelin train --preset nano --out runs/nano
+gobelin evaluate runs/nano --json runs/nano/scores.json
+python scripts/ship.py runs/nano
 """
 
 import shutil
@@ -32,7 +32,10 @@ def ship(run: Path) -> None:
 
 def score_table(scores: dict) -> str:
     """The scores of ``gobelin evaluate --json`` as Markdown."""
-    lines = ["| task | split | correct | colour right | shape right | exact scene | n |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | split | correct | colour right | shape right | exact scene | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in [*scores["scores"], *scores["shuffled"]]:
         shares = [row[name] for name in ("correct", "colour", "shape", "exact")]
         cells = [f"{s['value']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in shares]

@@ -74,7 +74,10 @@ def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
 @example(text="A  RED\tcircle\n")
 @example(text=f"{BOS}a {EOS} b{EOS}")
 @example(text="a red circle above a blue square " * 20)
-@example(text="日本の猫 🐈 ÉTOILE İstanbul ﬁn e\u0301 \x00")
+@example(text="日本の猫 🐈")
+@example(text="ÉTOILE e\u0301toile ﬁn")
+@example(text="İstanbul ΣΊΣΥΦΟΣ")
+@example(text="\x00\x07 a\u00a0b\u2003c\u200bd")
 def test_any_text_has_the_ids_that_transformers_gives_it(
     tokenizer: Tokenizer, oracle: CLIPTokenizer, text: str
 ) -> None:
@@ -159,7 +162,6 @@ def test_saving_and_loading_changes_nothing(tokenizer: Tokenizer, folder: Path) 
     assert torch.equal(again(CORPUS), tokenizer(CORPUS))
 
 
-@pytest.mark.xfail(raises=ModelError, strict=True, reason="transformers 5 saves tokenizer.json only, not read yet")
 def test_a_folder_that_transformers_saved_opens_here(
     oracle: CLIPTokenizer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -185,8 +185,13 @@ class TextEncoder(Component[TextEncoderConfig]):
     def pooled(
         self, token_ids: Int[Tensor, "batch length"], text_embeddings: Float[Tensor, "batch length width"]
     ) -> Float[Tensor, "batch width"]:
-        """The embedding at the first EOS token, which alone has seen the whole text."""
-        ends = (token_ids == self.config.eos_token_id).int().argmax(dim=1)
+        """The embedding at the first EOS token, which alone has seen the whole text.
+
+        Older configurations of CLIP say 2 for the EOS token, and mean the largest id (transformers,
+        ``modeling_clip.py``).
+        """
+        eos = self.config.eos_token_id
+        ends = (token_ids if eos == 2 else (token_ids == eos).int()).argmax(dim=1)
         return text_embeddings[torch.arange(len(token_ids), device=token_ids.device), ends]
 
     def init_(self) -> Self:
@@ -220,15 +225,24 @@ class TextEncoder(Component[TextEncoderConfig]):
         return {"architectures": [self.class_name], "model_type": "clip_text_model", **content}
 
 
+PLACE_CHANNELS = 16
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig:
     """The shape of the image encoder and of the space that it shares with the text."""
 
     image_size: int = 64
-    block_out_channels: tuple[int, ...] = (48, 96, 128)
-    norm_num_groups: int = 16
+    block_out_channels: tuple[int, ...] = (32, 64, 96)
+    norm_num_groups: int = 8
     text_width: int
     projection_dim: int
+
+    def __post_init__(self) -> None:
+        if self.image_size % 2 ** (len(self.block_out_channels) + 1):
+            raise UsageError(
+                f"image_size is {self.image_size}: give a multiple of {2 ** (len(self.block_out_channels) + 1)}"
+            )
 
 
 class ImageEncoder(Component[ImageEncoderConfig]):
@@ -243,15 +257,19 @@ class ImageEncoder(Component[ImageEncoderConfig]):
 
     def __init__(self, config: ImageEncoderConfig):
         super().__init__(config)
-        widths = config.block_out_channels
-        groups = config.norm_num_groups
-        self.patches = nn.Conv2d(3, widths[0], 4, stride=4)
-        self.blocks = nn.ModuleList()
-        for here, there in zip(widths, (*widths[1:], widths[-1]), strict=True):
-            self.blocks.append(ResnetBlock2D(here, there, groups=groups, eps=1e-5))
-            self.blocks.append(Downsample2D(there, padding=1))
-        side = config.image_size // (4 * 2 ** len(widths))
-        self.image_projection = nn.Linear(widths[-1] * side**2, config.projection_dim)
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0] // 2, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(widths[0] // 2, widths[0], 3, stride=2, padding=1),
+        )
+        blocks: list[nn.Module] = []
+        for here, there in zip(widths, widths[1:], strict=False):
+            blocks += [ResnetBlock2D(here, there, groups=groups, eps=1e-5), Downsample2D(there, padding=1)]
+        self.blocks = nn.Sequential(*blocks, ResnetBlock2D(widths[-1], widths[-1], groups=groups, eps=1e-5))
+        self.places = nn.Conv2d(widths[-1], PLACE_CHANNELS, 1)
+        side = config.image_size // 2 ** (len(widths) + 1)
+        self.image_projection = nn.Linear(2 * widths[-1] + PLACE_CHANNELS * side**2, config.projection_dim)
         self.text_projection = nn.Linear(config.text_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
@@ -260,10 +278,11 @@ class ImageEncoder(Component[ImageEncoderConfig]):
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        hidden = self.patches(images)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return F.normalize(self.image_projection(hidden.flatten(1)), dim=-1)
+        hidden = F.silu(self.blocks(self.stem(images)))
+        # What is there, wherever it is; and, in few channels, where.
+        what = (hidden.mean(dim=(2, 3)), hidden.amax(dim=(2, 3)))
+        where = self.places(hidden).flatten(1)
+        return F.normalize(self.image_projection(torch.cat([*what, where], dim=1)), dim=-1)
 
     def project_text(self, pooled: Float[Tensor, "batch text_width"]) -> Float[Tensor, "batch projection_dim"]:
         """Unit vectors for pooled text embeddings."""
@@ -273,7 +292,8 @@ class ImageEncoder(Component[ImageEncoderConfig]):
         self, images: Float[Tensor, "images projection_dim"], texts: Float[Tensor, "texts projection_dim"]
     ) -> Float[Tensor, "images texts"]:
         """Cosines times the learned scale, which is held at 100 or less."""
-        return self.logit_scale.exp().clamp(max=100) * images @ texts.T
+        with torch.autocast(images.device.type, enabled=False):  # up to 100: bfloat16 would round them to ± 0.25
+            return self.logit_scale.exp().clamp(max=100) * images.float() @ texts.float().T
 
 
 def contrastive_loss(

@@ -17,12 +17,14 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
-from gobelin.errors import ModelError
+from gobelin.errors import ModelError, UsageError
 from gobelin.formats.files import read_json, write_json, write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+UNLIMITED = 10**6  # transformers writes 10³⁰ where no length was set
+MIN_VOCABULARY = 2 * 256 + 2
 MERGES_HEADER = "#version: 0.2"
 
 
@@ -58,6 +60,8 @@ class Tokenizer:
         All 256 byte symbols and their word-end forms are in it, so that no text is ever unknown.
         """
         engine = _engine(models.BPE(end_of_word_suffix=WORD_END))
+        if vocab_size < MIN_VOCABULARY:
+            raise UsageError(f"vocab_size is {vocab_size}: give {MIN_VOCABULARY} (bytes and markers) or more")
         symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
         alphabet = symbols + [symbol + WORD_END for symbol in symbols]
         trainer = trainers.BpeTrainer(
@@ -74,8 +78,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read ``vocab.json``, ``merges.txt`` and, for the length, ``tokenizer_config.json``."""
+        """Read ``vocab.json``, ``merges.txt`` and, for the length, ``tokenizer_config.json``.
+
+        Without the first two, ``tokenizer.json`` is read, which is all that newer transformers write.
+        """
         folder = Path(folder)
+        length = read_json(folder / "tokenizer_config.json").get("model_max_length", 77)
+        length = length if length < UNLIMITED else 77
+        if not (folder / "merges.txt").exists() and (folder / "tokenizer.json").exists():
+            return cls(*_from_tokenizer_json(folder / "tokenizer.json"), length)
         merges_file = folder / "merges.txt"
         try:
             lines = merges_file.read_text(encoding="utf-8").splitlines()
@@ -85,7 +96,6 @@ class Tokenizer:
         if bad := [line for line in lines if len(line.split()) != 2]:
             raise ModelError(f"{merges_file}: {bad[0]!r} is not a pair of symbols")
         merges = [(left, right) for left, right in map(str.split, lines)]
-        length = read_json(folder / "tokenizer_config.json").get("model_max_length", 77)
         return cls(read_json(folder / "vocab.json"), merges, length)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -110,7 +120,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), self.max_length)
 
     def spans(self, text: str) -> list[WordSpan]:
-        """The words of a text and where their tokens are, for the words that are not cut off.
+        """The words of a text and where their tokens are; of what is cut off there is nothing.
 
         A word is what stands between spaces, less the punctuation around it.
         """
@@ -130,6 +140,18 @@ class Tokenizer:
         if len(encoding.ids) <= self.max_length:
             return ""
         return text[encoding.offsets[self.max_length - 1][0] :].strip()
+
+
+def _from_tokenizer_json(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a file of the ``tokenizers`` library."""
+    content = read_json(file)
+    try:
+        model, added = content["model"], content.get("added_tokens", [])
+        pairs = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
+        vocab = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+        return vocab, [(left, right) for left, right in pairs]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file} is not a byte-pair tokenizer's: {error!r}") from error
 
 
 def _engine(model: models.BPE) -> Engine:

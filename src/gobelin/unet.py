@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gobelin.errors import UsageError
-from gobelin.formats.component import Component
+from gobelin.formats.component import Component, require_counts
 from gobelin.layers import (
     Attention,
     Downsample2D,
@@ -77,6 +77,7 @@ class UNetConfig:
         "resnet_time_scale_shift": "default",
         "reverse_transformer_layers_per_block": None,
         "time_cond_proj_dim": None,
+        "time_embedding_act_fn": None,
         "time_embedding_dim": None,
         "time_embedding_type": "positional",
         "timestep_post_act": None,
@@ -85,6 +86,7 @@ class UNetConfig:
     }
 
     def __post_init__(self) -> None:
+        require_counts(self, "cross_attention_dim", "layers_per_block", "attention_head_dim", "norm_num_groups")
         levels = len(self.block_out_channels)
         if not levels or len(self.down_block_types) != levels or len(self.up_block_types) != levels:
             raise UsageError(
@@ -95,6 +97,8 @@ class UNetConfig:
             for kind in getattr(self, f"{name}_block_types"):
                 if kind not in known:
                     raise UsageError(f"{name}_block_types names {kind!r}: the choices are {', '.join(known)}")
+        if self.block_out_channels[0] % 2:
+            raise UsageError(f"the first width {self.block_out_channels[0]} must be even, for sines and cosines")
         for width in self.block_out_channels:
             if width % self.norm_num_groups or width % self.attention_head_dim:
                 raise UsageError(

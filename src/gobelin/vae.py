@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from gobelin.errors import UsageError
-from gobelin.formats.component import Component
+from gobelin.formats.component import Component, require_counts
 from gobelin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
 
 NORM_EPS = 1e-6
@@ -44,6 +44,9 @@ class VAEConfig:
     }
 
     def __post_init__(self) -> None:
+        require_counts(self, "layers_per_block", "latent_channels", "norm_num_groups")
+        if not self.block_out_channels:
+            raise UsageError("block_out_channels is empty: give a width for each level")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise UsageError(f"the width {width} must divide into {self.norm_num_groups} groups (norm_num_groups)")

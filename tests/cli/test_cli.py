@@ -101,7 +101,11 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["generate"], 2, "no prompt given"),
         (["generate", "  "], 2, "the prompt is empty"),
         (["generate", "x", "--sampler", "magic"], 2, "unknown sampler 'magic': the choices are ddpm, ddim, euler"),
-        (["generate", "x", "--width", "70"], 2, "70×64 pixels asked for: this model paints sizes that are multiples of 4"),
+        (
+            ["generate", "x", "--width", "70"],
+            2,
+            "70×64 pixels asked for: this model paints sizes that are multiples of 4",
+        ),
         (["generate", "x", "--height", "-4"], 2, "multiples of 4"),
         (["generate", "x", "--steps", "0"], 2, "0 steps asked for: give a number from 1 to 1000"),
         (["generate", "x", "--count", "0"], 2, "count is 0"),
@@ -133,7 +137,8 @@ def test_bad_input_gets_one_sentence(gobelin, tmp_path, monkeypatch, arguments, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [("generate", "x", "--brush", "7"), ("generate", "x", "--seed", "x"), ("train", "--unet.optim.steps", "x")]
+    "arguments",
+    [("generate", "x", "--brush", "7"), ("generate", "x", "--seed", "x"), ("train", "--unet.optim.steps", "x")],
 )
 def test_unknown_and_malformed_options_are_wrong_usage(gobelin, arguments):
     status, _, err = gobelin(*arguments)
@@ -153,8 +158,10 @@ def test_unknown_and_malformed_options_are_wrong_usage(gobelin, arguments):
         ),
         (
             "unet/config.json",
-            lambda file: file.write_text(file.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 40')),
-            "'down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight' is [32, 32], but the configuration says",
+            lambda file: file.write_text(
+                file.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 40')
+            ),
+            "'down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight' is [32, 32], but the configuration",
         ),
         ("text_encoder/config.json", lambda file: file.write_text("{"), "cannot be read as JSON"),
     ],
@@ -225,7 +232,11 @@ def test_evaluate_reports_scores_with_intervals(gobelin, trained, tmp_path):
 def test_show_prints_the_tree_and_the_walk(gobelin, trained):
     status, out, _ = gobelin("show", "sd15")
     assert status == 0
-    for name in ("Transformer2DModel", "BasicTransformerBlock", "(to_k): Linear(in_features=768, out_features=320, bias=False)"):
+    for name in (
+        "Transformer2DModel",
+        "BasicTransformerBlock",
+        "(to_k): Linear(in_features=768, out_features=320, bias=False)",
+    ):
         assert name in out
     assert "859,520,964 parameters in 686 tensors" in out
     assert "[1, 8, 4096, 77]" in out

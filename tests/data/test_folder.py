@@ -61,7 +61,7 @@ def test_a_folder_with_nothing_or_little_to_learn_from_is_refused(tmp_path):
     for number in range(3):
         picture(tmp_path / f"{number}.png")
     (tmp_path / "0.txt").write_text("red")
-    with pytest.raises(DataError, match="only 1 of 3 images can be used.*no caption"):
+    with pytest.raises(DataError, match=r"only 1 of 3 images can be used.*no caption"):
         FolderPairs(tmp_path, 8)
 
 

@@ -24,6 +24,11 @@ def test_an_interval_known_from_the_books():
     assert (share.low, share.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
 
 
+@pytest.fixture(scope="module")
+def pipe(trained):
+    return Pipeline.from_pretrained(trained)
+
+
 @pytest.fixture
 def perfect_painter(monkeypatch):
     """A stand-in for a model: it renders what each prompt asks for."""
@@ -51,8 +56,8 @@ def render(prompt):
     return scenes.render(scenes.Scene(objects=things, background="paper", relation=prompt.relation, size=64))[0]
 
 
-def test_a_perfect_painter_scores_one_and_its_shuffled_prompts_chance(perfect_painter):
-    scores, pictures = score(None, scenes.NANO, splits=("dev",), limit=40)
+def test_a_perfect_painter_scores_one_and_its_shuffled_prompts_chance(perfect_painter, pipe):
+    scores, pictures = score(pipe, scenes.NANO, splits=("dev",), limit=40)
     assert [row.task for row in scores] == ["single_object", "two_objects", "position"]
     for row in scores:
         assert row.correct.value == row.colour.value == row.shape.value == row.exact.value == 1
@@ -62,17 +67,17 @@ def test_a_perfect_painter_scores_one_and_its_shuffled_prompts_chance(perfect_pa
     assert chance["position"] < 0.1
 
 
-def test_a_sheet_frames_what_is_wrong(perfect_painter):
-    _, pictures = score(None, scenes.NANO, tasks=("single_object",), splits=("dev",), limit=12)
+def test_a_sheet_frames_what_is_wrong(perfect_painter, pipe):
+    _, pictures = score(pipe, scenes.NANO, tasks=("single_object",), splits=("dev",), limit=12)
     sheet = contact_sheet(pictures)
     assert (214, 39, 40) not in sheet.get_flattened_data()
-    _, wrong = score(None, scenes.NANO, tasks=("single_object",), splits=("dev",), limit=1)
+    _, wrong = score(pipe, scenes.NANO, tasks=("single_object",), splits=("dev",), limit=1)
     blank = [faithfulness.Painted(**{**vars(wrong[0]), "verdict": scenes.judge(wrong[0].prompt, [])})]
     assert (214, 39, 40) in contact_sheet(blank).get_flattened_data()
 
 
-def test_instruments_of_an_untrained_vae(trained):
-    instruments = check_instruments(Pipeline.from_pretrained(trained).vae, scenes.NANO, count=60)
+def test_instruments_of_an_untrained_vae(pipe):
+    instruments = check_instruments(pipe.vae, scenes.NANO, count=60)
     assert instruments.renders.value >= 0.99
     assert instruments.round_trips.value < 0.5, "four steps of training are not a VAE"
     blurred, noisy = (list(values.values()) for values in (instruments.blurred, instruments.noisy))

@@ -82,3 +82,12 @@ def test_a_file_without_a_json_object_is_named(content: bytes | None, message: s
 def test_a_folder_in_the_place_of_a_json_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read as JSON"):
         read_json(tmp_path)
+
+
+def test_who_reads_the_old_file_meanwhile_reads_all_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "note.txt"
+    file.write_text("old")
+    with file.open() as reader:
+        write_text(file, "new and longer")
+        assert reader.read() == "old"
+    assert file.read_text() == "new and longer"

@@ -49,6 +49,14 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end():
     assert rates[-1] == pytest.approx(0.5 * 0.02)
 
 
+def test_rates_slow_the_parameters_they_name():
+    module = nn.ModuleDict({"text": nn.Linear(2, 2), "image": nn.Linear(2, 2, bias=False)})
+    rates = {id(p): group["rate"] for group in parameter_groups(module, 0.1, {"text.": 0.1}) for p in group["params"]}
+    assert {rates[id(p)] for p in module["text"].parameters()} == {0.1}
+    assert {rates[id(p)] for p in module["image"].parameters()} == {1.0}
+    assert len(rates) == 3
+
+
 def test_only_matrices_decay():
     decay, free = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)
     assert [p.ndim for p in decay["params"]] == [2]
@@ -59,11 +67,12 @@ def test_only_matrices_decay():
 class Line:
     """Learn y = 3x: small enough to see everything."""
 
-    name, samples, optim = "line", 7, OPTIM
+    name, samples, optim, rates = "line", 7, OPTIM, {}
 
     def __init__(self, on_step=lambda count: None):
         self.module = nn.Linear(1, 1)
-        nn.init.zeros_(self.module.weight)
+        for parameter in self.module.parameters():
+            nn.init.zeros_(parameter)
         self.on_step, self.count = on_step, 0
 
     def loss(self, indices, generator):
@@ -79,7 +88,12 @@ class Line:
 @pytest.fixture
 def run(tmp_path):
     return Run(
-        folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=100, picture_every=100, console=Console(quiet=True)
+        folder=tmp_path,
+        seed=0,
+        device=torch.device("cpu"),
+        save_every=100,
+        picture_every=100,
+        console=Console(quiet=True),
     )
 
 

@@ -56,7 +56,10 @@ def flower(draw: Draw, x: int, y: int, size: int) -> None:
 
 
 def boat(draw: Draw, x: int, y: int, size: int) -> None:
-    draw.polygon(((x - size, y + 4), (x + size, y + 4), (x + size * 2 // 3, y + size), (x - size * 2 // 3, y + size)), fill="#6c2bd9")
+    draw.polygon(
+        ((x - size, y + 4), (x + size, y + 4), (x + size * 2 // 3, y + size), (x - size * 2 // 3, y + size)),
+        fill="#6c2bd9",
+    )
     draw.polygon(((x, y - size), (x, y), (x + size, y)), fill="#e5e5e5", outline="#444444")
     draw.line((x, y - size, x, y + 4), fill="#222222", width=3)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, micro, tmp_path, monk
     with pytest.raises(Interrupted):
         train(micro(), out, console=QUIET)
     assert not (out / "model_index.json").exists()
-    assert list((out / "training" / "checkpoints" / stage).iterdir())[0].name == "step-00000002"
+    assert next((out / "training" / "checkpoints" / stage).iterdir()).name == "step-00000002"
     train(micro(), out, resume=True, console=QUIET)
     expected, found = weights(trained), weights(out)
     assert expected.keys() == found.keys()
@@ -146,6 +147,7 @@ def test_a_folder_of_pictures_trains_all_stages(micro, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
     class Broken:
+        rates: ClassVar = {}
         name, samples, optim = "broken", 4, dataclasses.replace(find_preset("nano").vae.optim, steps=3, batch_size=2)
         module = torch.nn.Linear(1, 1)
 
@@ -155,9 +157,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
         def picture(self, module):
             return None
 
-    run = Run(
-        folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, picture_every=9, console=QUIET
-    )
+    run = Run(folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, picture_every=9, console=QUIET)
     before = Broken.module.weight.clone()
     with pytest.raises(TrainingError, match="the loss of stage broken is nan at step 0"):
         fit(Broken(), run)

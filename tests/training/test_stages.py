@@ -24,13 +24,11 @@ def corpus():
 
 def test_the_text_stage_adds_hard_negatives_and_learns(corpus):
     tokenizer = Tokenizer.train(corpus.captions, max_length=24)
-    config = TextEncoderConfig.of(
-        32, layers=1, heads=2, vocab_size=len(tokenizer.vocab), max_position_embeddings=24
-    )
+    config = TextEncoderConfig.of(32, layers=1, heads=2, vocab_size=len(tokenizer.vocab), max_position_embeddings=24)
     text = TextEncoder(config).init_()
     image = ImageEncoder(ImageEncoderConfig(text_width=32, projection_dim=16, block_out_channels=(16, 16, 16)))
-    optim = find_preset("nano").text.optim
-    stage = TextStage(corpus, tokenizer, text, image, optim)
+    config = find_preset("nano").text
+    stage = TextStage(corpus, tokenizer, text, image, config)
     indices = torch.arange(8)
     seen = []
     image.similarity, similarity = lambda *both: seen.append(both[1].shape[0]) or similarity(*both), image.similarity
@@ -71,7 +69,16 @@ def unet_stage(corpus, **changes):
     unet.forward = spy
     caption = torch.arange(len(corpus)) % 3
     schedule = NoiseSchedule(ScheduleConfig(prediction_type="epsilon"))
-    stage = UNetStage(unet, schedule, latents, torch.zeros_like(latents), texts, caption, config, paint=None)
+    stage = UNetStage(
+        unet,
+        schedule,
+        latents,
+        torch.zeros_like(latents),
+        texts,
+        caption,
+        config,
+        paint=lambda unet: grid(latents[:1, :3], 1),
+    )
     return stage, seen, caption
 
 

@@ -33,7 +33,7 @@ examples:
 class Scenes:
     """Write captioned scenes as a folder: images, metadata.jsonl, and each image's scene and masks.
 
-    Examples:
+    Some examples:
       gobelin data scenes --out scenes --count 1000
     """
 
@@ -53,7 +53,7 @@ class Scenes:
 class Check:
     """Read a folder of captioned images, and say what can be used and what cannot, and why.
 
-    Examples:
+    Some examples:
       gobelin data check my-pictures
     """
 

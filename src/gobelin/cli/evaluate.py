@@ -35,7 +35,7 @@ class Evaluate:
     Prompts of a fixed list are painted, and each picture is graded without a look at its prompt. Shares come with
     95 % intervals. The same pictures judged by shuffled prompts show what chance would score.
 
-    Examples:
+    Some examples:
       gobelin evaluate
       gobelin evaluate runs/mine --tasks single_object --limit 100 --json scores.json --sheet sheet.png
     """

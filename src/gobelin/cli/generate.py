@@ -20,7 +20,7 @@ from gobelin.pipeline import Pipeline, Result
 class Generate:
     """Paint pictures from prompts, and print where they are.
 
-    Examples:
+    Some examples:
       gobelin generate "a red circle"
       gobelin generate "a red circle" "a blue ring" --count 4 --seed 7 --out pictures
       gobelin generate "a castle" --model path/to/a/diffusers/folder --sampler dpmpp_2m_karras --steps 25

@@ -29,7 +29,7 @@ class Show:
 
     In attn1 patches look at patches, in attn2 at words. No weights are needed or read.
 
-    Examples:
+    Some examples:
       gobelin show
       gobelin show sd15 --height 512 --width 768
       gobelin show path/to/a/diffusers/folder

@@ -25,7 +25,7 @@ them, `--print-config` prints what would be used.
 
 Presets: {", ".join(PRESETS)}. Stages: {", ".join(STAGES)}.
 
-Examples:
+Some examples:
   gobelin train --preset nano --out runs/mine
   gobelin train --preset nano --out runs/mine --resume
   gobelin train --data.path my-pictures --out runs/mine --unet.optim.steps 8000

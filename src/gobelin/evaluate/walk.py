@@ -4,12 +4,13 @@ No weights are needed: the network is built, and run, on the meta device, where 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gobelin.layers import Attention
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import Transformer2DModel, UNet, UNetConfig
 
 Shape = tuple[int, ...]
 
@@ -43,10 +44,10 @@ def walk(config: UNetConfig, height: int, width: int, length: int = 77) -> list[
     grids: list[tuple[int, int]] = []
     names = {module: name for name, module in unet.named_modules()}
 
-    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         grids.append((inputs[0].shape[-2], inputs[0].shape[-1]))
 
-    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, Attention)
         hidden, *context = inputs
         keys = (context[0] if context else hidden).shape[1]
@@ -67,7 +68,7 @@ def walk(config: UNetConfig, height: int, width: int, length: int = 77) -> list[
     for module in unet.modules():
         if isinstance(module, Attention):
             module.register_forward_hook(leave)
-        elif type(module).__name__ == "Transformer2DModel":
+        elif isinstance(module, Transformer2DModel):
             module.register_forward_pre_hook(enter)
     unet(latents, timesteps, text_embeddings)
     return sites

@@ -38,6 +38,14 @@ def config_from_json(config_class: type[Config], content: dict[str, Any], source
         raise ModelError(f"{source}: {error}") from error
 
 
+def require_counts(config: Any, *names: str) -> None:
+    """Raise :class:`UsageError` for the first of these fields that is not a whole number of 1 or more."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{name} is {value!r}: give a whole number of 1 or more")
+
+
 class Component(nn.Module, Generic[Config]):
     """A network with a frozen ``config``, that reads and writes itself as a component folder."""
 

@@ -32,7 +32,10 @@ def read_png_settings(file: Path) -> dict[str, Any]:
         raise DataError(f"{file} cannot be read as a picture: {error}") from error
     if text is None:
         raise DataError(f"{file} carries no settings of Gobelin's")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{file}: its settings are damaged ({error})") from error
 
 
 def a1111_parameters(settings: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ class DataConfig:
     """A folder of captioned images; without one, the procedural scenes."""
     world: str = "nano"
     """The world of scenes."""
-    count: int = 24_000
+    count: int = 16_000
     """How many scenes."""
     size: int = 64
     """Height and width of the images, in pixels."""
@@ -61,6 +61,9 @@ class TextConfig:
     heads: int = 4
     projection: int = 96
     """Width of the space that texts and images share."""
+    text_rate: float = 0.1
+    """The text encoder's learning rate, as a fraction of the image encoder's: at the full rate, words that the
+    images cannot tell apart yet become synonyms, and stay so."""
     optim: OptimConfig
 
 
@@ -131,7 +134,7 @@ def nano() -> TrainConfig:
         vae=VAETraining(optim=OptimConfig(steps=1500, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
         unet=UNetTraining(
             optim=OptimConfig(
-                steps=2600,
+                steps=3200,
                 batch_size=32,
                 learning_rate=2e-3,
                 warmup_steps=100,

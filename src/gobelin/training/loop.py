@@ -38,6 +38,8 @@ class Stage(Protocol[Module]):
     module: Module
     samples: int
     """How many samples an epoch has."""
+    rates: dict[str, float]
+    """Fractions of the learning rate, by the beginning of a parameter's name."""
 
     def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
         """Scalars by name; ``loss`` is the one to descend. All randomness comes from ``generator`` (CPU)."""
@@ -64,6 +66,7 @@ class Run:
 
     def log(self, stage: str, values: dict[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, **values}) + "\n")
 
@@ -76,9 +79,8 @@ def fit(stage: Stage[Module], run: Run) -> Module:
     """
     optim = stage.optim
     module = stage.module.train().to(run.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, fused=True
-    )
+    groups = parameter_groups(module, optim.weight_decay, stage.rates)
+    optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, fused=True)
     average = AveragedModel(module, multi_avg_fn=_averager(optim.ema))
     start = _restore(stage, run, module, average, optimizer)
     recent: list[dict[str, Tensor]] = []
@@ -91,7 +93,7 @@ def fit(stage: Stage[Module], run: Run) -> Module:
     with _progress(run.console, stage.name, start, optim.steps) as advance, _stop_requested() as stop:
         for step in range(start, optim.steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(optim, step)
+                group["lr"] = group["rate"] * learning_rate(optim, step)
             generator = Generator().manual_seed(mix(run.seed, stage.name, step))
             indices = batch_indices(run.seed, stage.name, step, optim.batch_size, stage.samples)
             with torch.autocast(run.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
@@ -153,13 +155,18 @@ def mix(seed: int, purpose: str, number: int) -> int:
     return crc32(f"{seed}/{purpose}/{number}".encode()) | seed << 32 & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and kernels decay; biases, norms and scalars do not."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def parameter_groups(
+    module: nn.Module, weight_decay: float, rates: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; biases, norms and scalars do not.
+
+    ``rates`` scales the learning rate of the parameters whose names begin with a key.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        rate = next((rate for prefix, rate in (rates or {}).items() if name.startswith(prefix)), 1.0)
+        groups.setdefault((weight_decay if parameter.ndim >= 2 else 0.0, rate), []).append(parameter)
+    return [{"params": params, "weight_decay": decay, "rate": rate} for (decay, rate), params in groups.items()]
 
 
 def _averager(decay: float) -> Callable[[Any, Any, Tensor | int], None]:

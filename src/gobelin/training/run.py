@@ -110,7 +110,7 @@ class _Training:
         image_encoder = ImageEncoder(
             ImageEncoderConfig(image_size=self.pairs.size, text_width=config.width, projection_dim=config.projection)
         )
-        stage = TextStage(self.corpus, tokenizer, text_encoder, image_encoder, config.optim)
+        stage = TextStage(self.corpus, tokenizer, text_encoder, image_encoder, config)
         trained = fit(stage, self.context)
         trained.text.save_pretrained(self.out / "text_encoder")
         trained.image.save_pretrained(self.out / IMAGE_ENCODER)

@@ -11,7 +11,7 @@ from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
 from gobelin.data import Corpus
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
-from gobelin.training.config import OptimConfig, UNetTraining, VAETraining
+from gobelin.training.config import TextConfig, UNetTraining, VAETraining
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
@@ -36,9 +36,10 @@ class TextStage:
         tokenizer: Tokenizer,
         text_encoder: TextEncoder,
         image_encoder: ImageEncoder,
-        optim: OptimConfig,
+        config: TextConfig,
     ):
-        self.optim = optim
+        self.optim = config.optim
+        self.rates = {"text.": config.text_rate}
         self.samples = len(corpus)
         self.module = Contrast(text_encoder, image_encoder)
         self._corpus = corpus
@@ -76,6 +77,7 @@ class VAEStage:
 
     def __init__(self, corpus: Corpus, vae: VAE, config: VAETraining, shown: Tensor):
         self.optim = config.optim
+        self.rates: dict[str, float] = {}
         self.samples = len(corpus)
         self.module = vae
         self._config = config
@@ -125,6 +127,7 @@ class UNetStage:
         paint: Callable[[UNet], Image.Image],
     ):
         self.optim = config.optim
+        self.rates: dict[str, float] = {}
         self.samples = len(latents)
         self.module = unet
         self._schedule = schedule
