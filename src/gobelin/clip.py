@@ -6,6 +6,7 @@ own; :func:`contrastive_loss` pulls the two of a pair together.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -264,7 +265,7 @@ class ImageEncoder(Component[ImageEncoderConfig]):
             nn.Conv2d(widths[0] // 2, widths[0], 3, stride=2, padding=1),
         )
         blocks: list[nn.Module] = []
-        for here, there in zip(widths, widths[1:], strict=False):
+        for here, there in pairwise(widths):
             blocks += [ResnetBlock2D(here, there, groups=groups, eps=1e-5), Downsample2D(there, padding=1)]
         self.blocks = nn.Sequential(*blocks, ResnetBlock2D(widths[-1], widths[-1], groups=groups, eps=1e-5))
         self.places = nn.Conv2d(widths[-1], PLACE_CHANNELS, 1)

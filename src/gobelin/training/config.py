@@ -130,8 +130,12 @@ class TrainConfig:
 def nano() -> TrainConfig:
     """From nothing to pictures in about ten minutes on two CPU cores: 5 shapes, 6 colours, 1.4 million parameters."""
     return TrainConfig(
-        text=TextConfig(optim=OptimConfig(steps=300, batch_size=128, learning_rate=2e-3, warmup_steps=50)),
-        vae=VAETraining(optim=OptimConfig(steps=1500, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
+        text=TextConfig(
+            optim=OptimConfig(
+                steps=320, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="bfloat16"
+            )
+        ),
+        vae=VAETraining(optim=OptimConfig(steps=650, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
         unet=UNetTraining(
             optim=OptimConfig(
                 steps=3200,
