@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-from gobelin.errors import ModelError
+from gobelin.errors import ModelError, UsageError
 from gobelin.tokenizer import BOS, EOS, Tokenizer
 
 CORPUS = [
@@ -154,6 +154,11 @@ def test_spans_leave_out_the_words_that_are_cut_off(tokenizer: Tokenizer) -> Non
 )
 def test_cut_is_the_end_of_a_text_that_does_not_fit(tokenizer: Tokenizer, count: int, rest: str) -> None:
     assert tokenizer.cut("circle " * count) == rest
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
+    with pytest.raises(UsageError, match="vocab_size is 500: give 514"):
+        Tokenizer.train(CORPUS, 500)
 
 
 def test_saving_and_loading_changes_nothing(tokenizer: Tokenizer, folder: Path) -> None:

@@ -205,6 +205,13 @@ def test_saving_and_loading_can_change_the_precision(tmp_path: Path) -> None:
         ({"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}, "'AttnDownBlock2D': the choices are CrossAttn"),
         ({"up_block_types": ("UpBlock2D", "DownBlock2D")}, "'DownBlock2D': the choices are CrossAttnUpBlock2D"),
         ({"norm_num_groups": 3}, "the width 8 must divide into 3 groups"),
+        ({"norm_num_groups": 0}, "norm_num_groups is 0: give a whole number of 1 or more"),
+        ({"cross_attention_dim": (6, 6)}, r"cross_attention_dim is \(6, 6\)"),
+        ({"attention_head_dim": (2, 2)}, r"attention_head_dim is \(2, 2\)"),
+        (
+            {"block_out_channels": (7, 14), "norm_num_groups": 1, "attention_head_dim": 1},
+            "the first width 7 must be even",
+        ),
         ({"attention_head_dim": 8}, "the width 12 must divide into 4 groups .* and 8 heads"),
     ],
 )

@@ -87,6 +87,11 @@ def test_a_config_file_of_another_architecture_is_refused_by_the_field(name: str
         VAE.from_pretrained(tmp_path)
 
 
+def test_a_vae_without_levels_is_refused() -> None:
+    with pytest.raises(UsageError, match="block_out_channels is empty"):
+        VAEConfig(block_out_channels=())
+
+
 def test_widths_that_do_not_divide_into_groups_are_refused() -> None:
     with pytest.raises(UsageError, match="the width 10 must divide into 4 groups"):
         VAEConfig(block_out_channels=(8, 10), norm_num_groups=4)

@@ -19,6 +19,7 @@ from gobelin.evaluate.faithfulness import (
     TASKS,
     Instruments,
     TaskScore,
+    chance,
     check_instruments,
     contact_sheet,
     report,
@@ -82,24 +83,25 @@ def run(arguments: Sequence[str]) -> None:
             options.count,
             advance=lambda painted: progress.advance(bar, painted),
         )
-    chance = shuffled(pictures)
     instruments = check_instruments(pipeline.vae, world)
-    print_report(scores, chance, instruments)
-    write_report(options.json, report(scores, chance, instruments))
+    print_report([*scores, *shuffled(pictures)], chance(pictures), instruments)
+    write_report(options.json, report(scores, pictures, instruments))
     if options.sheet is not None:
         sheet: Image.Image = contact_sheet(pictures)
         options.sheet.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(options.sheet)
 
 
-def print_report(scores: list[TaskScore], chance: list[TaskScore], instruments: Instruments) -> None:
+def print_report(scores: list[TaskScore], by_chance: dict[str, float], instruments: Instruments) -> None:
     """The tables."""
     console = Console(width=130)
     table = Table("task", "split", "correct", "colour right", "shape right", "exact scene", "n")
-    for row in [*scores, *chance]:
+    for row in scores:
         shares = (row.correct, row.colour, row.shape, row.exact)
         table.add_row(row.task, row.split, *map(str, shares), str(row.correct.n))
     console.print(table)
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in by_chance.items())
+    console.print(f"A perfect painter's score with shuffled prompts: {shares}.\n", highlight=False)
     table = Table("instrument", "exact scene")
     table.add_row("true renders", str(instruments.renders))
     table.add_row(f"VAE round trips ({instruments.psnr:.1f} dB)", str(instruments.round_trips))

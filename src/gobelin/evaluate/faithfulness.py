@@ -7,6 +7,7 @@ numbers are not comparable with GenEval's own.
 import math
 import random
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -112,15 +113,24 @@ def score(
 
 
 def shuffled(pictures: Sequence[Painted]) -> list[TaskScore]:
-    """The same pictures judged by each other's prompts: chance, for these tasks and this grader."""
+    """The same pictures judged by other prompts of their task and split: chance, for this painter and grader."""
     scores = []
-    for task in dict.fromkeys(picture.prompt.task for picture in pictures):
-        chosen = [picture for picture in pictures if picture.prompt.task == task]
+    for (task, split), chosen in _by_task(pictures).items():
         strangers = [picture.prompt for picture in chosen]
         random.Random(0).shuffle(strangers)
         verdicts = [judge(prompt, p.seen) for prompt, p in zip(strangers, chosen, strict=True)]
-        scores.append(TaskScore.of(task, "shuffled", verdicts))
+        scores.append(TaskScore.of(task, f"{split}, shuffled", verdicts))
     return scores
+
+
+def chance(pictures: Sequence[Painted]) -> dict[str, float]:
+    """How often one prompt asks for just what another does: what a perfect painter scores when shuffled."""
+    shares = {}
+    for (task, split), chosen in _by_task(pictures).items():
+        asked = Counter((picture.prompt.objects, picture.prompt.relation) for picture in chosen)
+        n = len(chosen)
+        shares[f"{task}, {split}"] = sum(count * (count - 1) for count in asked.values()) / max(1, n * (n - 1))
+    return shares
 
 
 def paint(
@@ -186,13 +196,21 @@ def psnr(images: np.ndarray, others: np.ndarray) -> float:
     return float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-9))))
 
 
-def report(scores: Sequence[TaskScore], chance: Sequence[TaskScore], instruments: Instruments) -> dict[str, Any]:
+def report(scores: Sequence[TaskScore], pictures: Sequence[Painted], instruments: Instruments) -> dict[str, Any]:
     """Everything that was measured, as JSON."""
     return {
         "scores": [asdict(score) for score in scores],
-        "shuffled": [asdict(score) for score in chance],
+        "shuffled": [asdict(score) for score in shuffled(pictures)],
+        "chance": chance(pictures),
         "instruments": asdict(instruments),
     }
+
+
+def _by_task(pictures: Sequence[Painted]) -> dict[tuple[str, str], list[Painted]]:
+    groups: dict[tuple[str, str], list[Painted]] = {}
+    for picture in pictures:
+        groups.setdefault((picture.prompt.task, picture.split), []).append(picture)
+    return groups
 
 
 def _finds(sample: Sample, picture: np.ndarray, world: World) -> bool:
