@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from gobelin.errors import DataError, TrainingError, UsageError
 from gobelin.pipeline import Pipeline
 from gobelin.training import find_preset
+from gobelin.training.config import DataConfig
 from gobelin.training.loop import Run, fit
 from gobelin.training.run import STAGES, first_difference, train
 
@@ -167,6 +168,12 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
 def test_differences_of_configurations_are_named():
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b was 1 and is now 2"
     assert first_difference({"a": 1}, {"a": 1}) == ""
+
+
+@pytest.mark.parametrize(("field", "value"), [("size", 40), ("size", 0), ("count", 0)])
+def test_data_of_no_use_is_refused(field, value):
+    with pytest.raises(UsageError, match=f"data.{field} is {value}: give"):
+        DataConfig(**{field: value})
 
 
 def test_an_unknown_preset_is_told_the_choices():

@@ -18,7 +18,13 @@ class DataConfig:
     count: int = 16_000
     """How many scenes."""
     size: int = 64
-    """Height and width of the images, in pixels."""
+    """Height and width of the images, in pixels: a multiple of 16."""
+
+    def __post_init__(self) -> None:
+        if self.size < 16 or self.size % 16:
+            raise UsageError(f"data.size is {self.size}: give a multiple of 16")
+        if self.count < 1:
+            raise UsageError(f"data.count is {self.count}: give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,8 +60,8 @@ class _Training:
         self.folder = out / "training"
         self.pairs = open_pairs(config)
         console.print(f"data: {self.pairs.description}", highlight=False)
-        self._claim(resume)
         device = find_device(None if config.device == "auto" else config.device)
+        self._claim(resume)
         self.context = Run(
             folder=self.folder,
             seed=config.seed,
@@ -116,7 +116,8 @@ class _Training:
         trained.image.save_pretrained(self.out / IMAGE_ENCODER)
 
     def vae(self) -> None:
-        vae = VAE(dataclasses.replace(preset(VAEConfig, self.config.vae.preset), sample_size=self.pairs.size))
+        config = preset(VAEConfig, self.config.vae.preset)
+        vae = VAE(dataclasses.replace(config, sample_size=self.pairs.size, scaling_factor=1.0))
         stage = VAEStage(self.corpus, vae, self.config.vae, torch.arange(min(SHOWN, len(self.pairs))))
         trained = fit(stage, self.context)
         means, _ = encode_images(trained, self.corpus)
