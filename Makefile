@@ -35,10 +35,11 @@ format: .venv/installed-dev
 
 install: .venv/installed
 
-# torch first and by its exact version: an unpinned one may bring gigabytes of CUDA.
+# TORCH_INDEX may name an index that has CPU builds of torch, which are smaller: --index-url URL
 .venv/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(PIP) torch $(TORCH_INDEX)
 	$(PIP) --editable .
 	touch $@
 

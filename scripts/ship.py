@@ -20,10 +20,12 @@ from gobelin.training.run import IMAGE_ENCODER
 def ship(run: Path) -> None:
     """Replace the shipped model by a run's result."""
     scores = read_json(run / "scores.json")
+    pipeline = Pipeline.from_pretrained(run)
+    image_encoder = ImageEncoder.from_pretrained(run / IMAGE_ENCODER)
     target = shipped_model()
     shutil.rmtree(target, ignore_errors=True)
-    Pipeline.from_pretrained(run).save_pretrained(target, torch.float16)
-    ImageEncoder.from_pretrained(run / IMAGE_ENCODER).save_pretrained(target / IMAGE_ENCODER, torch.float16)
+    pipeline.save_pretrained(target, torch.float16)
+    image_encoder.save_pretrained(target / IMAGE_ENCODER, torch.float16)
     card = (run / "README.md").read_text(encoding="utf-8")
     write_text(target / "README.md", f"{card}\n## Scores\n\n{score_table(scores)}")
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

@@ -86,7 +86,7 @@ def edit_config(folder: Path, **fields: object) -> None:
 @pytest.fixture(scope="session")
 def micro():
     """Makes a training configuration that takes seconds: every stage, a few steps, the smallest networks."""
-    from gobelin.training.config import DataConfig, RecommendedConfig, find_preset
+    from gobelin.training.config import DataConfig, find_preset
 
     def make(steps: int = 4, **changes):
         preset = find_preset("nano")
@@ -100,7 +100,7 @@ def micro():
             text=dataclasses.replace(preset.text, width=32, optim=dataclasses.replace(preset.text.optim, **optim)),
             vae=dataclasses.replace(preset.vae, optim=dataclasses.replace(preset.vae.optim, **optim)),
             unet=dataclasses.replace(preset.unet, optim=dataclasses.replace(preset.unet.optim, **optim)),
-            recommended=RecommendedConfig(steps=2),
+            recommended=dataclasses.replace(preset.recommended, steps=2),
         )
         return dataclasses.replace(config, **changes)
 

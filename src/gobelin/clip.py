@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gobelin.attention import attention
 from gobelin.errors import UsageError
-from gobelin.formats.component import Component
+from gobelin.formats.component import Component, require_counts
 from gobelin.layers import Downsample2D, ResnetBlock2D
 
 
@@ -40,6 +40,7 @@ class TextEncoderConfig:
     fixed: ClassVar[dict[str, Any]] = {"attention_dropout": 0.0}
 
     def __post_init__(self) -> None:
+        require_counts(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
         if self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"hidden_size {self.hidden_size} must divide into {self.num_attention_heads} heads "

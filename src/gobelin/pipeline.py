@@ -91,6 +91,7 @@ class Pipeline:
         self.tokenizer, self.schedule = tokenizer, schedule
         self.recommended = recommended or Recommended()
         self.name = name
+        self._refuse_misfits()
 
     @classmethod
     def from_pretrained(
@@ -196,7 +197,7 @@ class Pipeline:
         if not 0 <= seed <= MAX_SEED - total:
             raise UsageError(f"the seed is {seed}: give a number from 0 to {MAX_SEED - total}")
         factor, side = self.vae.config.factor, self.unet.config.sample_size * self.vae.config.factor
-        height, width = height or side, width or side
+        height, width = (side if given is None else given for given in (height, width))
         if height < factor or width < factor or height % factor or width % factor:
             raise UsageError(
                 f"{width}×{height} pixels asked for: this model paints sizes that are multiples of {factor}"
@@ -205,9 +206,18 @@ class Pipeline:
         if latents is not None and tuple(latents.shape) != (total, *shape):
             raise UsageError(f"the start latents are {list(latents.shape)}: expected {[total, *shape]}")
         find_sampler(sampler or self.recommended.sampler)
+        steps = self.recommended.steps if steps is None else steps
+        if not 1 <= steps <= self.schedule.config.num_train_timesteps:
+            raise UsageError(
+                f"{steps} steps asked for: give a number from 1 to {self.schedule.config.num_train_timesteps}"
+            )
+        if not 0 <= clip_skip < self.text_encoder.config.num_hidden_layers:
+            raise UsageError(
+                f"clip_skip is {clip_skip}: give a number from 0 to {self.text_encoder.config.num_hidden_layers - 1}"
+            )
         common = {
             "negative_prompt": negative_prompt,
-            "steps": self.recommended.steps if steps is None else steps,
+            "steps": steps,
             "guidance": self.recommended.guidance if guidance is None else guidance,
             "guidance_rescale": (self.recommended.guidance_rescale if guidance_rescale is None else guidance_rescale),
             "sampler": sampler or self.recommended.sampler,
@@ -241,6 +251,21 @@ class Pipeline:
         for step in steps:
             yield PaintingStep(**vars(step), vae=self.vae)
 
+    def _refuse_misfits(self) -> None:
+        text, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
+        longest, last = self.tokenizer.max_length, max(self.tokenizer.vocab.values())
+        for fits, what in (
+            (
+                longest <= text.max_position_embeddings,
+                "the tokenizer gives more tokens than the text encoder has places",
+            ),
+            (last < text.vocab_size, "the tokenizer has tokens that the text encoder does not know"),
+            (text.hidden_size == unet.cross_attention_dim, "the U-Net expects text embeddings of another width"),
+            (vae.latent_channels == unet.in_channels, "the U-Net expects latents with other channels than the VAE's"),
+        ):
+            if not fits:
+                raise ModelError(f"the parts of this model do not belong together: {what}")
+
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], clip_skip: int = 0) -> Float[Tensor, "batch length width"]:
         """Text embeddings of prompts, each distinct one computed once."""
@@ -264,17 +289,21 @@ def shipped_model() -> Path:
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of that name; for None, the first of cuda, mps and cpu that is there.
+    """The device of that name; for None and "auto", the first of cuda, mps and cpu that is there.
 
     Raises :class:`UsageError` with the choices for a device that this machine does not have.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     choices = [kind for kind, available in there.items() if available]
-    if name is None:
+    if name in (None, "auto"):
         return torch.device(choices[0])
-    if str(name).split(":")[0] not in choices:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in choices or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise UsageError(f"unknown device {str(name)!r}: the choices on this machine are {', '.join(choices)}")
-    return torch.device(name)
+    return device
 
 
 def to_pil(images: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:

@@ -118,7 +118,8 @@ def dpmpp_2m(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[],
         denoised, _ = denoise(latents, timestep, here)
         direction = denoised
         h = math.log(_sigma(here) / _sigma(there)) if there < 1 else math.inf
-        if previous is not None and there < 1:  # the last step, to no noise at all, is of first order
+        # The first step is of first order, the last, to no noise at all, too, and one from where the last one stood.
+        if previous is not None and previous_h > 0 and there < 1:
             direction = denoised + h / (2 * previous_h) * (denoised - previous)
         shrink = _sigma(there) / _sigma(here)  # e^-h
         latents = shrink * math.sqrt(there / here) * latents + math.sqrt(there) * (1 - shrink) * direction
@@ -179,7 +180,7 @@ def dpm_grid(schedule: NoiseSchedule, steps: int, spacing: Spacing, karras: bool
     if spacing == "linspace":
         timesteps = np.linspace(0, last - 1, steps + 1).round()[:0:-1]
     elif spacing == "leading":
-        timesteps = (np.arange(steps + 1) * (last // (steps + 1)))[:0:-1] + schedule.config.steps_offset
+        timesteps = (np.arange(steps + 1) * (last // (steps + 1)))[:0:-1] + float(schedule.config.steps_offset)
     else:
         timesteps = np.round(_spaced(schedule, steps, spacing))
     return _sigma_grid(timesteps, sigmas[timesteps.astype(int)])
@@ -266,7 +267,7 @@ def _spaced(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> np.ndarray
     if spacing == "linspace":
         return np.linspace(0, last - 1, steps)[::-1]
     if spacing == "leading":
-        return (np.arange(steps) * (last // steps))[::-1] + float(schedule.config.steps_offset)
+        return np.minimum((np.arange(steps) * (last // steps))[::-1] + float(schedule.config.steps_offset), last - 1)
     return np.arange(last, 0, -last / steps).round() - 1
 
 

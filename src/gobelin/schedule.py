@@ -47,6 +47,11 @@ class ScheduleConfig:
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name} is {getattr(self, name)!r}: the choices are {', '.join(map(str, choices))}")
 
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UsageError(
+                "rescale_betas_zero_snr needs prediction_type v_prediction: at the last timestep ε says nothing"
+            )
+
     @classmethod
     def sd15(cls) -> "ScheduleConfig":
         """Stable Diffusion 1.5: ε-prediction over scaled-linear betas."""

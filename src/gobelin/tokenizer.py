@@ -83,8 +83,8 @@ class Tokenizer:
         Without the first two, ``tokenizer.json`` is read, which is all that newer transformers write.
         """
         folder = Path(folder)
-        length = read_json(folder / "tokenizer_config.json").get("model_max_length", 77)
-        length = length if length < UNLIMITED else 77
+        length = read_json(folder / "tokenizer_config.json").get("model_max_length")
+        length = length if isinstance(length, int) and length < UNLIMITED else 77
         if not (folder / "merges.txt").exists() and (folder / "tokenizer.json").exists():
             return cls(*_from_tokenizer_json(folder / "tokenizer.json"), length)
         merges_file = folder / "merges.txt"

@@ -292,6 +292,16 @@ class VAE(Component[VAEConfig]):
         self.post_quant_conv.bias.add_(self.post_quant_conv.weight.reshape(channels, channels) @ mean)
         self.post_quant_conv.weight.mul_(std[None, :, None, None])
 
+    @classmethod
+    def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Older files, Stable Diffusion 1.5's own among them, have other names for the attention's layers."""
+
+        def current(name: str) -> str:
+            *path, layer, kind = name.split(".")
+            return ".".join([*path, _OLD_NAMES.get(layer, layer), kind]) if ".attentions." in name else name
+
+        return {current(name): tensor for name, tensor in tensors.items()}
+
     def config_json(self) -> dict[str, Any]:
         levels = len(self.config.block_out_channels)
         return {
@@ -299,6 +309,9 @@ class VAE(Component[VAEConfig]):
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
         }
+
+
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def _resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock2D:

@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
 
     run = Run(folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, picture_every=9, console=QUIET)
     before = Broken.module.weight.clone()
-    with pytest.raises(TrainingError, match="the loss of stage broken is nan at step 0"):
+    with pytest.raises(TrainingError, match=r"stage broken, step 0, .* the loss is nan"):
         fit(Broken(), run)
     assert torch.equal(Broken.module.weight, before)
 
@@ -172,7 +172,7 @@ def test_differences_of_configurations_are_named():
 
 @pytest.mark.parametrize(("field", "value"), [("size", 40), ("size", 0), ("count", 0)])
 def test_data_of_no_use_is_refused(field, value):
-    with pytest.raises(UsageError, match=f"data.{field} is {value}: give"):
+    with pytest.raises(UsageError, match=f"{field} is {value}: give"):
         DataConfig(**{field: value})
 
 

@@ -18,7 +18,7 @@ from gobelin.formats.files import write_text
 ACTIONS = ("scenes", "check")
 
 HELP = """usage: gobelin data scenes --out DIR [--count N --world NAME --seed N --split NAME]
-       gobelin data check DIR [--size N --json FILE]
+       gobelin data check DIR [--json FILE]
 
   scenes   write captioned scenes: PNG images, metadata.jsonl, and for each its scene and masks
   check    read a folder of captioned images, and say what can be used and what cannot, and why
@@ -59,8 +59,6 @@ class Check:
 
     folder: Positional[Path]
     """Images with metadata.jsonl, or with a .txt caption beside each."""
-    size: int = 64
-    """The side that images would be brought to, in pixels."""
     json: Path | None = None
     """Write the findings here too."""
 
@@ -100,7 +98,7 @@ def write_scenes(options: Scenes) -> None:
 
 def check(options: Check) -> None:
     """Findings to the screen, and as JSON."""
-    pairs = FolderPairs(options.folder, options.size)
+    pairs = FolderPairs(options.folder)
     print(f"{len(pairs):,} pairs can be used, {len(pairs.skipped):,} were skipped")
     for skip in pairs.skipped:
         print(f"  {skip.name}: {skip.reason}")

@@ -26,7 +26,10 @@ from gobelin.evaluate.faithfulness import (
     score,
     shuffled,
 )
+from gobelin.formats.files import replacing
 from gobelin.pipeline import Pipeline
+
+SHEET_SUFFIXES = (".png", ".jpg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Evaluate:
     """Prompts for each task and split."""
     count: int = 1
     """Pictures for each prompt."""
+    device: str | None = None
+    """cpu, cuda or mps; without it, the best there is."""
     json: Path | None = None
     """Write the scores here."""
     sheet: Path | None = None
@@ -70,7 +75,12 @@ def run(arguments: Sequence[str]) -> None:
     for name in ("limit", "count"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} is {getattr(options, name)}: give 1 or more")
-    pipeline = Pipeline.from_pretrained(options.model)
+    if options.sheet is not None and options.sheet.suffix.lower() not in SHEET_SUFFIXES:
+        raise UsageError(f"--sheet is {options.sheet}: give a name that ends in {' or '.join(SHEET_SUFFIXES)}")
+    pipeline = Pipeline.from_pretrained(options.model, options.device)
+    size = pipeline.unet.config.sample_size * pipeline.vae.config.factor
+    if size != world.size:
+        raise UsageError(f"the model paints {size} pixels and the world {world.name} has {world.size}: not comparable")
     total = len(options.tasks) * len(options.splits) * options.limit * options.count
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("painting", total=total)
@@ -88,8 +98,8 @@ def run(arguments: Sequence[str]) -> None:
     write_report(options.json, report(scores, pictures, instruments))
     if options.sheet is not None:
         sheet: Image.Image = contact_sheet(pictures)
-        options.sheet.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(options.sheet)
+        with replacing(options.sheet) as temporary:
+            sheet.save(temporary, format="PNG" if options.sheet.suffix.lower() == ".png" else "JPEG")
 
 
 def print_report(scores: list[TaskScore], by_chance: dict[str, float], instruments: Instruments) -> None:

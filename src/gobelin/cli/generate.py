@@ -51,7 +51,7 @@ class Generate:
     width: int | None = None
     """In pixels; without it, the model's own."""
     device: str | None = None
-    """cpu, cuda or mps; without it, the best there is."""
+    """cpu, cuda or mps; without it, or with auto, the best there is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The precision to compute in."""
 

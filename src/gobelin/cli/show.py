@@ -49,8 +49,8 @@ def run(arguments: Sequence[str]) -> None:
     """The command."""
     options = parse(Show, "show", arguments)
     unet_config, factor, length = find_model(options.model)
-    height = options.height or unet_config.sample_size * factor
-    width = options.width or unet_config.sample_size * factor
+    side = unet_config.sample_size * factor
+    height, width = (side if given is None else given for given in (options.height, options.width))
     if height < factor or width < factor or height % factor or width % factor:
         raise UsageError(f"{width}×{height} pixels: this model paints sizes that are multiples of {factor}")
     with torch.device("meta"):

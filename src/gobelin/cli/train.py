@@ -57,6 +57,8 @@ Train.__doc__ = HELP
 def run(arguments: Sequence[str]) -> None:
     """The command."""
     options = parse(Train, "train", arguments, default=starting_point(arguments))
+    if options.config_file is not None and str(options.config_file) != arguments[0]:
+        raise UsageError(f"{options.config_file} comes too late: the configuration file stands before all options")
     if options.stage is not None and options.stage not in STAGES:
         raise UsageError(f"unknown stage {options.stage!r}: the choices are {', '.join(STAGES)}")
     if options.print_config:

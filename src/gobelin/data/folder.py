@@ -34,7 +34,7 @@ class FolderPairs:
     cropped to the middle square. Raises :class:`DataError` where nothing, or less than half, can be used.
     """
 
-    def __init__(self, folder: str | Path, size: int):
+    def __init__(self, folder: str | Path, size: int = 64):
         self.folder = Path(folder)
         self.size = size
         if not self.folder.is_dir():
@@ -45,7 +45,7 @@ class FolderPairs:
         for file, caption in self._listed():
             reason = "no caption" if not caption.strip() else unreadable(file)
             if reason:
-                name = file.relative_to(self.folder).as_posix()
+                name = file.resolve().relative_to(self.folder.resolve()).as_posix()
                 self.skipped.append(Skipped(name=name, reason=reason))
             else:
                 self._files.append(file)
@@ -81,7 +81,11 @@ class FolderPairs:
 
     def _from_metadata(self, metadata: Path) -> Iterator[tuple[Path, str]]:
         inside = self.folder.resolve()
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = metadata.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{metadata} is not UTF-8 text: {error}") from error
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
@@ -110,8 +114,7 @@ class FolderPairs:
 
 def read_image(file: Path, size: int) -> NDArray[np.uint8]:
     """An image file as uint8 RGB [size, size, 3]: upright, opaque, scaled, cropped to the middle."""
-    with Image.open(file) as opened:
-        upright = ImageOps.exif_transpose(opened).convert("RGBA")
+    upright = _open_upright(file)
     white = Image.new("RGBA", upright.size, "white")
     opaque = Image.alpha_composite(white, upright).convert("RGB")
     return np.asarray(ImageOps.fit(opaque, (size, size), Image.Resampling.LANCZOS))
@@ -123,9 +126,14 @@ def unreadable(file: Path) -> str:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 return f"{image.width}×{image.height} pixels, more than {MAX_PIXELS // 1_000_000} million"
-            image.load()
+        _open_upright(file)
     except FileNotFoundError:
         return "no such file"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return "not a readable image"
     return ""
+
+
+def _open_upright(file: Path) -> Image.Image:
+    with Image.open(file) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGBA")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from gobelin import scenes
 from gobelin.data.pairs import Pair
 from gobelin.errors import UsageError
+from gobelin.scenes.world import SPLITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,14 @@ class ScenePairs:
     count: int
     seed: int = 0
     split: str = "train"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError(f"{self.count} scenes asked for: give 1 or more")
+        if self.seed < 0:
+            raise UsageError(f"the seed is {self.seed}: give 0 or more")
+        if self.split not in SPLITS:
+            raise UsageError(f"unknown split {self.split!r}: the choices are {', '.join(SPLITS)}")
 
     @property
     def description(self) -> str:

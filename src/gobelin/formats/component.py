@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,15 @@ def require_counts(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             raise UsageError(f"{name} is {value!r}: give a whole number of 1 or more")
+
+
+def require_choices(config: Any) -> None:
+    """Raise :class:`UsageError` for the first field that is not one of the choices of its ``Literal`` type."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            raise UsageError(
+                f"{name} is {getattr(config, name)!r}: the choices are {', '.join(map(str, get_args(hint)))}"
+            )
 
 
 class Component(nn.Module, Generic[Config]):

@@ -29,8 +29,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a ``.safetensors`` file: the whole of it, or nothing."""
     with replacing(file) as temporary:
-        # The metadata is what transformers and diffusers expect of a PyTorch file.
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        try:
+            # The metadata is what transformers and diffusers expect of a PyTorch file.
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ModelError(f"{file} could not be written: {error}") from error
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gobelin.errors import UsageError
+from gobelin.formats.component import require_choices, require_counts
+from gobelin.pipeline import Recommended
+from gobelin.samplers import find_sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +24,11 @@ class DataConfig:
     """Height and width of the images, in pixels: a multiple of 16."""
 
     def __post_init__(self) -> None:
-        if self.size < 16 or self.size % 16:
-            raise UsageError(f"data.size is {self.size}: give a multiple of 16")
-        if self.count < 1:
-            raise UsageError(f"data.count is {self.count}: give 1 or more")
+        require_counts(self, "size", "count")
+        if self.size % 16:
+            raise UsageError(f"size is {self.size}: give a multiple of 16")
+        if self.path is not None and not isinstance(self.path, str):
+            raise UsageError(f"path is {self.path!r}: give the name of a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,10 @@ class OptimConfig:
     """How slowly the average of the weights moves; it is what is saved and sampled."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast; the weights stay float32."""
+
+    def __post_init__(self) -> None:
+        require_counts(self, "steps", "batch_size")
+        require_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,9 @@ class VAETraining:
     """Of the KL divergence summed over the latents of an image."""
     optim: OptimConfig
 
+    def __post_init__(self) -> None:
+        require_choices(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetTraining:
@@ -103,15 +114,12 @@ class UNetTraining:
     gradient_checkpointing: bool = False
     optim: OptimConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class RecommendedConfig:
-    """What the trained model asks to be painted with."""
-
-    sampler: str = "dpmpp_2m"
-    steps: int = 20
-    guidance: float = 3.0
-    guidance_rescale: float = 0.0
+    def __post_init__(self) -> None:
+        require_choices(self)
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise UsageError(
+                "zero_terminal_snr needs prediction v_prediction: in pure noise there is no epsilon to learn from"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +138,11 @@ class TrainConfig:
     text: TextConfig
     vae: VAETraining
     unet: UNetTraining
-    recommended: RecommendedConfig = field(default_factory=RecommendedConfig)
+    recommended: Recommended = field(default_factory=lambda: Recommended(steps=20, guidance=3.0))
+
+    def __post_init__(self) -> None:
+        require_counts(self, "save_every", "picture_every")
+        find_sampler(self.recommended.sampler)
 
 
 def nano() -> TrainConfig:

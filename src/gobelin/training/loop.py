@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from gobelin.errors import TrainingError
+from gobelin.formats.files import replacing
 from gobelin.training import state
 from gobelin.training.config import OptimConfig
 
@@ -98,14 +99,15 @@ def fit(stage: Stage[Module], run: Run) -> Module:
             indices = batch_indices(run.seed, stage.name, step, optim.batch_size, stage.samples)
             with torch.autocast(run.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
                 losses = stage.loss(indices, generator)
-            if not losses["loss"].isfinite():
-                raise TrainingError(
-                    f"the loss of stage {stage.name} is {losses['loss'].item()} at step {step}, samples "
-                    f"{indices[:4].tolist()}…: lower the learning rate and resume from the last checkpoint"
-                )
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
             norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm)
+            if not (losses["loss"].isfinite() and norm.isfinite()):
+                raise TrainingError(
+                    f"stage {stage.name}, step {step}, samples {indices[:4].tolist()}…: the loss is "
+                    f"{losses['loss'].item()} and its gradient's norm {norm.item()}; the last checkpoint stands, "
+                    "start again in another folder with a lower learning rate"
+                )
             optimizer.step()
             average.update_parameters(module)
 
@@ -121,12 +123,13 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                 )
                 advance(done, means["loss"], speed)
                 recent, seen_at, seen = [], now, done
-            if done % run.picture_every == 0 or done == optim.steps:
-                _keep_picture(stage, run, cast(Module, average.module), done)
-            if done % run.save_every == 0 or done == optim.steps or stop():
+            last, stopping = done == optim.steps, stop()
+            if done % run.save_every == 0 or last or stopping:
                 save(done)
-            if stop() and done < optim.steps:
+            if stopping:
                 raise KeyboardInterrupt
+            if done % run.picture_every == 0 or last:
+                _keep_picture(stage, run, cast(Module, average.module), done)
     return cast(Module, average.module.eval())
 
 
@@ -198,8 +201,8 @@ def _keep_picture(stage: Stage[Module], run: Run, module: Module, step: int) -> 
         picture = stage.picture(module)
     if picture is not None:
         folder = run.folder / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{stage.name}-{step:06d}.png")
+        with replacing(folder / f"{stage.name}-{step:06d}.png") as temporary:
+            picture.save(temporary, format="PNG")
 
 
 @contextmanager

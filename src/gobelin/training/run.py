@@ -20,7 +20,7 @@ from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEnco
 from gobelin.data import Corpus, FolderPairs, Pairs, ScenePairs, find_world
 from gobelin.errors import TrainingError
 from gobelin.formats.files import read_json, write_json, write_text
-from gobelin.pipeline import Pipeline, Recommended, find_device
+from gobelin.pipeline import Pipeline, find_device
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.training.card import model_card
@@ -60,7 +60,7 @@ class _Training:
         self.folder = out / "training"
         self.pairs = open_pairs(config)
         console.print(f"data: {self.pairs.description}", highlight=False)
-        device = find_device(None if config.device == "auto" else config.device)
+        device = find_device(config.device)
         self._claim(resume)
         self.context = Run(
             folder=self.folder,
@@ -156,7 +156,7 @@ class _Training:
                 text_encoder=text_encoder,
                 tokenizer=tokenizer,
                 schedule=schedule,
-                recommended=Recommended(**vars(self.config.recommended)),
+                recommended=self.config.recommended,
             )
 
         stage = UNetStage(

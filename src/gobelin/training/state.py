@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gobelin.errors import TrainingError
+from gobelin.formats.files import sync_folder
 
 FILE = "state.pt"
 
@@ -23,13 +24,14 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
             torch.save({"step": step, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into either
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(
             f"the checkpoint of step {step} could not be written to {folder} ({error}): the previous one stands"
         ) from error
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
+    sync_folder(folder)
     for older in sorted(folder.glob("step-*"))[:-1]:
         shutil.rmtree(older)
 
