@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors.torch import load_file, save_file
 from tests.conftest import edit_config, fill_, norm_eps, relative_error
 
 from gobelin.errors import ModelError, UsageError
@@ -85,6 +86,19 @@ def test_a_config_file_of_another_architecture_is_refused_by_the_field(name: str
     edit_config(tmp_path, **{name: not VAEConfig.fixed[name]})
     with pytest.raises(ModelError, match=rf"config\.json: {name} is "):
         VAE.from_pretrained(tmp_path)
+
+
+def test_older_files_name_the_attention_otherwise(tmp_path: Path) -> None:
+    vae = fill_(VAE(VAEConfig(block_out_channels=(8, 8), norm_num_groups=4)))
+    vae.save_pretrained(tmp_path)
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(tmp_path / VAE.weights_name)
+    for new, old in older.items():
+        tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in tensors
+    save_file(tensors, tmp_path / VAE.weights_name)
+    again = VAE.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in vae.state_dict().items())
 
 
 def test_a_vae_without_levels_is_refused() -> None:

@@ -133,6 +133,15 @@ def test_checkpoints_replace_each_other_only_when_whole(tmp_path, monkeypatch):
     assert state.load(tmp_path)["x"].item() == 2
 
 
+def test_a_request_in_the_last_step_stops_the_run_too(run):
+    last = OPTIM.steps
+    with pytest.raises(KeyboardInterrupt):
+        fit(Line(on_step=lambda count: os.kill(os.getpid(), signal.SIGINT) if count == last else None), run)
+    rest = Line()
+    fit(rest, run)
+    assert rest.count == 0
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     assert state.load(tmp_path) is None
     state.save(tmp_path, 4, {})

@@ -183,3 +183,25 @@ def test_an_unknown_preset_is_told_the_choices():
 
 def test_the_stages_are_named_in_order():
     assert STAGES == ("tokenizer", "text_encoder", "vae", "unet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: dataclasses.replace(c, picture_every=0), "picture_every is 0"),
+        (lambda c: dataclasses.replace(c.vae.optim, batch_size=0), "batch_size is 0"),
+        (lambda c: dataclasses.replace(c.vae.optim, precision="float16"), "precision is 'float16': the choices are"),
+        (lambda c: dataclasses.replace(c.unet, preset="huge"), "preset is 'huge': the choices are nano"),
+        (
+            lambda c: dataclasses.replace(c.unet, prediction="epsilon"),
+            "zero_terminal_snr needs prediction v_prediction",
+        ),
+        (
+            lambda c: dataclasses.replace(c, recommended=dataclasses.replace(c.recommended, sampler="magic")),
+            "unknown sampler 'magic'",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_trained_with_are_refused_at_once(change, message):
+    with pytest.raises(UsageError, match=message):
+        change(find_preset("nano"))

@@ -104,7 +104,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def print_report(scores: list[TaskScore], by_chance: dict[str, float], instruments: Instruments) -> None:
     """The tables."""
-    console = Console(width=130)
+    console = Console(width=150)
     table = Table("task", "split", "correct", "colour right", "shape right", "exact scene", "n")
     for row in scores:
         shares = (row.correct, row.colour, row.shape, row.exact)
