@@ -44,7 +44,8 @@ class Share:
             return cls(value=math.nan, low=math.nan, high=math.nan, n=0)
         centre = (hits + z * z / 2) / (n + z * z)
         half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
-        return cls(value=hits / n, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+        value = hits / n  # the clamps are for rounding, at shares of 0 and 1
+        return cls(value=value, low=max(0.0, min(value, centre - half)), high=min(1.0, max(value, centre + half)), n=n)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"

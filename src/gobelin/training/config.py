@@ -67,7 +67,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextStageConfig:
     """The text encoder and its contrastive training."""
 
     width: int = 96
@@ -82,7 +82,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAETraining:
+class VAEStageConfig:
     """The autoencoder and its losses' weights, each loss a mean over pixels in [-1, 1]."""
 
     preset: Literal["nano", "tiny", "small", "sd15"] = "nano"
@@ -101,7 +101,7 @@ class VAETraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetTraining:
+class UNetStageConfig:
     """The U-Net and what it predicts."""
 
     preset: Literal["nano", "tiny", "small", "sd15"] = "nano"
@@ -135,9 +135,9 @@ class TrainConfig:
     """Steps between sample grids."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    text: TextConfig
-    vae: VAETraining
-    unet: UNetTraining
+    text: TextStageConfig
+    vae: VAEStageConfig
+    unet: UNetStageConfig
     recommended: Recommended = field(default_factory=lambda: Recommended(steps=20, guidance=3.0))
 
     def __post_init__(self) -> None:
@@ -148,13 +148,13 @@ class TrainConfig:
 def nano() -> TrainConfig:
     """From nothing to pictures in about ten minutes on two CPU cores: 5 shapes, 6 colours, 1.4 million parameters."""
     return TrainConfig(
-        text=TextConfig(
+        text=TextStageConfig(
             optim=OptimConfig(
                 steps=320, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="bfloat16"
             )
         ),
-        vae=VAETraining(optim=OptimConfig(steps=650, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
-        unet=UNetTraining(
+        vae=VAEStageConfig(optim=OptimConfig(steps=650, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
+        unet=UNetStageConfig(
             optim=OptimConfig(
                 steps=3200,
                 batch_size=32,

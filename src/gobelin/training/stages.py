@@ -11,7 +11,7 @@ from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
 from gobelin.data import Corpus
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
-from gobelin.training.config import TextConfig, UNetTraining, VAETraining
+from gobelin.training.config import TextStageConfig, UNetStageConfig, VAEStageConfig
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
@@ -36,7 +36,7 @@ class TextStage:
         tokenizer: Tokenizer,
         text_encoder: TextEncoder,
         image_encoder: ImageEncoder,
-        config: TextConfig,
+        config: TextStageConfig,
     ):
         self.optim = config.optim
         self.rates = {"text.": config.text_rate}
@@ -75,7 +75,7 @@ class VAEStage:
 
     name = "vae"
 
-    def __init__(self, corpus: Corpus, vae: VAE, config: VAETraining, shown: Tensor):
+    def __init__(self, corpus: Corpus, vae: VAE, config: VAEStageConfig, shown: Tensor):
         self.optim = config.optim
         self.rates: dict[str, float] = {}
         self.samples = len(corpus)
@@ -123,7 +123,7 @@ class UNetStage:
         spread: Tensor,
         text_embeddings: Tensor,
         caption: Tensor,
-        config: UNetTraining,
+        config: UNetStageConfig,
         paint: Callable[[UNet], Image.Image],
     ):
         self.optim = config.optim
