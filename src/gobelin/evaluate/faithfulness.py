@@ -117,9 +117,8 @@ def shuffled(pictures: Sequence[Painted]) -> list[TaskScore]:
     """The same pictures judged by other prompts of their task and split: chance, for this painter and grader."""
     scores = []
     for (task, split), chosen in _by_task(pictures).items():
-        strangers = [picture.prompt for picture in chosen]
-        random.Random(0).shuffle(strangers)
-        verdicts = [judge(prompt, p.seen) for prompt, p in zip(strangers, chosen, strict=True)]
+        ring = random.Random(0).sample(chosen, len(chosen))  # each judged by its neighbour's prompt, none by its own
+        verdicts = [judge(ring[at - 1].prompt, picture.seen) for at, picture in enumerate(ring)]
         scores.append(TaskScore.of(task, f"{split}, shuffled", verdicts))
     return scores
 

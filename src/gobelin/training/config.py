@@ -156,7 +156,7 @@ def nano() -> TrainConfig:
         vae=VAEStageConfig(optim=OptimConfig(steps=650, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
         unet=UNetStageConfig(
             optim=OptimConfig(
-                steps=3200,
+                steps=2900,
                 batch_size=32,
                 learning_rate=2e-3,
                 warmup_steps=100,
