@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["generate", "x", "--device", "abacus"], 2, "unknown device 'abacus'"),
         (["generate", "x", "--model", "nowhere"], 1, "no model at nowhere: expected a folder with a model_index.json"),
         (["train", "--preset", "huge"], 2, "unknown preset 'huge': the choices are nano"),
-        (["train", "--preset"], 2, "--preset wants a name"),
+        (["train", "--preset"], 2, "argument --preset: expected one argument; the presets are nano"),
         (["train"], 2, "no folder to write to: say --out DIR"),
         (["train", "--stage", "magic", "--out", "x"], 2, "unknown stage 'magic': the choices are tokenizer"),
         (["train", "nowhere.toml", "--out", "x"], 2, "the configuration nowhere.toml cannot be read"),
@@ -191,12 +192,19 @@ def test_train_takes_a_preset_a_file_and_options(gobelin, tmp_path):
     file.write_text("seed = 3\n[unet]\ncaption_dropout = 0\n[unet.optim]\nsteps = 7\nlearning_rate = 1e-3\n")
     status, out, err = gobelin("train", file, "--unet.optim.steps", 9, "--print-config")
     assert status == 0, err
-    import tomllib
-
     config = tomllib.loads(out)
     assert (config["seed"], config["unet"]["caption_dropout"]) == (3, 0.0)
     assert (config["unet"]["optim"]["steps"], config["unet"]["optim"]["learning_rate"]) == (9, 1e-3)
     assert config["vae"]["optim"]["steps"] == find_preset("nano").vae.optim.steps
+
+
+def test_resume_takes_the_numbers_of_the_run(gobelin, trained):
+    status, out, err = gobelin("train", "--out", trained, "--resume", "--print-config")
+    assert status == 0, err
+    assert tomllib.loads(out)["unet"]["optim"]["steps"] == 4
+    status, out, err = gobelin("train", "--out", trained, "--resume")
+    assert (status, out.strip()) == (0, str(trained)), err
+    assert "unet: done before, kept" in err
 
 
 @pytest.mark.parametrize(

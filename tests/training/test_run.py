@@ -119,6 +119,20 @@ def test_a_folder_in_use_is_not_overwritten(trained, micro, tmp_path):
     assert not (tmp_path / "new").exists(), "a refused run leaves nothing behind"
 
 
+def test_a_run_does_not_go_on_with_other_data(micro, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("dark")
+    config = micro()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data), size=32))
+    train(config, tmp_path / "model", stage="tokenizer", console=QUIET)
+    (data / "2.png").unlink()
+    with pytest.raises(TrainingError, match=r"began with other data: 3 pairs.*now it is 2 pairs"):
+        train(config, tmp_path / "model", resume=True, console=QUIET)
+
+
 def test_a_stage_needs_the_ones_before_it(micro, tmp_path):
     with pytest.raises(TrainingError, match="has no tokenizer yet"):
         train(micro(), tmp_path / "model", stage="unet", console=QUIET)

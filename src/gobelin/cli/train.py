@@ -15,8 +15,9 @@ from tyro.conf import Positional
 
 from gobelin.cli.options import parse
 from gobelin.errors import UsageError
+from gobelin.formats.files import read_json
 from gobelin.training import PRESETS, TrainConfig, find_preset
-from gobelin.training.run import STAGES, train
+from gobelin.training.run import STAGES, config_file, train
 
 HELP = f"""Train a model from nothing: tokenizer, text encoder, VAE, U-Net.
 
@@ -70,14 +71,18 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def starting_point(arguments: Sequence[str]) -> Train:
-    """What the options override: the preset's numbers, then the file's."""
+    """What the options override: the preset's numbers, then the file's; or those of the run that is resumed."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--preset", default=Train.preset)
+    finder.add_argument("--out", type=Path)
+    finder.add_argument("--resume", action="store_true")
     try:
         known, _ = finder.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise UsageError(f"--preset wants a name: the choices are {', '.join(PRESETS)}") from error
+        raise UsageError(f"{error}; the presets are {', '.join(PRESETS)}") from error
     config = find_preset(known.preset)
+    if known.resume and known.out is not None and (recorded := config_file(known.out)).exists():
+        return Train(preset=known.preset, config=override(config, read_json(recorded), str(recorded)))
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if file is not None:
         config = override(config, read_toml(Path(file)), file)

@@ -193,7 +193,7 @@ class _Training:
 
     def _claim(self, resume: bool) -> None:
         """Make the folder this run's own, or find that it already is."""
-        recorded = self.folder / "config.json"
+        recorded, data = config_file(self.out), self.folder / "data.json"
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))
         self.done: list[str] = []
         if not recorded.exists():
@@ -201,14 +201,24 @@ class _Training:
                 raise TrainingError(f"{self.out} is not empty and holds no training run: choose another folder")
             if resume:
                 raise TrainingError(f"{self.out} holds no training run to resume: leave out --resume to start one")
+            write_json(data, {"description": self.pairs.description})
             write_json(recorded, config)
             return
         if not resume:
             raise TrainingError(f"{self.out} holds a training run: add --resume to go on, or choose another folder")
         if difference := first_difference(read_json(recorded), config):
             raise TrainingError(f"the run in {self.out} has another configuration: {difference}")
+        if (was := read_json(data)["description"]) != self.pairs.description:
+            raise TrainingError(
+                f"the run in {self.out} began with other data: {was}; now it is {self.pairs.description}"
+            )
         if (self.folder / "done.json").exists():
             self.done = read_json(self.folder / "done.json")["stages"]
+
+
+def config_file(out: Path) -> Path:
+    """Where a run keeps its configuration."""
+    return out / "training" / "config.json"
 
 
 def open_pairs(config: TrainConfig) -> Pairs:
