@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gobelin.errors import DataError, TrainingError, UsageError
-from gobelin.pipeline import Pipeline
+from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.training import find_preset
 from gobelin.training.config import DataConfig
 from gobelin.training.loop import Run, fit
@@ -53,19 +53,20 @@ def test_the_folder_holds_a_model_its_card_and_its_history(trained):
     assert "48 scenes" in (trained / "README.md").read_text()
 
 
-@pytest.mark.parametrize("sampler", ["ddim"])
-def test_it_opens_in_diffusers_and_paints_the_same(trained, sampler):
-    ours = Pipeline.from_pretrained(trained)
-    theirs = StableDiffusionPipeline.from_pretrained(trained)
+@pytest.mark.parametrize("which", ["trained for a moment", "shipped"])
+def test_it_opens_in_diffusers_and_paints_the_same(trained, which):
+    folder = shipped_model() if which == "shipped" else trained
+    ours = Pipeline.from_pretrained(folder)
+    theirs = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     assert isinstance(theirs.scheduler, DDIMScheduler)
     prompts = ["a red circle", "a blue square above the green ring"]
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     options = {"prompt": prompts, "latents": latents, "negative_prompt": ["a cross"] * 2}
     with torch.no_grad():
-        expected = theirs(**options, num_inference_steps=9, guidance_scale=3.0, guidance_rescale=0.3).images
+        expected = theirs(**options, num_inference_steps=20, guidance_scale=3.0, guidance_rescale=0.3).images
     options["negative_prompt"] = "a cross"
-    painted = ours(**options, steps=9, guidance=3.0, guidance_rescale=0.3, sampler=sampler).images
+    painted = ours(**options, steps=20, guidance=3.0, guidance_rescale=0.3, sampler="ddim").images
     for one, other in zip(painted, expected, strict=True):
         difference = np.abs(np.asarray(one, int) - np.asarray(other, int))
         assert difference.max() <= 2
