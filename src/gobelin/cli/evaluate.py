@@ -15,8 +15,6 @@ from gobelin.cli.options import parse, write_report
 from gobelin.data import find_world
 from gobelin.errors import UsageError
 from gobelin.evaluate.faithfulness import (
-    SPLITS,
-    TASKS,
     Instruments,
     TaskScore,
     chance,
@@ -28,6 +26,7 @@ from gobelin.evaluate.faithfulness import (
 )
 from gobelin.formats.files import replacing
 from gobelin.pipeline import Pipeline
+from gobelin.scenes import PROMPT_SPLITS, TASKS
 
 SHEET_SUFFIXES = (".png", ".jpg")
 
@@ -48,7 +47,7 @@ class Evaluate:
     """A diffusers folder; without one, the model that comes with Gobelin."""
     world: str = "nano"
     """The world of scenes that the model was trained on: nano or core."""
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = tuple(TASKS)
     """single_object, two_objects, position."""
     splits: tuple[str, ...] = ("dev", "heldout")
     """dev: held-in combinations, for development; heldout: combinations that training never saw; test: for the end."""
@@ -68,7 +67,7 @@ def run(arguments: Sequence[str]) -> None:
     """The command."""
     options = parse(Evaluate, "evaluate", arguments)
     world = find_world(options.world)
-    for kind, chosen, known in (("task", options.tasks, TASKS), ("split", options.splits, SPLITS)):
+    for kind, chosen, known in (("task", options.tasks, TASKS), ("split", options.splits, PROMPT_SPLITS)):
         for name in chosen:
             if name not in known:
                 raise UsageError(f"unknown {kind} {name!r}: the choices are {', '.join(known)}")

@@ -19,11 +19,9 @@ from scipy import ndimage
 
 from gobelin.data import ScenePairs
 from gobelin.pipeline import Pipeline, to_pil
-from gobelin.scenes import Prompt, Sample, Seen, Verdict, World, grade, judge, prompts
+from gobelin.scenes import TASKS, Prompt, Sample, Seen, Verdict, World, grade, judge, prompts
 from gobelin.vae import VAE
 
-TASKS = ("single_object", "two_objects", "position")
-SPLITS = ("dev", "test", "heldout")
 BATCH = 50
 
 
@@ -89,7 +87,7 @@ class Painted:
 def score(
     pipeline: Pipeline,
     world: World,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = tuple(TASKS),
     splits: Sequence[str] = ("dev", "heldout"),
     limit: int = 100,
     count: int = 1,

@@ -3,7 +3,7 @@
 from gobelin.scenes.grader import Seen, grade
 from gobelin.scenes.judge import Verdict, judge
 from gobelin.scenes.negatives import hard_negatives
-from gobelin.scenes.prompts import Prompt, prompts
+from gobelin.scenes.prompts import PROMPT_SPLITS, TASKS, Prompt, prompts
 from gobelin.scenes.render import render
 from gobelin.scenes.sampling import Sample, sample
 from gobelin.scenes.scene import Scene, SceneObject
@@ -12,6 +12,8 @@ from gobelin.scenes.world import CORE, NANO, WORLDS, World
 __all__ = [
     "CORE",
     "NANO",
+    "PROMPT_SPLITS",
+    "TASKS",
     "WORLDS",
     "Prompt",
     "Sample",

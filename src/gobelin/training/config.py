@@ -150,13 +150,13 @@ def nano() -> TrainConfig:
     return TrainConfig(
         text=TextStageConfig(
             optim=OptimConfig(
-                steps=320, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="bfloat16"
+                steps=280, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="bfloat16"
             )
         ),
-        vae=VAEStageConfig(optim=OptimConfig(steps=650, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
+        vae=VAEStageConfig(optim=OptimConfig(steps=500, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
         unet=UNetStageConfig(
             optim=OptimConfig(
-                steps=2900,
+                steps=2400,
                 batch_size=32,
                 learning_rate=2e-3,
                 warmup_steps=100,

@@ -130,11 +130,9 @@ class _Training:
         text_encoder = self._built("text_encoder", TextEncoder).to(self.context.device)
         vae = self._built("vae", VAE).to(self.context.device)
         schedule = NoiseSchedule(
-            ScheduleConfig(
-                prediction_type=config.prediction,
-                rescale_betas_zero_snr=config.zero_terminal_snr,
-                timestep_spacing="trailing" if config.zero_terminal_snr else "leading",
-            )
+            ScheduleConfig.zero_terminal_snr()
+            if config.zero_terminal_snr
+            else ScheduleConfig(prediction_type=config.prediction, timestep_spacing="leading")
         )
         unet = UNet(
             dataclasses.replace(
@@ -183,8 +181,7 @@ class _Training:
             return Corpus(self.pairs, advance=lambda: progress.advance(task))
 
     def _grid(self, pipeline: Pipeline, captions: list[str]) -> Image.Image:
-        result = pipeline(captions, seed=0)
-        return grid(pipeline.vae.latents_to_images(result.latents), columns=SHOWN)
+        return grid(pipeline(captions, seed=0).images, columns=SHOWN)
 
     def _built(self, name: str, component: Any) -> Any:
         if name not in self.done:

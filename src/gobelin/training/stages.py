@@ -1,6 +1,6 @@
 """The stages with gradients: text encoder, VAE, U-Net. Each holds its module, its data, and its loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
 from gobelin.data import Corpus
+from gobelin.pipeline import to_pil
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
 from gobelin.training.config import TextStageConfig, UNetStageConfig, VAEStageConfig
@@ -103,7 +104,8 @@ class VAEStage:
 
     def picture(self, module: VAE) -> Image.Image:
         images = self._corpus.images(self._shown).to(module.device)
-        return grid(torch.cat([images, module.decode(module.encode(images).mode())]), columns=len(images))
+        both = torch.cat([images, module.decode(module.encode(images).mode())])
+        return grid(to_pil(both), columns=len(images))
 
 
 class UNetStage:
@@ -181,15 +183,13 @@ def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[st
     return torch.cat([text_encoder(token_ids.to(text_encoder.device)) for token_ids in batches])
 
 
-def grid(images: Tensor, columns: int) -> Image.Image:
-    """Images [N, 3, H, W] in [-1, 1] as one picture, row by row, two pixels apart."""
-    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    height, width = levels.shape[1:3]
-    rows = -(-len(levels) // columns)
+def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size as one picture, row by row, two pixels apart."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for index, level in enumerate(levels):
-        place = (index % columns * (width + 2), index // columns * (height + 2))
-        sheet.paste(Image.fromarray(level), place)
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * (width + 2), index // columns * (height + 2)))
     return sheet
 
 
