@@ -10,16 +10,16 @@ from gobelin import Pipeline
 
 PROMPTS = [
     "a red circle",
-    "a blue square",
+    "a black square",
     "a yellow ring",
     "a green triangle",
-    "a purple cross",
+    "a yellow cross",
     "the black circle",
     "there is a blue ring",
     "a green cross and nothing else",
     "an image of a red square",
     "a purple triangle",
-    "a red circle to the left of a blue square",
+    "a red circle to the left of a yellow square",
     "a green ring above a black cross",
 ]
 COLUMNS, CELL, MARGIN, CAPTION = 6, 160, 16, 40
