@@ -4,11 +4,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gobelin.scenes.captions import TEMPLATES, TEST_TEMPLATES, Mention, Phrasing, phrase
+from gobelin.scenes.captions import TEMPLATES, TEST_TEMPLATES, Mention, Phrasing, phrase, pluralised
 from gobelin.scenes.world import CATEGORIES
 
-CIRCLE = Mention(index=0, shape="circle", colour="red", article="a", noun=0)
-SQUARE = Mention(index=1, shape="square", colour="orange", article="a", noun=0)
+CIRCLE = Mention(things=(0,), shape="circle", colour="red", article="a", noun=0)
+SQUARE = Mention(things=(1,), shape="square", colour="orange", article="a", noun=0)
 
 
 def test_every_category_has_templates_of_its_own():
@@ -45,23 +45,66 @@ def test_a_relation_reads_back_from_every_template(template, read):
     inverted = 0
     for _ in range(60):
         phrasing = phrase(rng, [("circle", "red"), ("square", "blue")], "above", template)
-        objects, relation = read(phrasing.text)
-        assert (objects, relation) == (phrasing.wanted, phrasing.relation)
+        objects, relation, count = read(phrasing.text)
+        assert (objects, relation, count) == (phrasing.wanted, phrasing.relation, None)
         assert (relation == "above") == (objects[0] == ("circle", "red"))
         inverted += relation == "below"
     assert 10 < inverted < 50
+
+
+@pytest.mark.parametrize("template", TEMPLATES["count"] + TEST_TEMPLATES["count"])
+def test_a_number_reads_back_from_every_template(template, read):
+    rng = np.random.default_rng(0)
+    digits = 0
+    for _ in range(200):
+        count = int(rng.integers(2, 6))
+        phrasing = phrase(rng, [("cross", "red")], None, template, count=count)
+        assert read(phrasing.text) == ((("cross", "red"),) * count, None, count)
+        assert phrasing.wanted == (("cross", "red"),) * count
+        digits += str(count) in phrasing.text
+    assert 25 < digits < 80
+
+
+def test_a_number_its_colour_and_its_noun_speak_of_all_that_are_counted():
+    plus = Mention(things=(0, 1, 2), shape="cross", colour="red", article="the", noun=1)
+    phrasing = Phrasing(template="exactly {n} {as}, no more", mentions=(plus,), count=3)
+    everything = (0, 1, 2)
+    assert phrasing.words() == (
+        ("exactly", ()), ("three", everything), ("red", everything), ("plus", everything), ("signs,", everything),
+        ("no", ()), ("more", ()),
+    )  # fmt: skip
+
+
+def test_plurals():
+    nouns = ("circle", "box", "rhombus", "cross", "plus sign", "thing")
+    assert [pluralised(noun) for noun in nouns] == [
+        "circles", "boxes", "rhombuses", "crosses", "plus signs", "things",
+    ]  # fmt: skip
 
 
 def test_underspecified_captions_leave_out_one_thing():
     rng = np.random.default_rng(0)
     left_out, parts = [], Counter()
     for _ in range(400):
-        said = phrase(rng, [("circle", "red"), ("square", "blue")], None, "{a} and {b}", 0.2).wanted
+        said = phrase(rng, [("circle", "red"), ("square", "blue")], None, "{a} and {b}", underspecified=0.2).wanted
         left_out.append(sum(part is None for pair in said for part in pair))
         parts.update(part for pair in said for part in pair)
     assert all(0.9 * 400 < parts[part] < 400 for part in ("circle", "red", "square", "blue"))
     assert set(left_out) == {0, 1}
     assert 0.14 < np.mean(left_out) < 0.26
+
+
+def test_some_captions_name_no_colour_at_all():
+    rng = np.random.default_rng(0)
+    named = Counter()
+    for _ in range(600):
+        said = phrase(
+            rng, [("circle", "red"), ("square", "blue")], None, "{a} and {b}", underspecified=0.4, colourless=0.5
+        )
+        named[sum(colour is not None for _, colour in said.wanted)] += 1
+        assert [shape for shape, _ in said.wanted].count(None) <= named[1] + named[2]
+    assert 0.15 < named[0] / 600 < 0.25
+    assert 0.06 < named[1] / 600 < 0.14
 
 
 def test_articles_vary():

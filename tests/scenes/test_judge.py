@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,10 @@ from gobelin.scenes import (
     World,
     grade,
     judge,
+    prompts,
     render,
     sample,
+    swapped,
 )
 
 CIRCLE = SceneObject(shape="circle", colour="red", x=16, y=32, radius=10)
@@ -25,13 +28,13 @@ def verdict(prompt: Prompt, *objects: SceneObject) -> Verdict:
     return judge(prompt, grade(render(Scene(objects=objects, background="paper"))[0], NANO))
 
 
-def prompt(*objects: tuple[str | None, str | None], relation: str | None = None) -> Prompt:
-    return Prompt(text="", task="", objects=objects, relation=relation)
+def prompt(*objects: tuple[str | None, str | None], relation: str | None = None, count: int | None = None) -> Prompt:
+    return Prompt(text="", task="", objects=objects, relation=relation, count=count)
 
 
 def prompt_of(made: Sample) -> Prompt:
     objects = tuple((thing.shape, thing.colour) for thing in made.scene.objects)
-    return prompt(*objects, relation=made.scene.relation)
+    return prompt(*objects, relation=made.scene.relation, count=len(objects) if made.category == "count" else None)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,23 @@ def test_verdicts(asked, correct, colour, shape, exact):
     assert verdict(asked, CIRCLE, SQUARE) == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "count", "correct", "exact"),
+    [
+        ((None, "red"), 3, True, True),
+        (("circle", "red"), 2, True, False),
+        (("circle", None), 2, True, False),
+        (("circle", "red"), 3, False, False),
+        ((None, "red"), 2, False, False),  # there are three
+        (("ring", "red"), 2, False, False),
+    ],
+)
+def test_a_number_is_right_when_just_so_many_are_there(asked, count, correct, exact):
+    things = (CIRCLE, replace(CIRCLE, x=47, y=20, radius=8), replace(SQUARE, y=48, radius=8, colour="red"))
+    found = verdict(prompt(*[asked] * count, count=count), *things)
+    assert (found.correct, found.exact) == (correct, exact)
+
+
 def test_nothing_is_wrong_for_every_prompt():
     nothing = Verdict(correct=False, colour=False, shape=False, exact=False)
     assert verdict(prompt(("circle", "red"))) == nothing
@@ -69,19 +89,44 @@ def test_true_prompts_score_and_shuffled_ones_are_at_chance(world: World):
     assert np.mean([judge(*both).exact for both in zip(shuffled, seen, strict=True)]) < 0.06
 
 
-def test_swapped_attributes_and_relations_score_nothing(world: World):
-    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-    swapped = turned = 0
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (prompt(("circle", "red")), None),
+        (prompt(("circle", None), ("square", None)), None),
+        (prompt(("circle", "red"), ("circle", "blue")), None),
+        (prompt(("circle", "red"), ("square", "blue")), prompt(("circle", "blue"), ("square", "red"))),
+        (
+            prompt(("circle", "red"), ("square", "red"), relation="above"),
+            prompt(("circle", "red"), ("square", "red"), relation="below"),
+        ),
+        (prompt(*[("circle", "red")] * 2, count=2), prompt(*[("circle", "red")] * 3, count=3)),
+        (prompt(*[("circle", "red")] * 4, count=4), prompt(*[("circle", "red")] * 3, count=3)),
+        (prompt(*[("circle", "red")] * 5, count=5), prompt(*[("circle", "red")] * 4, count=4)),
+    ],
+)
+def test_swapped(asked, expected):
+    assert swapped(asked) == expected
+
+
+def test_what_is_right_is_wrong_when_swapped(world: World):
+    kinds = Counter()
     for index in range(200):
         made = sample(32, index, world)
         asked, seen = prompt_of(made), grade(made.image, world)
-        if len(asked.objects) == 2:
-            (shape, colour), (other_shape, other_colour) = asked.objects
-            if shape != other_shape and colour != other_colour:
-                objects = ((shape, other_colour), (other_shape, colour))
-                assert not judge(replace(asked, objects=objects, relation=None), seen).correct
-                swapped += 1
-        if asked.relation:
-            assert not judge(replace(asked, relation=opposite[asked.relation]), seen).correct
-            turned += 1
-    assert min(swapped, turned) > 30
+        other = swapped(asked)
+        if other:
+            assert judge(asked, seen).correct
+            assert not judge(other, seen).correct
+            kinds[made.category] += 1
+    assert set(kinds) == set(world.categories) - {"single"}
+    assert min(kinds.values()) > 25
+
+
+def test_swapping_back_gives_the_prompt():
+    for task in ("position", "attribute_binding"):
+        for asked in prompts(NANO, task, "dev", 20):
+            other = swapped(asked)
+            assert other is not None
+            assert other != asked
+            assert swapped(other) == asked

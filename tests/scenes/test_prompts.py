@@ -3,48 +3,93 @@ from collections import Counter
 import pytest
 
 from gobelin.errors import UsageError
-from gobelin.scenes import World, prompts
-from gobelin.scenes.prompts import PROMPT_SPLITS, TASKS
+from gobelin.scenes import CORE, EXTRA_TASKS, NANO, PROMPT_SPLITS, TASKS, WORLDS, Prompt, World, prompts, tasks
 from gobelin.scenes.relations import RELATIONS
+from gobelin.scenes.world import COUNTS
+
+LISTS = [
+    (world, task, split)
+    for world in WORLDS.values()
+    for split in PROMPT_SPLITS
+    for task in tasks(world, split, TASKS + EXTRA_TASKS)
+]
+IDS = [f"{world.name}-{task}-{split}" for world, task, split in LISTS]
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", PROMPT_SPLITS)
+def held_out(prompt: Prompt, world: World) -> bool:
+    return world.holds_out(prompt.objects, *([prompt.relation] if prompt.relation else []))
+
+
+def test_tasks_are_those_that_a_world_can_be_asked_for():
+    assert tasks(CORE) == tasks(CORE, "test") == TASKS
+    assert tasks(CORE, "heldout") == ("counting", "colours", "position", "attribute_binding")
+    assert tasks(CORE, "heldout", EXTRA_TASKS) == ("five",)
+    assert tasks(CORE, "dev", EXTRA_TASKS) == ()
+    assert tasks(NANO) == ("single_object", "two_objects", "colours", "position", "attribute_binding")
+    assert tasks(NANO, "heldout") == ("colours", "position", "attribute_binding")
+
+
+@pytest.mark.parametrize(("world", "task", "split"), LISTS, ids=IDS)
 def test_prompts_say_what_they_ask_for(world: World, task, split, read):
     found = prompts(world, task, split)
     assert len(found) == 100
+    assert len({prompt.text for prompt in found}) > 95
     assert found == prompts(world, task, split)
     assert found[:20] == prompts(world, task, split, 20)
     for prompt in found:
         assert prompt.task == task
-        assert read(prompt.text) == (prompt.objects, prompt.relation)
-        assert len(prompt.objects) == (1 if task == "single_object" else 2)
-        assert (prompt.relation is None) == (task != "position")
-        relation = [prompt.relation] if prompt.relation else []
-        assert world.holds_out(prompt.objects, *relation) == (split == "heldout")
+        assert read(prompt.text) == (prompt.objects, prompt.relation, prompt.count)
+        assert held_out(prompt, world) == (split == "heldout")
+
+
+@pytest.mark.parametrize(("world", "task", "split"), LISTS, ids=IDS)
+def test_each_task_asks_in_its_own_way(world: World, task, split):
+    for prompt in prompts(world, task, split):
+        shapes, colours = zip(*prompt.objects, strict=True)
+        assert (prompt.relation is not None) == (task == "position")
+        assert (prompt.count is not None) == (task in ("counting", "five"))
+        assert None not in shapes
+        assert {colour is None for colour in colours} == {task in ("single_object", "two_objects")}
+        if prompt.count:
+            assert len(shapes) == prompt.count
+            assert len(set(prompt.objects)) == 1
+            assert prompt.count == 5 if task == "five" else prompt.count in COUNTS
+        else:
+            assert len(shapes) == (1 if task in ("single_object", "colours") else 2)
+        if task in ("two_objects", "attribute_binding"):
+            assert len(set(shapes)) == 2
+        if task == "attribute_binding":
+            assert len(set(colours)) == 2
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_differ(world: World, task):
-    dev, test = ({prompt.text for prompt in prompts(world, task, split)} for split in ("dev", "test"))
-    assert len(dev) > 95
-    assert len(dev & test) < 20
+    if task in tasks(world):
+        dev, test = ({prompt.text for prompt in prompts(world, task, split)} for split in ("dev", "test"))
+        assert len(dev & test) < 40
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", ["dev", "test"])
+@pytest.mark.parametrize(("world", "task", "split"), LISTS, ids=IDS)
 def test_prompts_are_balanced(world: World, task, split):
     found = prompts(world, task, split)
-    pairs = Counter(pair for prompt in found for pair in prompt.objects)
-    assert len(pairs) == len(world.shapes) * len(world.colours) - len(world.held_out_pairs)
-    assert max(pairs.values()) - min(pairs.values()) <= 1
+    asked = Counter(thing for prompt in found for thing in set(prompt.objects))
+    if split != "heldout":
+        # At most as often as it is their turn, and once more where the other parts need it.
+        assert max(asked.values()) - min(asked.values()) <= 2
+        kinds = len(world.shapes) * (1 if task in ("single_object", "two_objects") else len(world.colours))
+        assert len(asked) == kinds - (0 if task in ("single_object", "two_objects") else len(world.held_out_pairs))
     if task == "position":
         assert all(15 <= sum(prompt.relation == relation for prompt in found) <= 35 for relation in RELATIONS)
+    if task == "counting":
+        assert all(30 <= sum(prompt.count == count for prompt in found) <= 37 for count in COUNTS)
 
 
 def test_held_out_prompts_use_every_held_out_combination(world: World):
-    pairs = {pair for prompt in prompts(world, "single_object", "heldout") for pair in prompt.objects}
+    pairs = {pair for prompt in prompts(world, "colours", "heldout") for pair in prompt.objects}
     assert pairs == world.held_out_pairs
+    if "counting" in tasks(world):
+        counted = {(prompt.count, prompt.objects[0][0]) for prompt in prompts(world, "counting", "heldout")}
+        assert world.held_out_counts <= counted
 
 
 def test_an_unknown_task_or_split_is_refused(world: World):
@@ -52,3 +97,17 @@ def test_an_unknown_task_or_split_is_refused(world: World):
         prompts(world, "poetry")
     with pytest.raises(UsageError, match="a split of"):
         prompts(world, "position", "train")
+    with pytest.raises(UsageError, match="Expected a task of"):
+        tasks(world, "dev", ("poetry",))
+
+
+@pytest.mark.parametrize(
+    ("world", "task", "split", "message"),
+    [
+        (NANO, "counting", "dev", "Expected a task that the world nano has in the split dev: single_object, two_obj"),
+        (CORE, "two_objects", "heldout", "five; got two_objects, which names nothing that is held out"),
+    ],
+)
+def test_a_task_that_a_world_lacks_is_refused(world, task, split, message):
+    with pytest.raises(UsageError, match=message):
+        prompts(world, task, split)

@@ -35,3 +35,19 @@ def test_found_in_needs_a_thing_for_each_object():
     assert not found_in([("circle", "red"), ("circle", "red")], None, things)
     assert not found_in([("circle", "blue"), ("square", "red")], None, things)
     assert not found_in([("circle", "red")], None, [])
+
+
+def test_a_number_is_exact():
+    things = [at(10 * n, 32) for n in range(3)] + [at(48, 60, "square", "red")]
+    assert found_in([("circle", "red")] * 3, None, things, count=3)
+    assert found_in([(None, "red")] * 4, None, things, count=4)
+    assert found_in([("circle", "red")] * 2, None, things)
+    assert not found_in([("circle", "red")] * 2, None, things, count=2)
+    assert not found_in([("circle", "red")] * 4, None, things, count=4)
+
+
+def test_a_crowd_is_looked_through_in_no_time():
+    crowd = [at(n, n) for n in range(40)]
+    assert found_in([("circle", "red")] * 5, None, crowd)
+    assert not found_in([("circle", "red")] * 5, None, crowd, count=5)
+    assert not found_in([("circle", "red")] * 4 + [("circle", "blue")], None, crowd)

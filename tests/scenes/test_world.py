@@ -1,11 +1,13 @@
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from gobelin.errors import UsageError
-from gobelin.scenes import NANO, World
+from gobelin.scenes import CORE, NANO, World
 from gobelin.scenes.relations import INVERSE, RELATIONS
+from gobelin.scenes.world import COUNTS
 
 
 def test_held_out_pairs_are_a_seventh_spread_evenly(world: World):
@@ -27,6 +29,33 @@ def test_held_out_relations_are_few_and_spread_evenly(world: World):
     assert all((b, INVERSE[relation], a) in triples for a, relation, b in triples)
 
 
+def test_held_out_counts_are_few_and_leave_every_number_and_shape():
+    counts = CORE.held_out_counts
+    assert 0.1 < len(counts) / (len(COUNTS) * len(CORE.shapes)) <= 0.15
+    kept = set(product(COUNTS, CORE.shapes)) - counts
+    assert {count for count, _ in kept} == set(COUNTS)
+    assert {shape for _, shape in kept} == set(CORE.shapes)
+    assert max(Counter(shape for _, shape in counts).values()) == 1
+    assert not NANO.held_out_counts
+
+
+def test_so_many_of_a_shape_are_held_out_whatever_their_colours():
+    two = next(shape for count, shape in CORE.held_out_counts if count == 2)
+    assert CORE.holds_out([(two, None), (two, None)])
+    free = [(two, colour) for colour in CORE.colours if (two, colour) not in CORE.held_out_pairs][:2]
+    assert CORE.holds_out(free)
+    assert not CORE.holds_out(free[:1])
+    assert not replace(CORE, mix=(("two", 1.0),)).holds_out(free)
+    assert not CORE.holds_out([(two, None)])
+    assert not CORE.holds_out([(None, None), (None, None)])
+
+
+def test_more_objects_than_ever_occur_are_held_out(world: World):
+    most = [(None, None)] * world.max_objects
+    assert not world.holds_out(most)
+    assert world.holds_out([*most, (None, None)])
+
+
 def test_holds_out(world: World):
     shape, colour = min(world.held_out_pairs)
     a, relation, b = min(world.held_out_relations)
@@ -46,6 +75,7 @@ def test_holds_out(world: World):
         ({"shapes": ("circle",)}, "7 pairs"),
         ({"radius": (8.0, 32.0)}, "fit into 62 px"),
         ({"radius_crowded": (8.0, 15.0)}, "fit into 62 px"),
+        ({"radius_count": (8.0, 15.0)}, "fit into 62 px"),
     ],
 )
 def test_a_world_that_cannot_be_is_refused(change, message):
@@ -54,5 +84,6 @@ def test_a_world_that_cannot_be_is_refused(change, message):
 
 
 def test_max_objects():
+    assert CORE.max_objects == 4
     assert NANO.max_objects == 2
     assert replace(NANO, mix=(("single", 1.0),)).max_objects == 1

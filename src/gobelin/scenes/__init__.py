@@ -1,9 +1,9 @@
 """A world whose truth is known: procedural captioned images, a grader to read them, and prompts to score."""
 
 from gobelin.scenes.grader import Seen, grade
-from gobelin.scenes.judge import Verdict, judge
+from gobelin.scenes.judge import Verdict, judge, swapped
 from gobelin.scenes.negatives import hard_negatives
-from gobelin.scenes.prompts import PROMPT_SPLITS, TASKS, Prompt, prompts
+from gobelin.scenes.prompts import EXTRA_TASKS, PROMPT_SPLITS, TASKS, Prompt, prompts, tasks
 from gobelin.scenes.render import render
 from gobelin.scenes.sampling import Sample, sample
 from gobelin.scenes.scene import Scene, SceneObject
@@ -11,6 +11,7 @@ from gobelin.scenes.world import CORE, NANO, WORLDS, World
 
 __all__ = [
     "CORE",
+    "EXTRA_TASKS",
     "NANO",
     "PROMPT_SPLITS",
     "TASKS",
@@ -28,4 +29,6 @@ __all__ = [
     "prompts",
     "render",
     "sample",
+    "swapped",
+    "tasks",
 ]

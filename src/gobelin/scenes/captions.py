@@ -1,7 +1,7 @@
 """Captions: templates, wordings, and which words speak of which objects.
 
 A template is text with slots: ``{a}`` and ``{b}`` for objects, ``{rel}`` for "left of" (``a`` seen from
-``b``) and ``{side}`` for "to its left".
+``b``), ``{side}`` for "to its left", and ``{n}`` and ``{as}`` for a number of like objects.
 """
 
 from collections.abc import Sequence
@@ -54,12 +54,28 @@ TEMPLATES = {
         "a picture of {a} {rel} {b}",
         "a scene where {a} is {rel} {b}",
     ),
+    "count": (
+        "{n} {as}",
+        "exactly {n} {as}",
+        "there are {n} {as}",
+        "here are {n} {as}",
+        "these are {n} {as}",
+        "we see {n} {as}",
+        "just {n} {as}",
+        "{n} {as} and nothing else",
+        "a group of {n} {as}",
+        "an image of {n} {as}",
+        "a picture of {n} {as}",
+        "a drawing of {n} {as}",
+        "a scene with {n} {as}",
+    ),
 }
 
 TEST_TEMPLATES = {
     "single": ("a photo of {a}", "look at {a}", "it shows {a}"),
     "two": ("a photo of {a} and {b}", "{a} accompanied by {b}", "it shows {a} plus {b}"),
     "relation": ("a photo of {a} {rel} {b}", "{a} can be seen {rel} {b}", "{b} and, {side}, {a}"),
+    "count": ("a photo of {n} {as}", "look at {n} {as}", "it shows exactly {n} {as}"),
 }
 
 ARTICLES = ("a", "a", "a", "a", "a", "the", "the", "", "", "one")
@@ -73,6 +89,7 @@ NOUNS = {
     "star": ("star", "pentagram"),
     None: ("shape", "object", "thing"),
 }
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 # Each relation's wordings of {rel}, and beside them those of {side}.
 WORDINGS = {
     "left of": (
@@ -89,63 +106,72 @@ WORDINGS = {
     "below": (("below", "below it"), ("under", "under it"), ("lower than", "lower down")),
 }
 _SYNONYM_RATE = 0.1
+_DIGIT_RATE = 0.25
 _NO_REFERENCE = ("the", "its", "it")
 
 
 def templates(category: str, split: str) -> tuple[str, ...]:
-    """The templates that a split may use for "single", "two" or "relation"."""
+    """The templates that a split may use for "single", "two", "relation" or "count"."""
     return TEMPLATES[category] + (TEST_TEMPLATES[category] if split in ("test", "heldout") else ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mention:
-    """One object in a caption. ``shape`` or ``colour`` is None where the caption leaves it out.
+    """One object in a caption, or some that are alike. ``shape`` or ``colour`` is None where it goes unsaid.
 
-    ``index`` is the object's place in the scene; ``noun`` picks the synonym.
+    ``things`` are the objects' places in the scene; ``noun`` picks the synonym.
     """
 
-    index: int
+    things: tuple[int, ...]
     shape: str | None
     colour: str | None
     article: str
     noun: int
 
-    def words(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The words of the noun phrase, each with the objects that it speaks of."""
+    def words(self, *, plural: bool = False) -> list[tuple[str, tuple[int, ...]]]:
+        """The words of the noun phrase, each with the objects that it speaks of; a plural has no article."""
         nouns = NOUNS[self.shape]
-        naming = [word for word in (self.colour, *nouns[self.noun % len(nouns)].split()) if word]
+        noun = nouns[self.noun % len(nouns)]
+        naming = [word for word in (self.colour, *(pluralised(noun) if plural else noun).split()) if word]
         article = "an" if self.article == "a" and naming[0][0] in "aeiou" else self.article
-        return [(article, ())] * bool(article) + [(word, (self.index,)) for word in naming]
+        return [(article, ())] * bool(article and not plural) + [(word, self.things) for word in naming]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phrasing:
     """A caption before it is words: change a field, and the wording follows.
 
-    ``mentions`` fill ``{a}`` and ``{b}`` in this order; ``relation`` is that of the first to the second.
+    ``mentions`` fill ``{a}`` and ``{b}`` in this order; ``relation`` is that of the first to the second. A caption
+    with a ``count`` has one mention, of so many objects, written as digits or as a word.
     """
 
     template: str
     mentions: tuple[Mention, ...]
     relation: str | None = None
     wording: int = 0
+    count: int | None = None
+    digits: bool = False
 
     @property
     def wanted(self) -> tuple[Wanted, ...]:
-        """What the caption asks for: (shape, colour) of each mention, None where it does not say."""
-        return tuple((mention.shape, mention.colour) for mention in self.mentions)
+        """What the caption asks for: (shape, colour) of each object, None where it does not say."""
+        return tuple((mention.shape, mention.colour) for mention in self.mentions) * (self.count or 1)
 
     def words(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The words, a comma clinging to the one before it, each with the objects that it speaks of."""
         words: list[tuple[str, tuple[int, ...]]] = []
-        both = tuple(sorted(mention.index for mention in self.mentions))
+        everything = tuple(sorted(thing for mention in self.mentions for thing in mention.things))
         for token in self.template.split():
             slot = token.rstrip(",")
             if slot in ("{a}", "{b}"):
                 words += self.mentions[slot == "{b}"].words()
+            elif slot == "{as}":
+                words += self.mentions[0].words(plural=True)
+            elif slot == "{n}" and self.count:
+                words.append((str(self.count) if self.digits else NUMBERS[self.count], everything))
             elif slot in ("{rel}", "{side}") and self.relation:
                 phrase = WORDINGS[self.relation][self.wording][slot == "{side}"]
-                words += [(word, () if word in _NO_REFERENCE else both) for word in phrase.split()]
+                words += [(word, () if word in _NO_REFERENCE else everything) for word in phrase.split()]
             else:
                 words.append((slot, ()))
             if token != slot:
@@ -163,22 +189,28 @@ def phrase(
     wanted: Sequence[Wanted],
     relation: str | None,
     template: str,
+    *,
+    count: int | None = None,
     underspecified: float = 0.0,
+    colourless: float = 0.0,
 ) -> Phrasing:
     """Word a caption of ``wanted`` objects at random, in either order: articles, synonyms, inverse relations.
 
-    ``relation`` is that of the first object to the second. With probability ``underspecified`` the colour or
-    the shape of one object goes unsaid.
+    ``relation`` is that of the first object to the second. With a ``count`` the caption is of so many objects
+    like the one that is ``wanted``. With probability ``underspecified`` something goes unsaid: all colours in
+    the fraction ``colourless`` of such captions, the colour or the shape of one object in the rest.
     """
     draw = rng.random(8).tolist()
     said = list(wanted)
-    if draw[0] < underspecified:
+    if draw[0] < underspecified * colourless:
+        said = [(shape, None) for shape, _ in said]
+    elif draw[0] < underspecified:
         unsaid = int(draw[1] * len(said))
         shape, colour = said[unsaid]
         said[unsaid] = (None, colour) if draw[2] < 0.5 else (shape, None)
     mentions = [
         Mention(
-            index=index,
+            things=tuple(range(count)) if count else (index,),
             shape=shape,
             colour=colour,
             article=ARTICLES[int(draw[3 + index] * len(ARTICLES))],
@@ -190,7 +222,15 @@ def phrase(
         mentions.reverse()
         relation = INVERSE[relation] if relation else None
     wording = int(rng.integers(3)) if relation else 0
-    return Phrasing(template=template, mentions=tuple(mentions), relation=relation, wording=wording)
+    digits = count is not None and bool(rng.random() < _DIGIT_RATE)
+    return Phrasing(
+        template=template, mentions=tuple(mentions), relation=relation, wording=wording, count=count, digits=digits
+    )
+
+
+def pluralised(noun: str) -> str:
+    """The plural of a noun of ``NOUNS``."""
+    return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
 def _noun(draw: float, shape: str | None) -> int:

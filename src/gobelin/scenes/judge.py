@@ -1,19 +1,21 @@
 """Whether an image shows what its prompt asks for, by GenEval's rules."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gobelin.scenes.grader import Seen
 from gobelin.scenes.prompts import Prompt
-from gobelin.scenes.relations import found_in
+from gobelin.scenes.relations import INVERSE, found_in
+from gobelin.scenes.world import COUNTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What is right in an image.
 
-    ``correct``: every object of the prompt is there, in its colour and its place. ``colour`` and ``shape``:
-    there is an object for each named colour, or shape, whatever the rest. ``exact``: correct, and nothing
+    ``correct``: every object of the prompt is there, in its colour and its place, and where it counts them no
+    other that is like them. ``colour`` and ``shape``: there is an object for each named colour, or shape,
+    whatever the rest. ``exact``: correct, and nothing
     more is there.
     """
 
@@ -25,10 +27,29 @@ class Verdict:
 
 def judge(prompt: Prompt, seen: Sequence[Seen]) -> Verdict:
     """Judge what ``grade`` saw in an image against the prompt that it was painted for."""
-    correct = found_in(prompt.objects, prompt.relation, seen)
+    correct = found_in(prompt.objects, prompt.relation, seen, count=prompt.count)
     return Verdict(
         correct=correct,
         colour=found_in([(None, colour) for _, colour in prompt.objects], None, seen),
         shape=found_in([(shape, None) for shape, _ in prompt.objects], None, seen),
         exact=correct and len(seen) == len(prompt.objects),
     )
+
+
+def swapped(prompt: Prompt) -> Prompt | None:
+    """What a painter that mixes up the parts of the prompt would have been asked for; None where nothing can be.
+
+    The relation turned round, or a number one higher or (from four on) one lower, or the two colours exchanged.
+    A picture that is right for the prompt is wrong for this one. The text stays that of the prompt.
+    """
+    if prompt.relation:
+        return replace(prompt, relation=INVERSE[prompt.relation])
+    if prompt.count:
+        count = prompt.count + (1 if prompt.count < COUNTS[-1] else -1)
+        return replace(prompt, objects=prompt.objects[:1] * count, count=count)
+    if len(prompt.objects) != 2:
+        return None
+    (shape, colour), (other_shape, other_colour) = prompt.objects
+    if shape == other_shape or colour == other_colour:
+        return None
+    return replace(prompt, objects=((shape, other_colour), (other_shape, colour)))

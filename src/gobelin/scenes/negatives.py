@@ -8,16 +8,16 @@ import numpy as np
 from gobelin.scenes.captions import Phrasing
 from gobelin.scenes.relations import INVERSE, found_in
 from gobelin.scenes.sampling import Sample
-from gobelin.scenes.world import World
+from gobelin.scenes.world import COUNTS, World
 
 
 def hard_negatives(sample: Sample, seed: int) -> list[str]:
     """Captions in the sample's own wording that are false of its scene.
 
-    One with the colours swapped and one with the relation turned round, where there are two objects, and for
-    each object one with another colour and one with another shape, drawn with ``seed`` ≥ 0. What would still
-    be true is left out, and so is what the world holds out, unless the sample is itself of the "heldout"
-    split.
+    One with the colours swapped and one with the relation turned round, where there are two objects, one with
+    a number beside the true one, where they are counted, and for each mention one with another colour and one
+    with another shape, drawn with ``seed`` ≥ 0. What would still be true is left out, and so is what the world
+    holds out, unless the sample is itself of the "heldout" split.
     """
     chosen = []
     for options in _changes(sample.phrasing, sample.world, np.random.default_rng(seed)):
@@ -39,6 +39,9 @@ def _changes(phrasing: Phrasing, world: World, rng: np.random.Generator) -> Iter
         yield [replace(phrasing, mentions=swapped)]
     if phrasing.relation:
         yield [replace(phrasing, relation=INVERSE[phrasing.relation])]
+    if phrasing.count:
+        beside = [count for count in COUNTS if abs(count - phrasing.count) == 1]
+        yield (replace(phrasing, count=count) for count in rng.permutation(beside).tolist())
     for at, mention in enumerate(mentions):
         if mention.colour:
             yield (changed(at, colour=colour) for colour in rng.permutation(world.colours).tolist())
@@ -48,7 +51,7 @@ def _changes(phrasing: Phrasing, world: World, rng: np.random.Generator) -> Iter
 
 def _false(option: Phrasing, sample: Sample) -> bool:
     """Whether a caption is false of the scene, and says nothing that is held out."""
-    if found_in(option.wanted, option.relation, sample.scene.objects):
+    if found_in(option.wanted, option.relation, sample.scene.objects, count=option.count):
         return False
     relation = (option.relation,) if option.relation else ()
     return sample.split == "heldout" or not sample.world.holds_out(option.wanted, *relation)

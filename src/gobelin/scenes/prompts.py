@@ -1,6 +1,6 @@
 """Fixed lists of prompts to score a model on, after GenEval's tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from zlib import crc32
@@ -10,13 +10,35 @@ import numpy as np
 from gobelin.errors import UsageError
 from gobelin.scenes.captions import phrase, templates
 from gobelin.scenes.relations import RELATIONS, Wanted
-from gobelin.scenes.world import World
+from gobelin.scenes.world import COUNTS, World
 
-# Each task's category of captions.
-TASKS = {"single_object": "single", "two_objects": "two", "position": "relation"}
+# GenEval's six.
+TASKS = ("single_object", "two_objects", "counting", "colours", "position", "attribute_binding")
+# Beside them: five objects, one more than training ever shows.
+EXTRA_TASKS = ("five",)
 PROMPT_SPLITS = ("dev", "test", "heldout")
 
-_Request = tuple[tuple[tuple[str, str], ...], str | None]
+_TRIES = 20  # to find words that no other prompt of the list has
+
+# Each task's category of captions.
+_CATEGORIES = {
+    "single_object": "single",
+    "two_objects": "two",
+    "counting": "count",
+    "colours": "single",
+    "position": "relation",
+    "attribute_binding": "two",
+    "five": "count",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What a prompt asks for, before it is worded; the fields are those of ``Prompt``."""
+
+    objects: tuple[Wanted, ...]
+    relation: str | None = None
+    count: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,47 +46,106 @@ class Prompt:
     """A text, and what an image of it has to show.
 
     ``objects`` are (shape, colour), None being any; ``relation`` is that of the first object to the second.
+    With a ``count`` the objects are so many times the same, and just so many are to be there.
     """
 
     text: str
     task: str
     objects: tuple[Wanted, ...]
     relation: str | None = None
+    count: int | None = None
+
+
+def tasks(world: World, split: str = "dev", of: Sequence[str] = TASKS) -> tuple[str, ...]:
+    """Those tasks that a world has prompts for in a split.
+
+    A task needs its category in the world's mix and, in the "heldout" split, something that can be held out:
+    "a circle" names no combination. Raises UsageError for another task or split.
+    """
+    return tuple(task for task in of if next(_requests(world, task, split), None))
 
 
 def prompts(world: World, task: str, split: str = "dev", count: int = 100) -> list[Prompt]:
     """The first ``count`` prompts of a task, the same each time.
 
-    A task is "single_object", "two_objects" or "position". A split is "dev", "test" (other prompts, and
-    templates that training never saw) or "heldout" (at least one held-out combination a prompt). Pairs of
-    shape and colour, relations and templates all come up equally often, as far as ``count`` and the held-out
-    combinations allow. Raises UsageError for another task or split.
+    A task is one of ``TASKS`` or ``EXTRA_TASKS``. A split is "dev", "test" (other prompts, and templates that
+    training never saw) or "heldout" (at least one held-out combination a prompt). What can be asked for comes
+    up equally often in all its parts, as far as ``count`` and the held-out combinations allow: shapes or
+    pairs of shape and colour, relations, numbers, templates. Raises UsageError for another task or split, and
+    for a task that ``tasks`` does not list.
     """
-    if task not in TASKS or split not in PROMPT_SPLITS:
-        known = f"a task of {', '.join(TASKS)} and a split of {', '.join(PROMPT_SPLITS)}"
-        raise UsageError(f"Expected {known}; got {task} and {split}.")
+    requests = list(_requests(world, task, split))
+    if not requests:
+        known = ", ".join(tasks(world, split, TASKS + EXTRA_TASKS))
+        raise UsageError(
+            f"Expected a task that the world {world.name} has in the split {split}: {known}; got {task}"
+            + (", which names nothing that is held out." if split == "heldout" else ".")
+        )
     rng = np.random.default_rng(crc32(f"{world.name}/{task}/{split}".encode()))
-    choices = templates(TASKS[task], split)
-    found = []
-    for number, (objects, relation) in enumerate(_balanced(rng, list(_requests(world, task, split)), count)):
-        phrasing = phrase(rng, objects, relation, choices[(number + number // len(choices)) % len(choices)])
-        found.append(Prompt(text=phrasing.text, task=task, objects=phrasing.wanted, relation=phrasing.relation))
+    wordings = _in_turn(rng, templates(_CATEGORIES[task], split))
+    found, texts = [], set()
+    for request, template in zip(_balanced(rng, requests, count), wordings, strict=False):
+        prompt = _worded(rng, task, request, template)
+        for _ in range(_TRIES):
+            if prompt.text in texts:
+                prompt = _worded(rng, task, request, template)
+        found.append(prompt)
+        texts.add(prompt.text)
     return found
+
+
+def _worded(rng: np.random.Generator, task: str, request: _Request, template: str) -> Prompt:
+    """A request in words drawn at random."""
+    wanted = request.objects[:1] if request.count else request.objects
+    said = phrase(rng, wanted, request.relation, template, count=request.count)
+    return Prompt(text=said.text, task=task, objects=said.wanted, relation=said.relation, count=said.count)
+
+
+def _in_turn(rng: np.random.Generator, choices: Sequence[str]) -> Iterator[str]:
+    """All choices in random order, and again in another order, without end."""
+    while True:
+        yield from rng.permutation(choices).tolist()
 
 
 def _requests(world: World, task: str, split: str) -> Iterator[_Request]:
     """All that a task can ask for in a split."""
+    if task not in _CATEGORIES or split not in PROMPT_SPLITS:
+        known = f"a task of {', '.join(_CATEGORIES)} and a split of {', '.join(PROMPT_SPLITS)}"
+        raise UsageError(f"Expected {known}; got {task} and {split}.")
+    if _CATEGORIES[task] in world.categories:
+        for request in _askable(world, task):
+            relation = (request.relation,) if request.relation else ()
+            if world.holds_out(request.objects, *relation) == (split == "heldout"):
+                yield request
+
+
+def _askable(world: World, task: str) -> Iterator[_Request]:
+    """All that a task can ask for, held out or not."""
     pairs = list(product(world.shapes, world.colours))
-    groups = combinations(pairs, 1 if task == "single_object" else 2)
-    for objects, relation in product(groups, RELATIONS if task == "position" else (None,)):
-        if world.holds_out(objects, *([relation] if relation else [])) == (split == "heldout"):
-            yield objects, relation
+    match task:
+        case "single_object":
+            yield from (_Request(objects=((shape, None),)) for shape in world.shapes)
+        case "two_objects":
+            shapes = combinations(world.shapes, 2)
+            yield from (_Request(objects=((one, None), (other, None))) for one, other in shapes)
+        case "counting" | "five":
+            counts = COUNTS if task == "counting" else (COUNTS[-1] + 1,)
+            yield from (_Request(objects=(pair,) * count, count=count) for count, pair in product(counts, pairs))
+        case "colours":
+            yield from (_Request(objects=(pair,)) for pair in pairs)
+        case "position":
+            asked = product(combinations(pairs, 2), RELATIONS)
+            yield from (_Request(objects=objects, relation=relation) for objects, relation in asked)
+        case "attribute_binding":
+            for one, other in combinations(pairs, 2):
+                if one[0] != other[0] and one[1] != other[1]:
+                    yield _Request(objects=(one, other))
 
 
 def _balanced(rng: np.random.Generator, requests: list[_Request], count: int) -> Iterator[_Request]:
-    """Draw requests one after the other, always one whose pairs and relation came up least so far."""
+    """Draw requests one after the other, always one whose parts came up least so far."""
     requests = [requests[at] for at in rng.permutation(len(requests))]
-    parts = [(*objects, relation) for objects, relation in requests]
+    parts = [(*dict.fromkeys(request.objects), request.relation, request.count) for request in requests]
     numbers = {part: n for n, part in enumerate(dict.fromkeys(part for row in parts for part in row))}
     rows = np.array([[numbers[part] for part in row] for row in parts])
     used = np.zeros(len(numbers))

@@ -1,7 +1,7 @@
 """Where one object is, seen from another: GenEval's rule, for the sampler, the negatives and the judge."""
 
 from collections.abc import Iterable, Sequence
-from itertools import permutations
+from itertools import product
 from math import hypot
 from typing import Protocol, runtime_checkable
 
@@ -49,13 +49,22 @@ def relations(a: Thing, b: Thing) -> frozenset[str]:
     return frozenset(found)
 
 
-def found_in(wanted: Sequence[Wanted], relation: str | None, things: Iterable[Thing]) -> bool:
-    """Whether different things answer to all ``wanted``, the first standing in ``relation`` to the second."""
+def found_in(
+    wanted: Sequence[Wanted], relation: str | None, things: Iterable[Thing], *, count: int | None = None
+) -> bool:
+    """Whether different things answer to all ``wanted``, the first standing in ``relation`` to the second.
+
+    With a ``count``, just so many things may answer to the first of ``wanted``: "three" is not true of four.
+    """
+    things = list(things)
+    answers = [
+        [at for at, thing in enumerate(things) if shape in (None, thing.shape) and colour in (None, thing.colour)]
+        for shape, colour in wanted
+    ]
+    if count is not None and len(answers[0]) != count:
+        return False
     return any(
-        all(
-            shape in (None, thing.shape) and colour in (None, thing.colour)
-            for (shape, colour), thing in zip(wanted, chosen, strict=True)
-        )
-        and (relation is None or relation in relations(chosen[0], chosen[1]))
-        for chosen in permutations(things, len(wanted))
+        len(set(chosen)) == len(chosen)
+        and (relation is None or relation in relations(things[chosen[0]], things[chosen[1]]))
+        for chosen in product(*answers)
     )

@@ -1,6 +1,7 @@
 """The sampler: (seed, index) → image, caption, scene and masks."""
 
 from dataclasses import dataclass
+from itertools import combinations
 from zlib import crc32
 
 import numpy as np
@@ -11,10 +12,12 @@ from gobelin.scenes.captions import Phrasing, phrase, templates
 from gobelin.scenes.relations import relations
 from gobelin.scenes.render import render
 from gobelin.scenes.scene import Scene, SceneObject
-from gobelin.scenes.world import CORE, MARGIN, SPLITS, World
+from gobelin.scenes.world import CORE, COUNTS, MARGIN, SPLITS, World
 
 # A scene about a relation is never on the diagonal: the offset along one axis is this many times the other's.
 _CLEAR = 1.7
+
+_Disc = tuple[float, float, float]  # x, y and radius
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,8 +26,9 @@ class Sample:
 
     ``image`` is uint8 [size, size, 3] in [0, 255]; ``masks`` is bool [n, size, size], the visible pixels of
     each of ``scene.objects``; ``words`` gives each word of the caption, without punctuation, and the indices
-    of the objects that it speaks of: one for a noun or a colour, both for a relation, none for the rest.
-    ``phrasing`` is the caption before it was words.
+    of the objects that it speaks of: one for a noun or a colour, both for a relation, all for a number and
+    what it counts, none for the rest. ``phrasing`` is the caption before it was words, and ``category`` the
+    kind of scene: "single", "two", "relation" or "count".
     """
 
     image: NDArray[np.uint8]
@@ -33,6 +37,7 @@ class Sample:
     scene: Scene
     masks: NDArray[np.bool_]
     phrasing: Phrasing
+    category: str
     world: World
     split: str
 
@@ -53,7 +58,16 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
         scene = _scene(rng, category, world)
     choices = templates(category, split)
     wanted = [(thing.shape, thing.colour) for thing in scene.objects]
-    phrasing = phrase(rng, wanted, scene.relation, choices[rng.integers(len(choices))], world.underspecified)
+    count = len(wanted) if category == "count" else None
+    phrasing = phrase(
+        rng,
+        wanted[:1] if count else wanted,
+        scene.relation,
+        choices[rng.integers(len(choices))],
+        count=count,
+        underspecified=world.underspecified,
+        colourless=world.colourless,
+    )
     image, masks = render(scene, noise=world.noise, rng=rng)
     return Sample(
         image=image,
@@ -62,6 +76,7 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
         scene=scene,
         masks=masks,
         phrasing=phrasing,
+        category=category,
         world=world,
         split=split,
     )
@@ -90,11 +105,15 @@ def _scene(rng: np.random.Generator, category: str, world: World) -> Scene:
     if category == "single":
         names = [_name(rng, world)]
         places = [_place(rng, world, world.radius)]
+    elif category == "count":
+        count = COUNTS[rng.integers(len(COUNTS))]
+        names = [_name(rng, world)] * count
+        places = _places(rng, world, world.radius_count, count)
     else:
         names = [_name(rng, world), _name(rng, world)]
         while names[0] == names[1]:
             names[1] = _name(rng, world)
-        places = _two_places(rng, world, clear=category == "relation")
+        places = _places(rng, world, world.radius_crowded, 2, clear=category == "relation")
     things = tuple(
         SceneObject(shape=shape, colour=colour, x=x, y=y, radius=radius)
         for (shape, colour), (x, y, radius) in zip(names, places, strict=True)
@@ -109,7 +128,7 @@ def _name(rng: np.random.Generator, world: World) -> tuple[str, str]:
     return world.shapes[shape], world.colours[colour]
 
 
-def _place(rng: np.random.Generator, world: World, bounds: tuple[float, float]) -> tuple[float, float, float]:
+def _place(rng: np.random.Generator, world: World, bounds: tuple[float, float]) -> _Disc:
     """Draw x, y and radius in pixels, with the whole disc inside the image."""
     across, down, large = rng.random(3).tolist()
     radius = round(bounds[0] + large * (bounds[1] - bounds[0]), 2)
@@ -118,11 +137,19 @@ def _place(rng: np.random.Generator, world: World, bounds: tuple[float, float]) 
     return x, y, radius
 
 
-def _two_places(rng: np.random.Generator, world: World, *, clear: bool) -> list[tuple[float, float, float]]:
-    """Draw two discs that leave a gap; ``clear`` ones stand beside or above each other."""
+def _places(
+    rng: np.random.Generator, world: World, bounds: tuple[float, float], count: int, *, clear: bool = False
+) -> list[_Disc]:
+    """Draw ``count`` discs that leave gaps; ``clear`` ones stand beside or above each other."""
     while True:
-        (x, y, r), (u, v, s) = places = [_place(rng, world, world.radius_crowded) for _ in range(2)]
-        dx, dy = abs(x - u), abs(y - v)
-        apart = (dx * dx + dy * dy) ** 0.5 >= r + s + world.gap
-        if apart and (not clear or max(dx, dy) > _CLEAR * min(dx, dy)):
+        places = [_place(rng, world, bounds) for _ in range(count)]
+        if all(_apart(one, other, world.gap, clear=clear) for one, other in combinations(places, 2)):
             return places
+
+
+def _apart(one: _Disc, other: _Disc, gap: float, *, clear: bool) -> bool:
+    """Whether two discs leave a gap and, where it must be ``clear``, are not on a diagonal."""
+    (x, y, r), (u, v, s) = one, other
+    dx, dy = abs(x - u), abs(y - v)
+    apart = (dx * dx + dy * dy) ** 0.5 >= r + s + gap
+    return apart and (not clear or max(dx, dy) > _CLEAR * min(dx, dy))

@@ -1,5 +1,6 @@
 """Worlds: what may occur in a scene, how often, and which combinations are kept from training."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,9 @@ from gobelin.scenes.colours import BACKGROUNDS, COLOURS
 from gobelin.scenes.relations import INVERSE, Wanted
 from gobelin.scenes.shapes import SHAPES
 
-CATEGORIES = ("single", "two", "relation")
+# Each category, and the most objects of its scenes. "count" is of like objects, as many as COUNTS says.
+CATEGORIES = {"single": 1, "two": 2, "relation": 2, "count": 4}
+COUNTS = (2, 3, 4)
 SPLITS = ("train", "dev", "test", "heldout")
 MARGIN = 1.0  # pixels between an object's disc and the edge of the image
 
@@ -18,11 +21,13 @@ MARGIN = 1.0  # pixels between an object's disc and the edge of the image
 class World:
     """A distribution of captioned scenes.
 
-    ``radius`` bounds the radius of an object that is alone and ``radius_crowded`` that of one in company, in
-    pixels. ``noise`` is the standard deviation of the pixels' noise, where white is 1. ``mix`` weighs the
-    categories, and ``underspecified`` is the fraction of captions that leave out a colour or a shape. ``gap``
-    is the least distance between objects and ``size`` the side of the image, in pixels. Raises UsageError for
-    names that do not exist, for too few of them, and for objects too large for the image.
+    ``radius`` bounds the radius of an object that is alone, ``radius_crowded`` that of one in company and
+    ``radius_count`` that of one in a "count", in pixels. ``noise`` is the standard deviation of the pixels'
+    noise, where white is 1. ``mix`` weighs the categories. ``underspecified`` is the fraction of captions that
+    leave something out, and ``colourless`` the fraction of those that name no colour at all; the rest leave
+    out one colour or shape. ``gap`` is the least distance between objects and ``size`` the side of the image,
+    in pixels. Raises UsageError for names that do not exist, for too few of them, and for objects too large
+    for the image.
     """
 
     name: str
@@ -32,18 +37,19 @@ class World:
     radius: tuple[float, float]
     radius_crowded: tuple[float, float]
     mix: tuple[tuple[str, float], ...]
+    radius_count: tuple[float, float] = (7.0, 10.0)
     underspecified: float = 0.15
+    colourless: float = 0.0
     noise: float = 0.004
     gap: float = 3.0
     size: int = 64
 
     def __post_init__(self) -> None:
-        categories = tuple(category for category, _ in self.mix)
         for kind, given, known in (
             ("shapes", self.shapes, SHAPES),
             ("colours", self.colours, COLOURS),
             ("backgrounds", self.backgrounds, BACKGROUNDS),
-            ("categories", categories, CATEGORIES),
+            ("categories", self.categories, CATEGORIES),
         ):
             if not given or not set(given) <= set(known):
                 raise UsageError(f"Expected {kind} of {', '.join(known)}; got {', '.join(given) or 'none'}.")
@@ -51,16 +57,22 @@ class World:
             pairs = len(self.shapes) * len(self.colours)
             raise UsageError(f"Expected 7 pairs of shape and colour or more, so as to hold some out; got {pairs}.")
         room = self.size - 2 * MARGIN
-        if 2 * self.radius[1] > room or 4 * self.radius_crowded[1] + self.gap > room:
+        crowded = max(self.radius_crowded[1], self.radius_count[1])
+        if 2 * self.radius[1] > room or 4 * crowded + self.gap > room:
             raise UsageError(
                 f"Expected one disc, or two with a gap, to fit into {room:g} px; "
-                f"got radii of {self.radius[1]:g} and {self.radius_crowded[1]:g} px."
+                f"got radii of {self.radius[1]:g} and {crowded:g} px."
             )
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The categories of the mix."""
+        return tuple(category for category, _ in self.mix)
 
     @property
     def max_objects(self) -> int:
         """The most objects that a scene has."""
-        return 1 if all(category == "single" for category, _ in self.mix) else 2
+        return max(CATEGORIES[category] for category in self.categories)
 
     @cached_property
     def held_out_pairs(self) -> frozenset[tuple[str, str]]:
@@ -84,10 +96,29 @@ class World:
         }
         return frozenset(kept | {(b, INVERSE[relation], a) for a, relation, b in kept})
 
+    @cached_property
+    def held_out_counts(self) -> frozenset[tuple[int, str]]:
+        """The (number, shape) pairs kept from training, 15 % of all, dealt out like ``held_out_pairs``.
+
+        None where the mix has no "count".
+        """
+        if "count" not in self.categories:
+            return frozenset()
+        kept = int(0.15 * len(COUNTS) * len(self.shapes))
+        return frozenset((COUNTS[k % len(COUNTS)], self.shapes[(k + 1) % len(self.shapes)]) for k in range(kept))
+
     def holds_out(self, objects: Sequence[Wanted], *relations: str) -> bool:
-        """Whether an object's pair is held out, or one of the ``relations`` of the first to the second."""
-        return any(pair in self.held_out_pairs for pair in objects) or any(
-            (objects[0][0], relation, objects[1][0]) in self.held_out_relations for relation in relations
+        """Whether training never shows this.
+
+        That is: an object's pair is held out, or one of the ``relations`` of the first to the second, or the
+        number of objects of a shape; or there are more objects than in any scene.
+        """
+        numbers = Counter(shape for shape, _ in objects if shape)
+        return (
+            any(pair in self.held_out_pairs for pair in objects)
+            or any((objects[0][0], relation, objects[1][0]) in self.held_out_relations for relation in relations)
+            or any((number, shape) in self.held_out_counts for shape, number in numbers.items())
+            or len(objects) > self.max_objects
         )
 
 
@@ -98,7 +129,9 @@ CORE = World(
     backgrounds=("grey", "sage", "sand"),
     radius=(8.0, 14.0),
     radius_crowded=(8.0, 13.0),
-    mix=(("single", 0.3), ("two", 0.3), ("relation", 0.4)),
+    mix=(("single", 0.2), ("two", 0.25), ("relation", 0.3), ("count", 0.25)),
+    underspecified=0.2,
+    colourless=0.5,
 )
 
 NANO = World(
