@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gobelin
-from gobelin.errors import UsageError
+from gobelin.errors import ModelError, UsageError
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.samplers import SAMPLERS
 
@@ -79,6 +79,22 @@ def test_it_saves_and_opens_again_in_half_precision(pipe, tmp_path):
     assert again.recommended == pipe.recommended
     one, other = (np.asarray(p("a red circle").images[0], int) for p in (pipe, again))
     assert np.abs(one - other).mean() < 2
+
+
+def test_a_model_remembers_the_world_that_it_was_trained_on(pipe, tmp_path):
+    assert pipe.world == "nano"
+    pipe.save_pretrained(tmp_path)
+    assert Pipeline.from_pretrained(tmp_path).world == "nano"
+    file = tmp_path / "gobelin.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "world": None, "steps": 7}))
+    again = Pipeline.from_pretrained(tmp_path)
+    assert (again.world, again.recommended.steps) == (None, 7)
+    file.write_text(json.dumps({**said, "world": 3}))
+    with pytest.raises(ModelError, match="world is 3, expected the name of a world of scenes"):
+        Pipeline.from_pretrained(tmp_path)
+    file.unlink()
+    assert Pipeline.from_pretrained(tmp_path).world is None
 
 
 def test_it_runs_in_bfloat16(trained, pipe):

@@ -74,7 +74,10 @@ class Result:
 
 
 class Pipeline:
-    """A text encoder, a U-Net and a VAE, with the tokenizer and the noise schedule that they were trained with."""
+    """A text encoder, a U-Net and a VAE, with the tokenizer and the noise schedule that they were trained with.
+
+    ``world`` names the world of scenes that they know, where they were trained on one.
+    """
 
     def __init__(
         self,
@@ -85,11 +88,13 @@ class Pipeline:
         tokenizer: Tokenizer,
         schedule: NoiseSchedule,
         recommended: Recommended | None = None,
+        world: str | None = None,
         name: str = "",
     ):
         self.unet, self.vae, self.text_encoder = unet.eval(), vae.eval(), text_encoder.eval()
         self.tokenizer, self.schedule = tokenizer, schedule
         self.recommended = recommended or Recommended()
+        self.world = world
         self.name = name
         self._refuse_misfits()
 
@@ -112,13 +117,17 @@ class Pipeline:
         dtype = dtype or torch.float32
         scheduler = folder / "scheduler" / "scheduler_config.json"
         ours = folder / OURS
+        said = read_json(ours) if ours.is_file() else {}
+        if not isinstance(world := said.get("world"), str | None):
+            raise ModelError(f"{ours}: world is {world!r}, expected the name of a world of scenes")
         return cls(
             unet=UNet.from_pretrained(folder / "unet", dtype).to(device),
             vae=VAE.from_pretrained(folder / "vae", dtype).to(device),
             text_encoder=TextEncoder.from_pretrained(folder / "text_encoder", dtype).to(device),
             tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
             schedule=NoiseSchedule(config_from_json(ScheduleConfig, read_json(scheduler), scheduler)),
-            recommended=config_from_json(Recommended, read_json(ours), ours) if ours.is_file() else None,
+            recommended=config_from_json(Recommended, said, ours),
+            world=world,
             name=folder.resolve().name,
         )
 
@@ -130,7 +139,8 @@ class Pipeline:
         self.text_encoder.save_pretrained(folder / "text_encoder", dtype)
         self.tokenizer.save_pretrained(folder / "tokenizer")
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(self.schedule.config))
-        write_json(folder / OURS, dataclasses.asdict(self.recommended))
+        known = {} if self.world is None else {"world": self.world}
+        write_json(folder / OURS, dataclasses.asdict(self.recommended) | known)
         write_json(folder / MODEL_INDEX, MODEL_INDEX_JSON)
 
     def __call__(

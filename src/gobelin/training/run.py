@@ -155,6 +155,7 @@ class _Training:
                 tokenizer=tokenizer,
                 schedule=schedule,
                 recommended=self.config.recommended,
+                world=self.config.data.world if self.config.data.path is None else None,
             )
 
         stage = UNetStage(
