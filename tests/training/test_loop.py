@@ -49,6 +49,15 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end():
     assert rates[-1] == pytest.approx(0.5 * 0.02)
 
 
+def test_the_learning_rate_holds_before_it_falls():
+    optim = dataclasses.replace(OPTIM, hold=0.7)
+    rates = [learning_rate(optim, step) for step in range(10)]
+    assert rates[:8] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5, 0.5])
+    assert rates[7] > rates[8] > rates[9] == pytest.approx(0.5 * 0.02)
+    longer = dataclasses.replace(optim, steps=20)
+    assert [learning_rate(longer, step) for step in range(7)] == rates[:7], "a run that holds can be made longer"
+
+
 def test_rates_slow_the_parameters_they_name():
     module = nn.ModuleDict({"text": nn.Linear(2, 2), "image": nn.Linear(2, 2, bias=False)})
     rates = {id(p): group["rate"] for group in parameter_groups(module, 0.1, {"text.": 0.1}) for p in group["params"]}

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from gobelin.data import FolderPairs
-from gobelin.evaluate.faithfulness import psnr, round_trip
+from gobelin.evaluate.instruments import psnr, round_trip
 from gobelin.pipeline import Pipeline
 from gobelin.training import TrainConfig, find_preset
 from gobelin.training.run import train

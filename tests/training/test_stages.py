@@ -13,7 +13,7 @@ from gobelin.data import Corpus, ScenePairs
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.training import find_preset
-from gobelin.training.stages import TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
+from gobelin.training.stages import Painter, TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
@@ -56,6 +56,21 @@ def test_the_vae_stage_starts_narrow_and_weighs_its_parts(corpus):
     assert stage.picture(stage.module).size == (4 * 66 - 2, 2 * 66 - 2)
 
 
+def test_the_decoder_learns_to_bear_noise_in_proportion_to_each_channel(corpus):
+    def decoded(latent_noise):
+        config = dataclasses.replace(find_preset("nano").vae, latent_noise=latent_noise)
+        torch.manual_seed(0)
+        stage = VAEStage(corpus, VAE(VAEConfig.nano()), config, torch.arange(4))
+        seen = []
+        stage.module.decode, decode = lambda latents: seen.append(latents) or decode(latents), stage.module.decode
+        stage.loss(torch.arange(32), Generator().manual_seed(0))
+        return seen[0].detach()
+
+    clean, noisy = decoded(0.0), decoded(0.5)
+    share = (noisy - clean).std(dim=(0, 2, 3)) / clean.std(dim=(0, 2, 3))
+    torch.testing.assert_close(share, torch.full((4,), 0.5), rtol=0.05, atol=0)
+
+
 def unet_stage(corpus, **changes):
     config = dataclasses.replace(find_preset("nano").unet, **changes)
     latents = torch.randn(len(corpus), 4, 16, 16)
@@ -71,14 +86,14 @@ def unet_stage(corpus, **changes):
     caption = torch.arange(len(corpus)) % 3
     schedule = NoiseSchedule(ScheduleConfig(prediction_type="epsilon"))
     stage = UNetStage(
-        unet,
+        Painter(unet, None),
         schedule,
         latents,
         torch.zeros_like(latents),
         texts,
         caption,
         config,
-        paint=lambda unet: grid([Image.new("RGB", (4, 4))], 1),
+        paint=lambda painter: grid([Image.new("RGB", (4, 4))], 1),
     )
     return stage, seen, caption
 
@@ -100,6 +115,27 @@ def test_captions_are_dropped_as_often_as_asked(corpus):
         stage.loss(torch.arange(32), Generator().manual_seed(step))
         dropped += (seen["text"] == 3).sum().item()
     assert 0.2 < dropped / (40 * 32) < 0.3
+
+
+def test_the_loss_reaches_the_text_encoder_where_it_is_trained_too(corpus):
+    tokenizer = Tokenizer.train(corpus.captions, max_length=24)
+    captions, caption = corpus.distinct_captions()
+    text_encoder = TextEncoder(
+        TextEncoderConfig.of(96, layers=1, heads=2, vocab_size=len(tokenizer.vocab), max_position_embeddings=24)
+    ).init_()
+    latents = torch.randn(len(corpus), 4, 16, 16)
+    stage = UNetStage(
+        Painter(UNet(UNetConfig.nano()), text_encoder),
+        NoiseSchedule(ScheduleConfig()),
+        latents,
+        torch.zeros_like(latents),
+        tokenizer([*captions, ""]),
+        caption,
+        find_preset("nano").unet,
+        paint=lambda painter: grid([Image.new("RGB", (4, 4))], 1),
+    )
+    stage.loss(torch.arange(8), Generator().manual_seed(0))["loss"].backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in text_encoder.parameters())
 
 
 @pytest.mark.parametrize(("uniform", "share"), [(1.0, 0.2), (0.0, 0.08)])

@@ -38,11 +38,11 @@ class Corpus:
         return len(self._pairs)
 
     def images(self, indices: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 height width"]:
-        """Images in [-1, 1], channels last, on the CPU."""
+        """Images in [-1, 1], on the CPU."""
         rows = indices.tolist()
         kept = self._kept
         pixels = np.stack([self._pairs[row].image for row in rows]) if kept is None else kept[rows]
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
     def distinct_captions(self) -> tuple[list[str], Int[Tensor, " samples"]]:
         """Every caption once, and for each pair the place of its caption among them."""

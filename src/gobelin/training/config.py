@@ -33,13 +33,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, a learning rate that warms up and falls as a cosine, and an average of the weights."""
+    """AdamW, a learning rate that warms up, holds, and falls as half a cosine, and an average of the weights."""
 
     steps: int
     """Optimizer steps."""
     batch_size: int
     learning_rate: float
     warmup_steps: int = 100
+    hold: float = 0.0
+    """How much of the steps goes by, warm-up and all, before the rate begins to fall. A run can be made longer while it
+    holds."""
     final_learning_rate: float = 0.02
     """Where the cosine ends, as a fraction of the learning rate."""
     weight_decay: float = 0.01
@@ -54,6 +57,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_counts(self, "steps", "batch_size")
         require_choices(self)
+        if not 0 <= self.hold < 1:
+            raise UsageError(f"hold is {self.hold}: give a fraction from 0 to less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,9 @@ class VAEStageConfig:
     l1: float = 0.1
     kl: float = 1e-7
     """Of the KL divergence summed over the latents of an image."""
+    latent_noise: float = 0.0
+    """Noise added before decoding, as a fraction of each latent channel's spread: what the U-Net gets wrong, the decoder
+    has learned to bear."""
     optim: OptimConfig
 
     def __post_init__(self) -> None:
@@ -109,6 +117,8 @@ class UNetStageConfig:
     zero_terminal_snr: bool = True
     caption_dropout: float = 0.1
     """How often a caption is left empty, so that guidance has something to guide away from."""
+    train_text_encoder: bool = False
+    """Let the U-Net's loss train the text encoder too, in place of keeping it as the contrastive stage left it."""
     uniform_timesteps: float = 0.5
     """How often a timestep is drawn evenly; the rest are drawn logit-normally, most around the middle."""
     gradient_checkpointing: bool = False
@@ -167,7 +177,35 @@ def nano() -> TrainConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"nano": nano}
+def tiny() -> TrainConfig:
+    """All seven shapes and ten colours, counts and relations: the model that ships."""
+    return TrainConfig(
+        data=DataConfig(world="core", count=64_000),
+        tokenizer=TokenizerConfig(vocab_size=768),
+        text=TextStageConfig(
+            width=192,
+            layers=4,
+            projection=192,
+            optim=OptimConfig(
+                steps=1200, batch_size=128, learning_rate=1.5e-3, warmup_steps=60, ema=0.99, precision="bfloat16"
+            ),
+        ),
+        vae=VAEStageConfig(
+            preset="tiny",
+            optim=OptimConfig(
+                steps=1200, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="bfloat16"
+            ),
+        ),
+        unet=UNetStageConfig(
+            preset="tiny",
+            optim=OptimConfig(
+                steps=30_000, batch_size=64, learning_rate=1e-3, warmup_steps=500, hold=0.6, precision="bfloat16"
+            ),
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"nano": nano, "tiny": tiny}
 
 
 def find_preset(name: str) -> TrainConfig:

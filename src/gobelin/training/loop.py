@@ -79,7 +79,9 @@ def fit(stage: Stage[Module], run: Run) -> Module:
     loss is not a number: the last checkpoint stands.
     """
     optim = stage.optim
-    module = stage.module.train().to(run.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = stage.module.train().to(run.device)
+    if run.device.type == "cuda":
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     groups = parameter_groups(module, optim.weight_decay, stage.rates)
     optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, fused=True)
     average = AveragedModel(module, multi_avg_fn=_averager(optim.ema))
@@ -134,11 +136,12 @@ def fit(stage: Stage[Module], run: Run) -> Module:
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine from the full rate to the final one at the last step."""
+    """Linear warm-up, the full rate, then half a cosine to the final one at the last step."""
     if step < optim.warmup_steps:
         return optim.learning_rate * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, optim.steps - 1 - optim.warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    fall = max(optim.warmup_steps, round(optim.hold * optim.steps))
+    progress = (step - fall) / max(1, optim.steps - 1 - fall)
+    cosine = (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
     return optim.learning_rate * (optim.final_learning_rate + (1 - optim.final_learning_rate) * cosine)
 
 

@@ -90,7 +90,10 @@ class VAEStage:
         config = self._config
         images = self._corpus.images(indices).to(self.module.device)
         posterior = self.module.encode(images)
-        error = self.module.decode(posterior.sample(generator)).float() - images
+        latents = posterior.sample(generator)
+        spread = config.latent_noise * latents.detach().std(dim=(0, 2, 3), keepdim=True)
+        latents = latents + spread * torch.randn(latents.shape, generator=generator).to(latents)
+        error = self.module.decode(latents).float() - images
         parts = {
             "mse": error.square().mean(),
             "coarse_mse": F.avg_pool2d(error, 4).square().mean(),
@@ -108,49 +111,60 @@ class VAEStage:
         return grid(to_pil(both), columns=len(images))
 
 
+class Painter(nn.Module):
+    """The U-Net, and the text encoder where the two are trained together."""
+
+    def __init__(self, unet: UNet, text_encoder: TextEncoder | None):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+
 class UNetStage:
     """The noise (or velocity) in noisy latents, given the text: the seed of all the rest.
 
-    ``latents`` and their posterior's ``spread`` are [N, 4, h, w]; ``text_embeddings`` [M, L, D] hold every caption
-    once, the empty one last, and ``caption`` [N] says which is whose.
+    ``latents`` and their posterior's ``spread`` are [N, 4, h, w]. ``texts`` holds every caption once, the empty one
+    last: text embeddings [M, L, D], or token ids [M, L] where the text encoder is trained too. ``caption`` [N] says
+    which is whose.
     """
 
     name = "unet"
 
     def __init__(
         self,
-        unet: UNet,
+        module: Painter,
         schedule: NoiseSchedule,
         latents: Tensor,
         spread: Tensor,
-        text_embeddings: Tensor,
+        texts: Tensor,
         caption: Tensor,
         config: UNetStageConfig,
-        paint: Callable[[UNet], Image.Image],
+        paint: Callable[[Painter], Image.Image],
     ):
         self.optim = config.optim
         self.rates: dict[str, float] = {}
         self.samples = len(latents)
-        self.module = unet
+        self.module = module
         self._schedule = schedule
         self._latents, self._spread = latents, spread
-        self._text_embeddings, self._caption = text_embeddings, caption
+        self._texts, self._caption = texts, caption
         self._config = config
         self._paint = paint
 
     def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
-        device = self._text_embeddings.device
+        unet, text_encoder = self.module.unet, self.module.text_encoder
         clean = self._latents[indices]
         latents = clean + self._spread[indices] * torch.randn(clean.shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = self._timesteps(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self._config.caption_dropout
-        caption = torch.where(dropped, len(self._text_embeddings) - 1, self._caption[indices])
+        caption = torch.where(dropped, len(self._texts) - 1, self._caption[indices])
 
         noisy_latents = self._schedule.add_noise(latents, noise, timesteps)
-        target = self._schedule.target(latents, noise, timesteps).to(device)
-        text_embeddings = self._text_embeddings[caption.to(device)]
-        prediction = self.module(noisy_latents.to(device), timesteps.to(device), text_embeddings)
+        target = self._schedule.target(latents, noise, timesteps).to(unet.device)
+        texts = self._texts[caption].to(unet.device)
+        text_embeddings = texts if text_encoder is None else text_encoder(texts)
+        prediction = unet(noisy_latents.to(unet.device), timesteps.to(unet.device), text_embeddings)
         return {"loss": F.mse_loss(prediction.float(), target)}
 
     def _timesteps(self, count: int, generator: Generator) -> Tensor:
@@ -161,7 +175,7 @@ class UNetStage:
         even = torch.rand(count, generator=generator) < self._config.uniform_timesteps
         return (torch.where(even, strata, middle) * last).long().clamp(max=last - 1)
 
-    def picture(self, module: UNet) -> Image.Image:
+    def picture(self, module: Painter) -> Image.Image:
         return self._paint(module)
 
 
