@@ -26,7 +26,7 @@ from gobelin.tokenizer import Tokenizer
 from gobelin.training.card import model_card
 from gobelin.training.config import TrainConfig
 from gobelin.training.loop import Run, fit, mix
-from gobelin.training.stages import TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
+from gobelin.training.stages import Painter, TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
@@ -147,31 +147,33 @@ class _Training:
         captions, caption = self.corpus.distinct_captions()
         latents, spread = encode_images(vae, self.corpus)
 
-        def pipeline(network: UNet) -> Pipeline:
+        def pipeline(painter: Painter) -> Pipeline:
             return Pipeline(
-                unet=network,
+                unet=painter.unet,
                 vae=vae,
-                text_encoder=text_encoder,
+                text_encoder=painter.text_encoder or text_encoder,
                 tokenizer=tokenizer,
                 schedule=schedule,
                 recommended=self.config.recommended,
                 world=self.config.data.world if self.config.data.path is None else None,
             )
 
+        texts = [*captions, ""]
+        joint = config.train_text_encoder
         stage = UNetStage(
-            unet,
+            Painter(unet, text_encoder if joint else None),
             schedule,
             latents * vae.config.scaling_factor,
             spread * vae.config.scaling_factor,
-            encode_texts(text_encoder, tokenizer, [*captions, ""]),
+            tokenizer(texts) if joint else encode_texts(text_encoder, tokenizer, texts),
             caption,
             config,
-            paint=lambda network: self._grid(pipeline(network), captions[: 3 * SHOWN]),
+            paint=lambda painter: self._grid(pipeline(painter), captions[: 3 * SHOWN]),
         )
         trained = fit(stage, self.context)
         write_text(
             self.out / "README.md",
-            model_card(self.config, self.pairs.description, trained, vae, text_encoder),
+            model_card(self.config, self.pairs.description, trained.unet, vae, trained.text_encoder or text_encoder),
         )
         pipeline(trained).save_pretrained(self.out)
 
