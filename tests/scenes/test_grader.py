@@ -86,6 +86,19 @@ def test_a_blob_is_unknown():
     assert seen.iou < 0.75
 
 
+@pytest.mark.parametrize("radius", [8, 11, 14])
+def test_an_outline_may_stray_by_less_than_half_a_pixel(radius):
+    """The waves leave the area between circle and blob at 4·amplitude·radius, over a length of 2π·radius."""
+    rows, columns = np.mgrid[:64, :64] + 0.5 - 32
+    angle, reach = np.arctan2(rows, columns), np.hypot(rows, columns)
+    for amplitude, expected in ((0.4, "circle"), (1.6, "unknown")):
+        image = np.full((64, 64, 3), 176, np.uint8)
+        image[reach < radius + amplitude * np.cos(5 * angle)] = (221, 32, 38)
+        (seen,) = grade(image)
+        assert seen.shape == expected
+        assert seen.stray == pytest.approx(2 / np.pi * amplitude, abs=0.25)
+
+
 def test_the_colour_is_that_of_the_core():
     image = np.full((64, 64, 3), 176, np.uint8)
     image[20:26, 20:26] = (140, 36, 150)

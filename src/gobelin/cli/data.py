@@ -1,12 +1,15 @@
-"""``gobelin data``: scenes written as a folder that any trainer reads, and a look at a folder before training."""
+"""``gobelin data``: scenes as a folder that any trainer reads, a look at a folder, and the state of the grader."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from tyro.conf import Positional
 
 from gobelin.cli.options import parse, write_report
@@ -14,18 +17,24 @@ from gobelin.data import FolderPairs, ScenePairs, find_world
 from gobelin.data.folder import METADATA
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import write_text
+from gobelin.pipeline import Pipeline
+from gobelin.scenes import Calibration, calibrate
+from gobelin.vae import VAE
 
-ACTIONS = ("scenes", "check")
+ACTIONS = ("scenes", "check", "grader")
 
 HELP = """usage: gobelin data scenes --out DIR [--count N --world NAME --seed N --split NAME]
        gobelin data check DIR [--json FILE]
+       gobelin data grader [--world NAME --count N --vae MODEL --json FILE]
 
   scenes   write captioned scenes: PNG images, metadata.jsonl, and for each its scene and masks
   check    read a folder of captioned images, and say what can be used and what cannot, and why
+  grader   measure how far the scenes' grader can be trusted, on pictures whose truth is known
 
 examples:
   gobelin data scenes --out scenes --count 1000
   gobelin data check my-pictures
+  gobelin data grader --world core
 """
 
 
@@ -63,6 +72,27 @@ class Check:
     """Write the findings here too."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grader:
+    """Measure how far the scenes' grader can be trusted, on pictures whose truth is known.
+
+    True renders, blurred and noisy ones, and round trips through a VAE; blobs; swapped and shuffled prompts.
+
+    Some examples:
+      gobelin data grader --world core
+      gobelin data grader --world nano --vae runs/mine
+    """
+
+    world: str = "core"
+    """Which shapes, colours and captions there are: core or nano."""
+    count: int = 1000
+    """Scenes of each category, and blobs of each kind."""
+    vae: Path | None = None
+    """A diffusers folder: each picture also goes through its VAE and back."""
+    json: Path | None = None
+    """Write what was measured here too."""
+
+
 def run(arguments: Sequence[str]) -> None:
     """The command."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -71,6 +101,8 @@ def run(arguments: Sequence[str]) -> None:
         write_scenes(parse(Scenes, "data scenes", arguments[1:]))
     elif arguments[0] == "check":
         check(parse(Check, "data check", arguments[1:]))
+    elif arguments[0] == "grader":
+        grader(parse(Grader, "data grader", arguments[1:]))
     else:
         raise UsageError(f"unknown action {arguments[0]!r}: the choices are {', '.join(ACTIONS)}")
 
@@ -104,3 +136,55 @@ def check(options: Check) -> None:
         print(f"  {skip.name}: {skip.reason}")
     findings = {"pairs": len(pairs), "skipped": [vars(skip) for skip in pairs.skipped]}
     write_report(options.json, findings)
+
+
+def grader(options: Grader) -> None:
+    """A table to the screen, and as JSON."""
+    world = find_world(options.world)
+    if options.count < 1:
+        raise UsageError(f"--count is {options.count}: give 1 or more")
+    through = round_trip(Pipeline.from_pretrained(options.vae).vae) if options.vae else None
+    with Console(stderr=True).status("grading") as status:
+        measured = calibrate(world, options.count, through, advance=lambda part: status.update(f"grading: {part}"))
+    print_calibration(measured)
+    write_report(options.json, asdict(measured))
+
+
+def round_trip(vae: VAE) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that sends a uint8 image [H, W, 3] through a VAE and back."""
+
+    @torch.no_grad()
+    def through(image: np.ndarray) -> np.ndarray:
+        images = torch.from_numpy(image).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
+        decoded = vae.latents_to_images(vae.images_to_latents(images))[0].permute(1, 2, 0)
+        return ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+    return through
+
+
+def print_calibration(measured: Calibration) -> None:
+    """The tables: what each category is read right, and the rest."""
+    console = Console(width=120)
+    columns = {
+        "true renders": measured.renders,
+        "blur 0.7 px": measured.blurred,
+        "noise 0.02": measured.noisy,
+        "VAE round trip": measured.round_trips,
+        "parts swapped": measured.swapped,
+    }
+    columns = {name: shares for name, shares in columns.items() if shares}
+    table = Table("scenes", *columns, title=f"World {measured.world}: scenes read exactly, {measured.count:,} each")
+    for category in measured.renders:
+        shares = (shares.get(category) for shares in columns.values())
+        table.add_row(category, *("–" if share is None else f"{share:.4f}" for share in shares))
+    console.print(table)
+    table = Table("measure", "amount: share")
+    for name, shares in (
+        ("blurred by so many pixels: read exactly", measured.blur_ladder),
+        ("with so much noise: read exactly", measured.noise_ladder),
+        ("blobs: called a shape", measured.blobs),
+    ):
+        table.add_row(name, "  ".join(f"{amount}: {share:.3f}" for amount, share in shares.items()))
+    table.add_row("captions of other scenes: right", f"{measured.shuffled:.4f} (in truth {measured.chance:.4f})")
+    table.add_row("time for a picture", f"{measured.milliseconds:.1f} ms")
+    console.print(table)

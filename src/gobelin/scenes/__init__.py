@@ -1,5 +1,6 @@
 """A world whose truth is known: procedural captioned images, a grader to read them, and prompts to score."""
 
+from gobelin.scenes.calibration import Calibration, calibrate
 from gobelin.scenes.grader import Seen, grade
 from gobelin.scenes.judge import Verdict, judge, swapped
 from gobelin.scenes.negatives import hard_negatives
@@ -16,6 +17,7 @@ __all__ = [
     "PROMPT_SPLITS",
     "TASKS",
     "WORLDS",
+    "Calibration",
     "Prompt",
     "Sample",
     "Scene",
@@ -23,6 +25,7 @@ __all__ = [
     "Seen",
     "Verdict",
     "World",
+    "calibrate",
     "grade",
     "hard_negatives",
     "judge",

@@ -53,4 +53,6 @@ def lab(rgb: NDArray[np.uint8] | Sequence[tuple[int, int, int]]) -> NDArray[np.f
 
 def difference(a: NDArray[np.number], b: NDArray[np.number]) -> NDArray[np.floating]:
     """The distance of colours [..., 3] that broadcast against each other: CIE76 ΔE where they are L*a*b*."""
-    return np.asarray(np.linalg.norm(a - b, axis=-1))
+    apart = a - b
+    # Many times faster than np.linalg.norm over three numbers.
+    return np.asarray(np.sqrt(np.einsum("...i,...i->...", apart, apart)))

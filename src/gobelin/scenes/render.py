@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from gobelin.scenes.colours import BACKGROUNDS, COLOURS
 from gobelin.scenes.scene import Scene
-from gobelin.scenes.shapes import SHAPES
+from gobelin.scenes.shapes import SHAPES, Outline
 
 
 def render(
@@ -23,16 +23,33 @@ def render(
     image[:] = BACKGROUNDS[scene.background]
     masks = np.zeros((len(scene.objects), scene.size, scene.size), np.bool_)
     for thing, mask in zip(scene.objects, masks, strict=True):
-        rows, y = _span(thing.y, thing.radius, scene.size)
-        columns, x = _span(thing.x, thing.radius, scene.size)
-        distance = thing.radius * SHAPES[thing.shape](x[None, :], y[:, None])
-        patch = image[rows, columns]
-        patch += np.clip(0.5 - distance, 0, 1)[..., None] * (np.array(COLOURS[thing.colour], np.float32) - patch)
-        mask[rows, columns] = distance < 0
+        draw(image, mask, SHAPES[thing.shape], COLOURS[thing.colour], x=thing.x, y=thing.y, radius=thing.radius)
     if noise:
         rng = rng or np.random.default_rng(0)
         image += (255 * noise) * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), masks
+
+
+def draw(
+    image: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    outline: Outline,
+    colour: tuple[int, int, int],
+    *,
+    x: float,
+    y: float,
+    radius: float,
+) -> None:
+    """Draw one shape into ``image`` [size, size, 3], levels in [0, 255], and into ``mask`` [size, size].
+
+    ``x``, ``y`` and ``radius`` are in pixels, and the shape is anti-aliased.
+    """
+    rows, down = _span(y, radius, len(image))
+    columns, right = _span(x, radius, len(image))
+    distance = radius * outline(right[None, :], down[:, None])
+    patch = image[rows, columns]
+    patch += np.clip(0.5 - distance, 0, 1)[..., None] * (np.array(colour, np.float32) - patch)
+    mask[rows, columns] = distance < 0
 
 
 def _span(centre: float, radius: float, size: int) -> tuple[slice, NDArray[np.float32]]:

@@ -54,7 +54,9 @@ def _star(x: Array, y: Array) -> Array:
     return (along - 1) * (edge[0] / np.hypot(*edge)) - across * (edge[1] / np.hypot(*edge))
 
 
-SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+Outline = Callable[[Array, Array], Array]
+
+SHAPES: dict[str, Outline] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
