@@ -4,49 +4,47 @@ The tasks are in the manner of GenEval (Ghosh et al. 2023, arXiv 2310.11513), on
 numbers are not comparable with GenEval's own.
 """
 
-import math
 import random
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
+from PIL import Image
 
-from gobelin.data import ScenePairs
-from gobelin.pipeline import Pipeline, to_pil
-from gobelin.scenes import TASKS, Prompt, Sample, Seen, Verdict, World, grade, judge, prompts
-from gobelin.vae import VAE
+from gobelin.evaluate.prompts import Asked, batches
+from gobelin.evaluate.shares import Share
+from gobelin.pipeline import Pipeline
+from gobelin.scenes import TASKS, Prompt, Seen, Verdict, World, grade, judge, swapped
+from gobelin.scenes.relations import INVERSE
 
-BATCH = 50
+CPU_BATCH = 32  # more are no faster on a CPU, and take more memory
+GPU_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """A share of ``n`` trials with its 95 % interval (Wilson 1927)."""
+class Painting:
+    """How to paint; None is what the model recommends. ``seed`` is added to every picture's own."""
 
-    value: float
-    low: float
-    high: float
-    n: int
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
 
-    @classmethod
-    def of(cls, outcomes: Sequence[bool]) -> "Share":
-        """The share of True."""
-        n, hits, z = len(outcomes), sum(outcomes), 1.959964
-        if not n:
-            return cls(value=math.nan, low=math.nan, high=math.nan, n=0)
-        centre = (hits + z * z / 2) / (n + z * z)
-        half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
-        value = hits / n  # the clamps are for rounding, at shares of 0 and 1
-        return cls(value=value, low=max(0.0, min(value, centre - half)), high=min(1.0, max(value, centre + half)), n=n)
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+@dataclass(frozen=True, kw_only=True)
+class Painted:
+    """A picture painted for a prompt, what the grader saw in it, and the verdict."""
+
+    asked: Asked
+    image: Image.Image
+    seen: list[Seen]
+    verdict: Verdict
+
+    @property
+    def prompt(self) -> Prompt:
+        """What the picture was painted for."""
+        return self.asked.prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,181 +58,167 @@ class TaskScore:
     shape: Share
     exact: Share
 
-    @classmethod
-    def of(cls, task: str, split: str, verdicts: Sequence[Verdict]) -> "TaskScore":
-        """The shares of what was right."""
-        return cls(
-            task=task,
-            split=split,
-            correct=Share.of([verdict.correct for verdict in verdicts]),
-            colour=Share.of([verdict.colour for verdict in verdicts]),
-            shape=Share.of([verdict.shape for verdict in verdicts]),
-            exact=Share.of([verdict.exact for verdict in verdicts]),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class MeanScore:
+    """The mean over the tasks of a split, GenEval's overall score, and the task that was worst."""
+
+    split: str
+    tasks: int
+    correct: Share
+    exact: Share
+    worst: str
+    worst_correct: Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Painted:
-    """A picture painted for a prompt, what the grader saw in it, and the verdict."""
+class Control:
+    """The same pictures judged by prompts that they were not painted for.
 
-    prompt: Prompt
-    split: str
-    image: Image.Image
-    seen: list[Seen]
-    verdict: Verdict
-
-
-def score(
-    pipeline: Pipeline,
-    world: World,
-    tasks: Sequence[str] = tuple(TASKS),
-    splits: Sequence[str] = ("dev", "heldout"),
-    limit: int = 100,
-    count: int = 1,
-    advance: Callable[[int], None] = lambda painted: None,
-) -> tuple[list[TaskScore], list[Painted]]:
-    """Paint ``limit`` prompts of each task and split, ``count`` pictures each, and judge them.
-
-    ``advance`` hears how many pictures were painted after every batch, for a progress bar.
+    ``perfect`` is what a painter that is always right would score so.
     """
-    scores, pictures = [], []
-    for split in splits:
-        for task in tasks:
-            asked = [prompt for prompt in prompts(world, task, split, limit) for _ in range(count)]
-            painted = []
-            for prompt, image in zip(asked, paint(pipeline, [p.text for p in asked], advance), strict=True):
-                seen = grade(image, world)
-                verdict = judge(prompt, seen)
-                painted.append(Painted(prompt=prompt, split=split, image=image, seen=seen, verdict=verdict))
-            scores.append(TaskScore.of(task, split, [picture.verdict for picture in painted]))
-            pictures += painted
-    return scores, pictures
 
-
-def shuffled(pictures: Sequence[Painted]) -> list[TaskScore]:
-    """The same pictures judged by other prompts of their task and split: chance, for this painter and grader."""
-    scores = []
-    for (task, split), chosen in _by_task(pictures).items():
-        ring = random.Random(0).sample(chosen, len(chosen))  # each judged by its neighbour's prompt, none by its own
-        verdicts = [judge(ring[at - 1].prompt, picture.seen) for at, picture in enumerate(ring)]
-        scores.append(TaskScore.of(task, f"{split}, shuffled", verdicts))
-    return scores
-
-
-def chance(pictures: Sequence[Painted]) -> dict[str, float]:
-    """How often one prompt asks for just what another does: what a perfect painter scores when shuffled."""
-    shares = {}
-    for (task, split), chosen in _by_task(pictures).items():
-        asked = Counter((picture.prompt.objects, picture.prompt.relation) for picture in chosen)
-        n = len(chosen)
-        shares[f"{task}, {split}"] = sum(count * (count - 1) for count in asked.values()) / max(1, n * (n - 1))
-    return shares
+    control: str
+    task: str
+    split: str
+    correct: Share
+    perfect: float
 
 
 def paint(
-    pipeline: Pipeline, texts: Sequence[str], advance: Callable[[int], None] = lambda painted: None
+    pipeline: Pipeline,
+    asked: Sequence[Asked],
+    painting: Painting | None = None,
+    advance: Callable[[int], None] = lambda painted: None,
 ) -> Iterator[Image.Image]:
-    """Pictures of prompts in batches; picture number i has the seed i, whatever the batches."""
-    for start in range(0, len(texts), BATCH):
-        batch = texts[start : start + BATCH]
-        yield from pipeline(batch, seed=start).images
+    """The pictures that are asked for, in their order; a picture is the same whatever the batches.
+
+    ``advance`` hears after every batch how many pictures it had, for a progress bar.
+    """
+    painting = painting or Painting()
+    most = CPU_BATCH if pipeline.unet.device.type == "cpu" else GPU_BATCH
+    for batch in batches(asked, most):
+        with torch.inference_mode():
+            result = pipeline(
+                [each.prompt.text for each in batch],
+                seed=painting.seed + batch[0].seed,
+                sampler=painting.sampler,
+                steps=painting.steps,
+                guidance=painting.guidance,
+            )
+        yield from result.images
         advance(len(batch))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Instruments:
-    """The grader's own score, and the VAE's, on scenes whose truth is known: all objects, and nothing else, found.
+def judged(asked: Iterable[Asked], images: Iterable[Image.Image], world: World) -> list[Painted]:
+    """Grade each picture without a look at its prompt, then judge what was seen by the prompt."""
+    pictures = []
+    for each, image in zip(asked, images, strict=True):
+        seen = grade(image, world)
+        pictures.append(Painted(asked=each, image=image, seen=seen, verdict=judge(each.prompt, seen)))
+    return pictures
 
-    ``psnr`` is of VAE round trips, in dB, the mean over images.
+
+def task_scores(pictures: Sequence[Painted]) -> list[TaskScore]:
+    """What was right, by split and task; the intervals know which pictures share a prompt."""
+    return [
+        TaskScore(
+            task=task,
+            split=split,
+            **{
+                name: Share.of(
+                    [getattr(picture.verdict, name) for picture in chosen],
+                    [picture.prompt.text for picture in chosen],
+                )
+                for name in ("correct", "colour", "shape", "exact")
+            },
+        )
+        for (task, split), chosen in by_task(pictures).items()
+    ]
+
+
+def mean_scores(scores: Sequence[TaskScore]) -> list[MeanScore]:
+    """The means over GenEval's tasks, split by split; what stands beside the six does not count."""
+    means = []
+    for split in dict.fromkeys(score.split for score in scores):
+        chosen = [score for score in scores if score.split == split and score.task in TASKS]
+        if not chosen:
+            continue
+        worst = min(chosen, key=lambda score: score.correct.value)
+        means.append(
+            MeanScore(
+                split=split,
+                tasks=len(chosen),
+                correct=Share.mean([score.correct for score in chosen]),
+                exact=Share.mean([score.exact for score in chosen]),
+                worst=worst.task,
+                worst_correct=worst.correct,
+            )
+        )
+    return means
+
+
+def shuffled_captions(pictures: Sequence[Painted]) -> list[Control]:
+    """Pictures judged by other prompts of their task and split: what this painter scores by chance.
+
+    Prompts stand in a ring in random order, and each one's pictures are judged by the next prompt. The perfect
+    painter's chance is how often two prompts of the list ask for the same.
     """
-
-    renders: Share
-    round_trips: Share
-    psnr: float
-    blurred: dict[str, float]
-    noisy: dict[str, float]
-
-
-def check_instruments(vae: VAE, world: World, count: int = 200, split: str = "dev") -> Instruments:
-    """Grade true renders, VAE round trips, and renders blurred and drowned in noise (which must score less)."""
-    pairs = ScenePairs(world=world, count=count, split=split)
-    samples = [pairs.sample(index) for index in range(count)]
-    images = np.stack([sample.image for sample in samples])
-    decoded = np.stack([np.asarray(image) for image in round_trip(vae, images)])
-
-    def right(pictures: np.ndarray) -> list[bool]:
-        return [_finds(sample, picture, world) for sample, picture in zip(samples, pictures, strict=True)]
-
-    rng = np.random.default_rng(0)
-    blurred = {
-        f"{sigma:g} px": ndimage.gaussian_filter(images.astype(float), (0, sigma, sigma, 0)) for sigma in (1, 2, 4)
-    }
-    noisy = {f"{sigma:g}": images + rng.normal(0, 255 * sigma, images.shape) for sigma in (0.05, 0.1, 0.2)}
-    as_pixels = {name: _pixels(values) for name, values in {**blurred, **noisy}.items()}
-    return Instruments(
-        renders=Share.of(right(images)),
-        round_trips=Share.of(right(decoded)),
-        psnr=psnr(images, decoded),
-        blurred={name: Share.of(right(as_pixels[name])).value for name in blurred},
-        noisy={name: Share.of(right(as_pixels[name])).value for name in noisy},
-    )
+    controls = []
+    for (task, split), chosen in by_task(pictures).items():
+        prompts = list({picture.prompt.text: picture.prompt for picture in chosen}.values())
+        ring = random.Random(0).sample(prompts, len(prompts))
+        following = {prompt.text: ring[at - 1] for at, prompt in enumerate(ring)}
+        wishes = Counter(_wish(prompt) for prompt in prompts)
+        n = len(prompts)
+        if n < 2:
+            continue
+        controls.append(
+            Control(
+                control="captions shuffled",
+                task=task,
+                split=split,
+                correct=_correct(chosen, [following[picture.prompt.text] for picture in chosen]),
+                perfect=sum(count * (count - 1) for count in wishes.values()) / (n * (n - 1)),
+            )
+        )
+    return controls
 
 
-@torch.no_grad()
-def round_trip(vae: VAE, images: np.ndarray) -> list[Image.Image]:
-    """uint8 images [N, H, W, 3] through the VAE and back."""
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-    batches = [vae.latents_to_images(vae.images_to_latents(batch)) for batch in tensor.split(BATCH)]
-    return to_pil(torch.cat(batches))
+def swapped_attributes(pictures: Sequence[Painted]) -> list[Control]:
+    """Pictures judged by their own prompt with its parts exchanged: colours swapped, relation turned, number changed.
+
+    A painter that keeps words apart scores near 0, and one that only collects them scores as it does on the task.
+    """
+    controls = []
+    for (task, split), chosen in by_task(pictures).items():
+        wrong = {picture.prompt.text: swapped(picture.prompt) for picture in chosen}
+        asked = [(picture, prompt) for picture in chosen if (prompt := wrong[picture.prompt.text])]
+        if asked:
+            painted, others = zip(*asked, strict=True)
+            correct = _correct(list(painted), list(others))
+            controls.append(Control(control="attributes swapped", task=task, split=split, correct=correct, perfect=0.0))
+    return controls
 
 
-def psnr(images: np.ndarray, others: np.ndarray) -> float:
-    """Peak signal to noise ratio of uint8 images [N, H, W, 3], in dB, averaged over images."""
-    errors = np.square(images.astype(float) - others.astype(float)).mean(axis=(1, 2, 3))
-    return float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-9))))
-
-
-def report(scores: Sequence[TaskScore], pictures: Sequence[Painted], instruments: Instruments) -> dict[str, Any]:
-    """Everything that was measured, as JSON."""
-    return {
-        "scores": [asdict(score) for score in scores],
-        "shuffled": [asdict(score) for score in shuffled(pictures)],
-        "chance": chance(pictures),
-        "instruments": asdict(instruments),
-    }
-
-
-def _by_task(pictures: Sequence[Painted]) -> dict[tuple[str, str], list[Painted]]:
+def by_task(pictures: Sequence[Painted]) -> dict[tuple[str, str], list[Painted]]:
+    """The pictures of each (task, split), in their order."""
     groups: dict[tuple[str, str], list[Painted]] = {}
     for picture in pictures:
-        groups.setdefault((picture.prompt.task, picture.split), []).append(picture)
+        groups.setdefault((picture.prompt.task, picture.asked.split), []).append(picture)
     return groups
 
 
-def _finds(sample: Sample, picture: np.ndarray, world: World) -> bool:
-    """Whether the grader sees exactly the scene's objects, and its relation where it has one."""
-    scene = sample.scene
-    wanted = tuple((thing.shape, thing.colour) for thing in scene.objects)
-    prompt = Prompt(text=sample.caption, task="truth", objects=wanted, relation=scene.relation)
-    return judge(prompt, grade(picture, world)).exact
+def _correct(pictures: Sequence[Painted], others: Sequence[Prompt]) -> Share:
+    """How many pictures are right for other prompts than their own."""
+    outcomes = [judge(other, picture.seen).correct for picture, other in zip(pictures, others, strict=True)]
+    return Share.of(outcomes, [picture.prompt.text for picture in pictures])
 
 
-def _pixels(values: np.ndarray) -> np.ndarray:
-    return values.round().clip(0, 255).astype(np.uint8)
-
-
-def contact_sheet(pictures: Sequence[Painted], columns: int = 10) -> Image.Image:
-    """Every picture above its prompt, the wrong ones framed in red."""
-    cell, text = 2 * pictures[0].image.width, 40
-    font = ImageFont.load_default(11)
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (cell + 12) + 12, rows * (cell + text + 12) + 12), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(pictures):
-        x, y = 12 + index % columns * (cell + 12), 12 + index // columns * (cell + text + 12)
-        if not picture.verdict.correct:
-            draw.rectangle((x - 4, y - 4, x + cell + 3, y + cell + 3), fill="#d62728")
-        sheet.paste(picture.image.resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
-        lines = textwrap.wrap(picture.prompt.text, width=22)[:3]
-        draw.multiline_text((x, y + cell + 4), "\n".join(lines), fill="#333333", font=font, spacing=1)
-    return sheet
+def _wish(prompt: Prompt) -> Prompt:
+    """What a prompt asks for, the same for all wordings of it."""
+    if prompt.relation in ("right of", "below"):
+        prompt = replace(prompt, objects=prompt.objects[::-1], relation=INVERSE[prompt.relation])
+    elif prompt.relation is None:
+        prompt = replace(prompt, objects=tuple(sorted(prompt.objects, key=str)))
+    return replace(prompt, text="")
