@@ -217,8 +217,8 @@ def _correct(pictures: Sequence[Painted], others: Sequence[Prompt]) -> Share:
 
 def _wish(prompt: Prompt) -> Prompt:
     """What a prompt asks for, the same for all wordings of it."""
-    if prompt.relation in ("right of", "below"):
-        prompt = replace(prompt, objects=prompt.objects[::-1], relation=INVERSE[prompt.relation])
-    elif prompt.relation is None:
+    if prompt.relation is None:
         prompt = replace(prompt, objects=tuple(sorted(prompt.objects, key=str)))
+    elif (turned := INVERSE[prompt.relation]) < prompt.relation:
+        prompt = replace(prompt, objects=prompt.objects[::-1], relation=turned)
     return replace(prompt, text="")

@@ -69,10 +69,7 @@ def contact_sheet(pictures: Sequence[Painted], title: str = "") -> Image.Image:
 def what_was_seen(prompt: Prompt, seen: Sequence[Seen]) -> str:
     """What the grader saw, in few words: the place where only that is wrong, else the things."""
     if prompt.relation and found_in(prompt.objects, None, seen):
-        first, second = (
-            next(thing for thing in seen if shape in (None, thing.shape) and colour in (None, thing.colour))
-            for shape, colour in prompt.objects
-        )
+        first, second = (next(thing for thing in seen if found_in([one], None, [thing])) for one in prompt.objects)
         place = " and ".join(sorted(relations(first, second))) or "level with neither side of"
         return f"{_name(first)} {place} {_name(second)}"
     things = Counter(map(_name, seen))
