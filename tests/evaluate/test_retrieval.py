@@ -21,6 +21,8 @@ from gobelin.pipeline import Pipeline
         ("two boxes", "three boxes", "number"),
         ("a red circle to the left of a ring", "a red circle to the right of a ring", "relation"),
         ("a ring, and a red box over it", "a ring, and a red box under it", "relation"),
+        ("three rings", "three boxes", "shape"),
+        ("a striped red ring", "a dotted red ring", "texture, size or background"),
     ],
 )
 def test_what_is_wrong_about_a_negative_is_told(caption, negative, kind):

@@ -9,14 +9,20 @@ from gobelin.clip import ImageEncoder, TextEncoder
 from gobelin.data import Pair, ScenePairs
 from gobelin.evaluate.shares import Share
 from gobelin.scenes import World
-from gobelin.scenes.captions import NUMBERS, WORDINGS
+from gobelin.scenes.captions import NOUNS, NUMBERS, WORDINGS, pluralised
 from gobelin.scenes.colours import COLOURS
 from gobelin.tokenizer import Tokenizer
 
 BATCH = 50
 
-_COUNTS = {word for number, name in NUMBERS.items() for word in (str(number), name)}
-_RELATIONS = {word for pairs in WORDINGS.values() for pair in pairs for wording in pair for word in wording.split()}
+_NOUNS = {noun for nouns in NOUNS.values() for noun in nouns}
+_KINDS = {
+    "number": {word for number, name in NUMBERS.items() for word in (str(number), name)},
+    "colour": set(COLOURS),
+    "shape": {word for noun in _NOUNS for form in (noun, pluralised(noun)) for word in form.split()},
+    "relation": {word for pairs in WORDINGS.values() for pair in pairs for form in pair for word in form.split()},
+}
+OTHER = "texture, size or background"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +62,11 @@ def retrieval(
 
 
 def kind_of(caption: str, negative: str) -> str:
-    """What is wrong about a hard negative of a caption: "order", "colour", "number", "relation" or "shape"."""
+    """What is wrong about a hard negative of a caption: the "order" of its words, or one of another kind."""
     changed = set(Counter(_words(caption)) - Counter(_words(negative)))
     if not changed:
         return "order"
-    for kind, words in (("number", _COUNTS), ("colour", set(COLOURS)), ("relation", _RELATIONS)):
-        if changed & words:
-            return kind
-    return "shape"
+    return next((kind for kind, words in _KINDS.items() if changed & words), OTHER)
 
 
 def _words(caption: str) -> list[str]:
