@@ -17,7 +17,7 @@ def test_pairs_are_the_scenes():
 
 
 def test_an_unknown_world_is_told_the_choices():
-    with pytest.raises(UsageError, match="unknown world 'mars': the choices are core, nano"):
+    with pytest.raises(UsageError, match="unknown world 'mars': the choices are core, nano, rich"):
         find_world("mars")
 
 

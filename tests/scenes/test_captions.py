@@ -1,10 +1,11 @@
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from gobelin.scenes.captions import TEMPLATES, TEST_TEMPLATES, Mention, Phrasing, phrase, pluralised
+from gobelin.scenes.captions import GROUNDS, TEMPLATES, TEST_TEMPLATES, Mention, Phrasing, phrase, pluralised
 from gobelin.scenes.world import CATEGORIES
 
 CIRCLE = Mention(things=(0,), shape="circle", colour="red", article="a", noun=0)
@@ -15,6 +16,7 @@ def test_every_category_has_templates_of_its_own():
     assert set(TEMPLATES) == set(TEST_TEMPLATES) == set(CATEGORIES)
     for category in CATEGORIES:
         assert len(set(TEMPLATES[category])) >= 12
+        assert len(set(TEST_TEMPLATES[category])) >= 3
         assert not set(TEMPLATES[category]) & set(TEST_TEMPLATES[category])
 
 
@@ -73,6 +75,35 @@ def test_a_number_its_colour_and_its_noun_speak_of_all_that_are_counted():
         ("exactly", ()), ("three", everything), ("red", everything), ("plus", everything), ("signs,", everything),
         ("no", ()), ("more", ()),
     )  # fmt: skip
+
+
+def test_size_texture_and_colour_come_in_this_order():
+    circle = Mention(things=(0,), shape="circle", colour="red", article="a", noun=0, texture="striped", size="small")
+    plain = "{scene} on a {ground} background"
+    phrasing = Phrasing(template="{a}, {b}", mentions=(circle, SQUARE), background="slate", ground=plain)
+    assert phrasing.text == "a small striped red circle, an orange square on a slate background"
+    assert phrasing.wanted == (("circle", "red", "striped", "small"), ("square", "orange"))
+    assert dict(phrasing.words())["small"] == dict(phrasing.words())["striped"] == (0,)
+    assert dict(phrasing.words())["slate"] == dict(phrasing.words())["background"] == ()
+
+
+@pytest.mark.parametrize("ground", GROUNDS)
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_way_to_name_the_background_reads_back(ground, category, read):
+    rng = np.random.default_rng(0)
+    looks = [("circle", "red", "striped", "small"), ("square", "blue", None, "large")]
+    for template in TEMPLATES[category] + TEST_TEMPLATES[category]:
+        phrasing = phrase(
+            rng,
+            looks if "{b}" in template else looks[:1],
+            {"relation": "above", "inside": "inside"}.get(category),
+            template,
+            count=3 if category == "count" else None,
+            background="slate",
+        )
+        phrasing = replace(phrasing, ground=ground)
+        assert read(phrasing.text) == (phrasing.wanted, phrasing.relation, phrasing.count)
+        assert "a slate background" in phrasing.text
 
 
 def test_plurals():

@@ -6,13 +6,21 @@ from PIL import Image
 from scipy import ndimage
 
 from gobelin.errors import UsageError
-from gobelin.scenes import CORE, Sample, Scene, SceneObject, World, grade, render, sample
+from gobelin.scenes import CORE, RICH, Sample, Scene, SceneObject, Seen, World, grade, render, sample
+from gobelin.scenes.colours import COLOURS, TONES
+from gobelin.scenes.shapes import SHAPES
+from gobelin.scenes.textures import TEXTURES
+
+
+def looks(thing: SceneObject | Seen) -> tuple[str | None, ...]:
+    return thing.shape, thing.colour, thing.texture, thing.size
 
 
 def exact(made: Sample, image: np.ndarray) -> bool:
-    """Whether the grader reads just what was drawn."""
-    drawn = Counter((thing.shape, thing.colour) for thing in made.scene.objects)
-    return drawn == Counter((seen.shape, seen.colour) for seen in grade(image, made.world))
+    """Whether the grader reads just what was drawn, on the background that it was drawn on."""
+    seen = grade(image, made.world)
+    grounds = {thing.background for thing in seen} <= {made.scene.background}
+    return grounds and Counter(map(looks, made.scene.objects)) == Counter(map(looks, seen))
 
 
 def pixels(image: np.ndarray) -> np.ndarray:
@@ -27,13 +35,12 @@ def noisy(image: np.ndarray, sigma: float) -> np.ndarray:
     return pixels(image + 255 * sigma * np.random.default_rng(0).standard_normal(image.shape))
 
 
-def test_true_renders_are_read_exactly(world: World):
+def test_true_renders_are_read_exactly(world: World, drawn):
     right, total = Counter(), Counter()
-    for index in range(300):
-        made = sample(21, index, world, "heldout" if index % 4 == 0 else "test")
+    for made in drawn(world, "test", 225) + drawn(world, "heldout", 75):
         right[made.category] += exact(made, made.image)
         total[made.category] += 1
-    assert min(total.values()) > 40
+    assert min(total.values()) > 30
     assert all(right[category] >= 0.995 * total[category] for category in total)
 
 
@@ -43,7 +50,7 @@ def test_masks_and_places_are_those_of_the_objects(world: World):
         for seen in grade(made.image, world):
             overlaps = (made.masks & seen.mask).sum(axis=(1, 2)) / (made.masks | seen.mask).sum(axis=(1, 2))
             thing = made.scene.objects[overlaps.argmax()]
-            assert overlaps.max() > 0.9
+            assert overlaps.max() > (0.9 if world.textures == ("solid",) else 0.85)
             assert (
                 np.hypot(seen.x - thing.x, seen.y - thing.y) < 0.25 * thing.radius + 0.8
             )  # a triangle's disc is off its box
@@ -53,17 +60,17 @@ def test_masks_and_places_are_those_of_the_objects(world: World):
 
 
 @pytest.mark.parametrize(("spoil", "levels"), [(blurred, (0.5, 1.5, 2, 3)), (noisy, (0.02, 0.06, 0.08, 0.15))])
-def test_scores_fall_steadily_as_images_get_worse(world: World, spoil, levels):
-    made = [sample(23, index, world) for index in range(80)]
+def test_scores_fall_steadily_as_images_get_worse(world: World, spoil, levels, drawn):
+    made = drawn(world, "dev", 60)
     scores = [np.mean([exact(one, spoil(one.image, level)) for one in made]) for level in levels]
     assert scores[0] >= 0.98
     assert scores == sorted(scores, reverse=True)
     assert scores[-1] < 0.6
 
 
-def test_a_mild_blur_does_no_harm(world: World):
-    made = [sample(24, index, world) for index in range(100)]
-    assert np.mean([exact(one, blurred(one.image, 1)) for one in made]) >= 0.98
+def test_a_mild_blur_does_no_harm(world: World, drawn):
+    sigma = 1 if world.textures == ("solid",) else 0.7
+    assert np.mean([exact(one, blurred(one.image, sigma)) for one in drawn(world, "dev", 100)]) >= 0.98
 
 
 def test_the_shape_must_stand_upright_and_have_its_proportions():
@@ -104,6 +111,35 @@ def test_the_colour_is_that_of_the_core():
     image[20:26, 20:26] = (140, 36, 150)
     image[21:25, 21:25] = (221, 32, 38)
     assert [seen.colour for seen in grade(image)] == ["red"]
+
+
+@pytest.mark.parametrize("blot", ["none", "a patch", "noise"])
+def test_a_texture_must_follow_its_pattern(blot):
+    thing = SceneObject(shape="square", colour="blue", x=32, y=32, radius=13, texture="striped", size="large")
+    image, masks = render(Scene(objects=(thing,), background="rose"))
+    assert [looks(seen) for seen in grade(image, RICH)] == [("square", "blue", "striped", "large")]
+    tones = np.array([COLOURS["blue"], TONES["blue"]], np.uint8)
+    if blot == "none":
+        image[masks[0]] = tones[0]
+    elif blot == "a patch":
+        image[masks[0] & (np.arange(64) > 33)] = tones[0]
+        image[masks[0] & (np.arange(64) <= 33)] = tones[1]
+    else:
+        image[masks[0]] = tones[np.random.default_rng(0).integers(2, size=masks.sum())]
+    assert [seen.texture for seen in grade(image, RICH)] == ["solid" if blot == "none" else "unknown"]
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_size_and_texture_are_read_at_every_size_and_phase(shape, texture):
+    for number in range(12):
+        radius, size = ((8.0, "small"), (9.0, "small"), (11.5, "large"), (13.0, "large"))[number % 4]
+        thing = SceneObject(
+            shape=shape, colour=RICH.colours[number % 10], x=30 + 0.37 * number, y=33 - 0.29 * number, radius=radius,
+            texture=texture, size=size,
+        )  # fmt: skip
+        image, _ = render(Scene(objects=(thing,), background=RICH.backgrounds[number % 6], gradient=(5, -5)))
+        assert [looks(seen) for seen in grade(image, RICH)] == [looks(thing)]
 
 
 def test_specks_are_no_objects_and_an_empty_image_has_none():

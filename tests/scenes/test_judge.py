@@ -16,7 +16,6 @@ from gobelin.scenes import (
     judge,
     prompts,
     render,
-    sample,
     swapped,
 )
 
@@ -28,7 +27,7 @@ def verdict(prompt: Prompt, *objects: SceneObject) -> Verdict:
     return judge(prompt, grade(render(Scene(objects=objects, background="paper"))[0], NANO))
 
 
-def prompt(*objects: tuple[str | None, str | None], relation: str | None = None, count: int | None = None) -> Prompt:
+def prompt(*objects: tuple[str | None, ...], relation: str | None = None, count: int | None = None) -> Prompt:
     return Prompt(text="", task="", objects=objects, relation=relation, count=count)
 
 
@@ -80,8 +79,8 @@ def test_nothing_is_wrong_for_every_prompt():
     assert verdict(prompt(("circle", "red"))) == nothing
 
 
-def test_true_prompts_score_and_shuffled_ones_are_at_chance(world: World):
-    made = [sample(31, index, world) for index in range(300)]
+def test_true_prompts_score_and_shuffled_ones_are_at_chance(world: World, drawn):
+    made = drawn(world, "train", 200)
     seen = [grade(one.image, world) for one in made]
     asked = [prompt_of(one) for one in made]
     assert np.mean([judge(*both).exact for both in zip(asked, seen, strict=True)]) >= 0.995
@@ -103,16 +102,26 @@ def test_true_prompts_score_and_shuffled_ones_are_at_chance(world: World):
         (prompt(*[("circle", "red")] * 2, count=2), prompt(*[("circle", "red")] * 3, count=3)),
         (prompt(*[("circle", "red")] * 4, count=4), prompt(*[("circle", "red")] * 3, count=3)),
         (prompt(*[("circle", "red")] * 5, count=5), prompt(*[("circle", "red")] * 4, count=4)),
+        (prompt(("circle", "red", "solid", None)), prompt(("circle", "red", "striped", None))),
+        (prompt(("circle", "red", "dotted", "small")), prompt(("circle", "red", "solid", "small"))),
+        (prompt(("circle", "red", None, "small")), prompt(("circle", "red", None, "large"))),
+        (
+            prompt(("star", "red"), ("ring", "red"), relation="inside"),
+            prompt(("star", "red"), ("ring", "red"), relation="around"),
+        ),
+        (
+            prompt(("star", "red", "dotted", "small"), ("ring", "blue")),
+            prompt(("star", "blue", "dotted", "small"), ("ring", "red")),
+        ),
     ],
 )
 def test_swapped(asked, expected):
     assert swapped(asked) == expected
 
 
-def test_what_is_right_is_wrong_when_swapped(world: World):
+def test_what_is_right_is_wrong_when_swapped(world: World, drawn):
     kinds = Counter()
-    for index in range(200):
-        made = sample(32, index, world)
+    for made in drawn(world, "train", 200):
         asked, seen = prompt_of(made), grade(made.image, world)
         other = swapped(asked)
         if other:

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from gobelin.scenes import SceneObject
-from gobelin.scenes.relations import INVERSE, found_in, relations
+from gobelin.scenes.relations import INVERSE, answers, found_in, relations
 
 
 def at(x: float, y: float, shape: str = "circle", colour: str = "red") -> SceneObject:
@@ -25,6 +27,25 @@ def test_relations_follow_genevals_rule(dx, dy, expected):
     a, b = at(32 + dx, 32 + dy), at(32, 32)
     assert relations(a, b) == expected
     assert relations(b, a) == {INVERSE[relation] for relation in expected}
+
+
+def test_what_lies_in_anothers_box_is_inside():
+    small, large = at(32, 30), SceneObject(shape="ring", colour="red", x=32, y=32, radius=20)
+    assert relations(small, large) == {"inside"}
+    assert relations(large, small) == {"around"}
+    assert relations(at(44.5, 32), large) == {"right of"}  # it reaches beyond the ring
+    assert relations(small, small) == set()
+    assert found_in([("circle", None), ("ring", None)], "inside", [large, small])
+    assert not found_in([("circle", None), ("ring", None)], "around", [large, small])
+
+
+def test_texture_and_size_count_where_they_are_asked_for():
+    thing = replace(at(20, 20), texture="striped", size="small")
+    assert answers(("circle", "red"), thing)
+    assert answers(("circle", None, "striped", "small"), thing)
+    assert answers((None, None, None, "small"), thing)
+    assert not answers(("circle", "red", "dotted", None), thing)
+    assert not answers(("circle", "red", None, "large"), thing)
 
 
 def test_found_in_needs_a_thing_for_each_object():

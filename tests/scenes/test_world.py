@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from gobelin.errors import UsageError
-from gobelin.scenes import CORE, NANO, World
+from gobelin.scenes import CORE, NANO, RICH, World
 from gobelin.scenes.relations import INVERSE, RELATIONS
 from gobelin.scenes.world import COUNTS
 
@@ -24,8 +24,10 @@ def test_held_out_pairs_are_a_seventh_spread_evenly(world: World):
 def test_held_out_relations_are_few_and_spread_evenly(world: World):
     triples = world.held_out_relations
     assert 0.05 < len(triples) / (4 * len(world.shapes) ** 2) < 0.15
-    assert {relation for _, relation, _ in triples} == set(RELATIONS)
-    assert set(Counter(first for first, _, _ in triples).values()) == {2}
+    inside = {triple for triple in triples if triple[1] in ("inside", "around")}
+    assert inside == ({("star", "inside", "ring"), ("ring", "around", "star")} if world is RICH else set())
+    assert {relation for _, relation, _ in triples - inside} == set(RELATIONS)
+    assert set(Counter(first for first, _, _ in triples - inside).values()) == {2}
     assert all((b, INVERSE[relation], a) in triples for a, relation, b in triples)
 
 
@@ -83,7 +85,28 @@ def test_a_world_that_cannot_be_is_refused(change, message):
         replace(NANO, **change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"textures": ("solid", "furry")}, "Expected textures of solid, striped, dotted"),
+        ({"sizes": (("small", (8.0, 15.0)),)}, "fit into 62 px"),
+        ({"shapes": ("circle", "square")}, "Expected rings"),
+        ({"radius_ring": (24.0, 32.0)}, "Expected rings that fit"),
+        ({"radius_inside": (8.0, 10.0)}, "9.24 px or less inside"),
+    ],
+)
+def test_a_rich_world_that_cannot_be_is_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        replace(RICH, **change)
+
+
+def test_the_word_for_a_size_is_the_nearest():
+    assert [RICH.size_of(radius) for radius in (6, 8.5, 10, 10.5, 12, 28)] == [*["small"] * 3, *["large"] * 3]
+    assert CORE.size_of(8.5) is None
+
+
 def test_max_objects():
     assert CORE.max_objects == 4
+    assert RICH.max_objects == 4
     assert NANO.max_objects == 2
     assert replace(NANO, mix=(("single", 1.0),)).max_objects == 1

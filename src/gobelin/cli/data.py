@@ -51,7 +51,7 @@ class Scenes:
     count: int = 1000
     """How many."""
     world: str = "core"
-    """Which shapes, colours and captions there are: core or nano."""
+    """Which shapes, colours and captions there are: core, nano or rich."""
     seed: int = 0
     """Another seed, other scenes."""
     split: str = "train"
@@ -84,7 +84,7 @@ class Grader:
     """
 
     world: str = "core"
-    """Which shapes, colours and captions there are: core or nano."""
+    """Which shapes, colours and captions there are: core, nano or rich."""
     count: int = 1000
     """Scenes of each category, and blobs of each kind."""
     vae: Path | None = None

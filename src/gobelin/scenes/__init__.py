@@ -8,13 +8,14 @@ from gobelin.scenes.prompts import EXTRA_TASKS, PROMPT_SPLITS, TASKS, Prompt, pr
 from gobelin.scenes.render import render
 from gobelin.scenes.sampling import Sample, sample
 from gobelin.scenes.scene import Scene, SceneObject
-from gobelin.scenes.world import CORE, NANO, WORLDS, World
+from gobelin.scenes.world import CORE, NANO, RICH, WORLDS, World
 
 __all__ = [
     "CORE",
     "EXTRA_TASKS",
     "NANO",
     "PROMPT_SPLITS",
+    "RICH",
     "TASKS",
     "WORLDS",
     "Calibration",

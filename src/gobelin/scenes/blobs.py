@@ -81,9 +81,9 @@ def blob(rng: np.random.Generator, world: World, kind: str) -> NDArray[np.uint8]
     x, y = rng.uniform(radius + MARGIN, world.size - radius - MARGIN, 2)
     image = np.empty((world.size, world.size, 3), np.float32)
     image[:] = BACKGROUNDS[world.backgrounds[rng.integers(len(world.backgrounds))]]
-    colour = COLOURS[world.colours[rng.integers(len(world.colours))]]
+    paint = np.array(COLOURS[world.colours[rng.integers(len(world.colours))]], np.float32)
     mask = np.zeros(image.shape[:2], np.bool_)
-    draw(image, mask, BLOBS[kind](rng, world), colour, x=x, y=y, radius=radius)
+    draw(image, mask, BLOBS[kind](rng, world), paint, x=x, y=y, radius=radius)
     image += 255 * world.noise * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 

@@ -117,20 +117,23 @@ def calibrate(
 
 
 def truth(sample: Sample) -> Prompt:
-    """The prompt that asks for all that is in a scene."""
-    scene = sample.scene
+    """The prompt that asks for all that is in a scene, as far as its world has words for it."""
+    scene, plain = sample.scene, sample.world.textures == ("solid",) and not sample.world.sizes
     return Prompt(
         text=sample.caption,
         task=sample.category,
-        objects=tuple((thing.shape, thing.colour) for thing in scene.objects),
+        objects=tuple(
+            (thing.shape, thing.colour) if plain else (thing.shape, thing.colour, thing.texture, thing.size)
+            for thing in scene.objects
+        ),
         relation=scene.relation,
         count=len(scene.objects) if sample.category == "count" else None,
     )
 
 
 def reads(sample: Sample, seen: Sequence[Seen]) -> bool:
-    """Whether a sample's scene was read exactly: its objects, their relation, and nothing else."""
-    return judge(truth(sample), seen).exact
+    """Whether a sample's scene was read exactly: its objects, their relation, the background, and nothing else."""
+    return judge(truth(sample), seen).exact and all(thing.background == sample.scene.background for thing in seen)
 
 
 def blur(image: Image, sigma: float) -> Image:

@@ -1,7 +1,8 @@
 """Captions: templates, wordings, and which words speak of which objects.
 
 A template is text with slots: ``{a}`` and ``{b}`` for objects, ``{rel}`` for "left of" (``a`` seen from
-``b``), ``{side}`` for "to its left", and ``{n}`` and ``{as}`` for a number of like objects.
+``b``), ``{side}`` for "to its left", ``{n}`` and ``{as}`` for a number of like objects, and ``{ground}`` for the
+background.
 """
 
 from collections.abc import Sequence
@@ -71,12 +72,22 @@ TEMPLATES = {
     ),
 }
 
+TEMPLATES["inside"] = TEMPLATES["relation"]
+
 TEST_TEMPLATES = {
     "single": ("a photo of {a}", "look at {a}", "it shows {a}"),
     "two": ("a photo of {a} and {b}", "{a} accompanied by {b}", "it shows {a} plus {b}"),
     "relation": ("a photo of {a} {rel} {b}", "{a} can be seen {rel} {b}", "{b} and, {side}, {a}"),
     "count": ("a photo of {n} {as}", "look at {n} {as}", "it shows exactly {n} {as}"),
 }
+TEST_TEMPLATES["inside"] = TEST_TEMPLATES["relation"]
+
+# Ways to name the background of a scene.
+GROUNDS = (
+    "{scene} on a {ground} background",
+    "{scene}, against a {ground} background",
+    "on a {ground} background, {scene}",
+)
 
 ARTICLES = ("a", "a", "a", "a", "a", "the", "the", "", "", "one")
 NOUNS = {
@@ -104,6 +115,8 @@ WORDINGS = {
     ),
     "above": (("above", "above it"), ("over", "over it"), ("higher than", "higher up")),
     "below": (("below", "below it"), ("under", "under it"), ("lower than", "lower down")),
+    "inside": (("inside", "inside it"), ("in the middle of", "in its middle"), ("within", "within it")),
+    "around": (("around", "around it"), ("surrounding", "surrounding it"), ("enclosing", "enclosing it")),
 }
 _SYNONYM_RATE = 0.1
 _DIGIT_RATE = 0.25
@@ -111,13 +124,13 @@ _NO_REFERENCE = ("the", "its", "it")
 
 
 def templates(category: str, split: str) -> tuple[str, ...]:
-    """The templates that a split may use for "single", "two", "relation" or "count"."""
+    """The templates that a split may use for "single", "two", "relation", "count" or "inside"."""
     return TEMPLATES[category] + (TEST_TEMPLATES[category] if split in ("test", "heldout") else ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mention:
-    """One object in a caption, or some that are alike. ``shape`` or ``colour`` is None where it goes unsaid.
+    """One object in a caption, or some that are alike. Its looks are None where they go unsaid.
 
     ``things`` are the objects' places in the scene; ``noun`` picks the synonym.
     """
@@ -127,12 +140,21 @@ class Mention:
     colour: str | None
     article: str
     noun: int
+    texture: str | None = None
+    size: str | None = None
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the words ask for: shape and colour, and texture and size where one of them is said."""
+        looks = (self.shape, self.colour, self.texture, self.size)
+        return looks if self.texture or self.size else looks[:2]
 
     def words(self, *, plural: bool = False) -> list[tuple[str, tuple[int, ...]]]:
         """The words of the noun phrase, each with the objects that it speaks of; a plural has no article."""
         nouns = NOUNS[self.shape]
         noun = nouns[self.noun % len(nouns)]
-        naming = [word for word in (self.colour, *(pluralised(noun) if plural else noun).split()) if word]
+        named = (pluralised(noun) if plural else noun).split()
+        naming = [word for word in (self.size, self.texture, self.colour, *named) if word]
         article = "an" if self.article == "a" and naming[0][0] in "aeiou" else self.article
         return [(article, ())] * bool(article and not plural) + [(word, self.things) for word in naming]
 
@@ -142,7 +164,8 @@ class Phrasing:
     """A caption before it is words: change a field, and the wording follows.
 
     ``mentions`` fill ``{a}`` and ``{b}`` in this order; ``relation`` is that of the first to the second. A caption
-    with a ``count`` has one mention, of so many objects, written as digits or as a word.
+    with a ``count`` has one mention, of so many objects, written as digits or as a word. One that names the
+    ``background`` does so as ``ground`` says.
     """
 
     template: str
@@ -151,22 +174,26 @@ class Phrasing:
     wording: int = 0
     count: int | None = None
     digits: bool = False
+    background: str | None = None
+    ground: str = "{scene}"
 
     @property
     def wanted(self) -> tuple[Wanted, ...]:
-        """What the caption asks for: (shape, colour) of each object, None where it does not say."""
-        return tuple((mention.shape, mention.colour) for mention in self.mentions) * (self.count or 1)
+        """What the caption asks for of each object, None where it does not say."""
+        return tuple(mention.wanted for mention in self.mentions) * (self.count or 1)
 
     def words(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The words, a comma clinging to the one before it, each with the objects that it speaks of."""
         words: list[tuple[str, tuple[int, ...]]] = []
         everything = tuple(sorted(thing for mention in self.mentions for thing in mention.things))
-        for token in self.template.split():
+        for token in self.ground.replace("{scene}", self.template).split():
             slot = token.rstrip(",")
             if slot in ("{a}", "{b}"):
                 words += self.mentions[slot == "{b}"].words()
             elif slot == "{as}":
                 words += self.mentions[0].words(plural=True)
+            elif slot == "{ground}" and self.background:
+                words.append((self.background, ()))
             elif slot == "{n}" and self.count:
                 words.append((str(self.count) if self.digits else NUMBERS[self.count], everything))
             elif slot in ("{rel}", "{side}") and self.relation:
@@ -191,23 +218,25 @@ def phrase(
     template: str,
     *,
     count: int | None = None,
+    background: str | None = None,
     underspecified: float = 0.0,
     colourless: float = 0.0,
 ) -> Phrasing:
     """Word a caption of ``wanted`` objects at random, in either order: articles, synonyms, inverse relations.
 
     ``relation`` is that of the first object to the second. With a ``count`` the caption is of so many objects
-    like the one that is ``wanted``. With probability ``underspecified`` something goes unsaid: all colours in
-    the fraction ``colourless`` of such captions, the colour or the shape of one object in the rest.
+    like the one that is ``wanted``, and with a ``background`` it says what that is. With probability
+    ``underspecified`` something goes unsaid: all colours in the fraction ``colourless`` of such captions, the
+    colour or the shape of one object in the rest.
     """
     draw = rng.random(8).tolist()
     said = list(wanted)
     if draw[0] < underspecified * colourless:
-        said = [(shape, None) for shape, _ in said]
+        said = [(shape, None, *more) for shape, _, *more in said]
     elif draw[0] < underspecified:
         unsaid = int(draw[1] * len(said))
-        shape, colour = said[unsaid]
-        said[unsaid] = (None, colour) if draw[2] < 0.5 else (shape, None)
+        shape, colour, *more = said[unsaid]
+        said[unsaid] = (None, colour, *more) if draw[2] < 0.5 else (shape, None, *more)
     mentions = [
         Mention(
             things=tuple(range(count)) if count else (index,),
@@ -215,16 +244,25 @@ def phrase(
             colour=colour,
             article=ARTICLES[int(draw[3 + index] * len(ARTICLES))],
             noun=_noun(draw[5 + index], shape),
+            **dict(zip(("texture", "size"), more, strict=False)),
         )
-        for index, (shape, colour) in enumerate(said)
+        for index, (shape, colour, *more) in enumerate(said)
     ]
     if draw[7] < 0.5:
         mentions.reverse()
         relation = INVERSE[relation] if relation else None
     wording = int(rng.integers(3)) if relation else 0
     digits = count is not None and bool(rng.random() < _DIGIT_RATE)
+    ground = GROUNDS[int(rng.integers(len(GROUNDS)))] if background else "{scene}"
     return Phrasing(
-        template=template, mentions=tuple(mentions), relation=relation, wording=wording, count=count, digits=digits
+        template=template,
+        mentions=tuple(mentions),
+        relation=relation,
+        wording=wording,
+        count=count,
+        digits=digits,
+        background=background,
+        ground=ground,
     )
 
 

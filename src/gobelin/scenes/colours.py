@@ -23,12 +23,30 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
 }
 
+# The second tone of each colour, for stripes and dots: 24 or more from the first, and from every background of
+# the worlds that have textures. No mixture of the two looks like a background.
+TONES: dict[str, tuple[int, int, int]] = {
+    "red": (122, 18, 21),
+    "orange": (150, 80, 7),
+    "yellow": (138, 121, 16),
+    "green": (16, 82, 33),
+    "blue": (13, 57, 119),
+    "purple": (77, 20, 82),
+    "pink": (240, 74, 164),
+    "brown": (45, 26, 12),
+    "black": (30, 50, 95),
+    "white": (160, 230, 255),
+}
+
 # Quiet backgrounds: 25 or more from every object colour of the worlds that use them. "paper" is too near
 # white.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "grey": (174, 176, 180),
     "sage": (165, 184, 168),
     "sand": (190, 178, 156),
+    "lilac": (182, 168, 204),
+    "rose": (200, 168, 168),
+    "slate": (130, 150, 172),
     "paper": (238, 236, 230),
 }
 

@@ -1,14 +1,15 @@
 """Pixels → scene: what an image shows, without a look at its prompt.
 
 The background is the mode of the border; objects are what stands out against it, in connected components;
-colours go to the nearest prototype and shapes to the template that overlaps most, if its outline is theirs. The
-tolerances were tuned on renders, blurred and noisy ones too, and on round trips through a VAE, never on a
-model's samples.
+colours go to the nearest prototype and shapes to the template that overlaps most, if its outline is theirs;
+textures to the pattern that correlates best. The tolerances were tuned on renders, blurred and noisy ones too, and
+on round trips through a VAE, never on a model's samples.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,9 @@ from PIL import Image
 from scipy import ndimage
 
 from gobelin.errors import UsageError
-from gobelin.scenes.colours import COLOURS, difference, lab
+from gobelin.scenes.colours import BACKGROUNDS, COLOURS, TONES, difference, lab
 from gobelin.scenes.shapes import SHAPES
+from gobelin.scenes.textures import PERIOD, TEXTURES
 from gobelin.scenes.world import CORE, World
 
 UNKNOWN = "unknown"
@@ -35,6 +37,11 @@ _AT = (np.arange(30) - 14.5) / 24
 # A template is refitted to the box: scaled and shifted, across and down.
 _SCALES = (0.94, 1.0, 1.06)
 _SHIFTS = (-0.03, 0.0, 0.03)
+_MOST_PIXELS = 200  # that are asked for their colour
+# The share of the second tone over an object has a standard deviation: below the first it is solid, above the second
+# it follows a pattern or is unknown.
+_SOLID_SPREAD, _PATTERN_SPREAD = 0.08, 0.25
+_LEAST_CORRELATION = 0.5
 _RIM = 0.0225  # of a radius: an outline's length is the area this near to it, over twice this
 _EIGHT_WAYS = np.ones((3, 3), np.bool_)
 
@@ -46,7 +53,8 @@ class Seen:
     ``shape`` is "unknown" where no template overlaps by ``iou`` ≥ 0.8 with an outline that strays from the
     object's by 0.5 pixels at most: ``stray`` is the area between the two, over the length. ``mask`` is bool
     [H, W], ``area`` its pixels and ``box`` its left, top, right and bottom edges in pixels, right and bottom
-    exclusive.
+    exclusive. ``texture`` is "unknown" where the tones of the object follow no pattern, ``size`` None in a world
+    without such words, and ``background`` the name of the background.
     """
 
     shape: str
@@ -56,6 +64,9 @@ class Seen:
     mask: NDArray[np.bool_]
     iou: float
     stray: float
+    texture: str = "solid"
+    size: str | None = None
+    background: str | None = None
 
     @property
     def x(self) -> float:
@@ -81,14 +92,15 @@ class Seen:
 def grade(image: np.ndarray | Image.Image, world: World = CORE) -> list[Seen]:
     """Find the objects of an image, from top to bottom.
 
-    ``image`` is uint8 [H, W, 3] in [0, 255], or a PIL image. Only the shapes and the colours of ``world`` are
-    known. Raises UsageError for an array of another kind.
+    ``image`` is uint8 [H, W, 3] in [0, 255], or a PIL image. Only the shapes, colours, textures, sizes and
+    backgrounds of ``world`` are known. Raises UsageError for an array of another kind.
     """
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise UsageError(f"Expected a uint8 image [H, W, 3]; got {pixels.dtype} {list(pixels.shape)}.")
     background = _background(pixels)
-    prototypes = lab([COLOURS[name] for name in world.colours])
+    grounds = lab([BACKGROUNDS[name] for name in world.backgrounds])
+    ground = world.backgrounds[int(difference(grounds, lab(background)).argmin())]
     cover = _cover(pixels, background)
     labels = np.empty(cover.shape, np.int32)
     ndimage.label(cover > 0.5, _EIGHT_WAYS, output=labels)
@@ -98,9 +110,12 @@ def grade(image: np.ndarray | Image.Image, world: World = CORE) -> list[Seen]:
         area = int(part.sum())
         if area < _LEAST_AREA:
             continue
-        typical = _typical(pixels[rows, columns], part)
-        if difference(typical, lab(background)) < _FOREGROUND:
+        core = _core(part)
+        looks = lab(pixels[rows, columns][core])
+        if np.median(difference(looks, lab(background))) < _FOREGROUND:
             continue
+        colour = _colour(looks, world)
+        texture = _texture(pixels[rows, columns], core, colour, background, world)
         mask = np.zeros(labels.shape, np.bool_)
         mask[rows, columns] = part
         others = (labels > 0) & ~mask
@@ -109,7 +124,10 @@ def grade(image: np.ndarray | Image.Image, world: World = CORE) -> list[Seen]:
         seen.append(
             Seen(
                 shape=shape,
-                colour=world.colours[int(difference(prototypes, typical).argmin())],
+                colour=colour,
+                texture=texture,
+                size=world.size_of(_radius(shape, area, box)),
+                background=ground,
                 area=area,
                 box=box,
                 mask=mask,
@@ -137,10 +155,83 @@ def _cover(pixels: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[
     return distance / np.maximum(_LEAST_CONTRAST, ndimage.maximum_filter(distance, 5))
 
 
-def _typical(pixels: NDArray[np.uint8], part: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The colour [3] of an object away from its edge, as L*a*b*."""
+def _core(part: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """An object away from its edge, where its colour is its own."""
     core = np.asarray(ndimage.binary_erosion(part), np.bool_)
-    return np.median(lab(pixels[core if core.sum() >= _LEAST_CORE else part]), axis=0)
+    return core if core.sum() >= _LEAST_CORE else part
+
+
+def _colour(looks: NDArray[np.float64], world: World) -> str:
+    """The colour whose tones are nearest to the pixels [n, 3], as L*a*b*."""
+    tones = _tones(world)  # [tones, colours, 3]
+    if len(tones) == 1:
+        return world.colours[int(difference(tones[0], np.median(looks, axis=0)).argmin())]
+    some = looks[:: 1 + len(looks) // _MOST_PIXELS]
+    apart = difference(some[:, None, None], tones).min(axis=1)
+    return world.colours[int(apart.mean(axis=0).argmin())]
+
+
+@cache
+def _tones(world: World) -> NDArray[np.float64]:
+    """The tones of each colour as L*a*b*: one, or where there are textures the two and what is half way between."""
+    first, second = ([of[name] for name in world.colours] for of in (COLOURS, TONES))
+    if world.textures == ("solid",):
+        return lab(first)[None]
+    return lab(np.stack((first, np.add(first, second) // 2, second)).astype(np.uint8))
+
+
+def _texture(
+    pixels: NDArray[np.uint8], core: NDArray[np.bool_], colour: str, background: NDArray[np.uint8], world: World
+) -> str:
+    """The texture of an object of a known colour, by the pattern of its second tone."""
+    if world.textures == ("solid",):
+        return "solid"
+    first, second = np.array(COLOURS[colour], np.float64), np.array(TONES[colour], np.float64)
+    # A pixel is a mixture of the first tone, the second and, near a blurred edge, the background.
+    mixture = np.linalg.pinv(np.stack((second - first, background - first)))
+    share = np.clip((pixels[core] - first) @ mixture[:, 0], 0, 1)
+    if share.std() < _SOLID_SPREAD:
+        return "solid" if share.mean() < 0.5 else UNKNOWN
+    # The patterns repeat, so pixels at the same place in the period count together.
+    rows, columns = np.nonzero(core)
+    places = (rows % PERIOD) * PERIOD + columns % PERIOD
+    weights = np.bincount(places, minlength=PERIOD**2) / len(places)
+    shares = np.bincount(places, share, minlength=PERIOD**2) / len(places)
+    names, patterns = _patterns(world.textures)
+    means = patterns @ weights
+    spreads = np.sqrt(np.maximum(patterns**2 @ weights - means**2, 1e-6))
+    correlation = (patterns @ shares - means * share.mean()) / (spreads * share.std())
+    best = int(correlation.argmax())
+    if correlation[best] >= _LEAST_CORRELATION:
+        return names[best]
+    return "solid" if share.std() < _PATTERN_SPREAD else UNKNOWN
+
+
+@cache
+def _patterns(textures: tuple[str, ...]) -> tuple[list[str], NDArray[np.float64]]:
+    """The textures that are not solid, shifted by each whole number of pixels: names, and [n, PERIOD²]."""
+    at = np.arange(PERIOD, dtype=np.float64)
+    shifts = [
+        (name, TEXTURES[name](at[None, :] - right, at[:, None] - down).ravel())
+        for name in textures
+        if name != "solid"
+        for right, down in product(at, at)
+    ]
+    return [name for name, _ in shifts], np.stack([pattern for _, pattern in shifts]).astype(np.float64)
+
+
+def _radius(shape: str, area: int, box: tuple[int, int, int, int]) -> float:
+    """The radius of the disc that an object of that area fits into, in pixels; half its box where it is no shape."""
+    if shape == UNKNOWN:
+        return max(box[2] - box[0], box[3] - box[1]) / 2
+    return math.sqrt(area / _unit_area(shape))
+
+
+@cache
+def _unit_area(shape: str) -> float:
+    """The area of a shape of radius 1."""
+    fine = np.linspace(-1, 1, 401)
+    return float((SHAPES[shape](fine[None, :], fine[:, None]) <= 0).mean() * 4)
 
 
 def _shape(

@@ -16,8 +16,9 @@ def hard_negatives(sample: Sample, seed: int) -> list[str]:
 
     One with the colours swapped and one with the relation turned round, where there are two objects, one with
     a number beside the true one, where they are counted, and for each mention one with another colour and one
-    with another shape, drawn with ``seed`` ≥ 0. What would still be true is left out, and so is what the world
-    holds out, unless the sample is itself of the "heldout" split.
+    with another shape; where the caption says a texture, a size or a background, one with another. All are drawn
+    with ``seed`` ≥ 0. What would still be true is left out, and so is what the world holds out, unless the sample
+    is itself of the "heldout" split.
     """
     chosen = []
     for options in _changes(sample.phrasing, sample.world, np.random.default_rng(seed)):
@@ -42,16 +43,24 @@ def _changes(phrasing: Phrasing, world: World, rng: np.random.Generator) -> Iter
     if phrasing.count:
         beside = [count for count in COUNTS if abs(count - phrasing.count) == 1]
         yield (replace(phrasing, count=count) for count in rng.permutation(beside).tolist())
+    if phrasing.background:
+        grounds = rng.permutation(world.backgrounds).tolist()
+        yield (replace(phrasing, background=ground) for ground in grounds)
     for at, mention in enumerate(mentions):
         if mention.colour:
             yield (changed(at, colour=colour) for colour in rng.permutation(world.colours).tolist())
         if mention.shape:
             yield (changed(at, shape=shape) for shape in rng.permutation(world.shapes).tolist())
+        if mention.texture:
+            yield (changed(at, texture=texture) for texture in rng.permutation(world.textures).tolist())
+        if mention.size:
+            yield (changed(at, size=size) for size in rng.permutation([size for size, _ in world.sizes]).tolist())
 
 
 def _false(option: Phrasing, sample: Sample) -> bool:
     """Whether a caption is false of the scene, and says nothing that is held out."""
-    if found_in(option.wanted, option.relation, sample.scene.objects, count=option.count):
+    there = found_in(option.wanted, option.relation, sample.scene.objects, count=option.count)
+    if there and option.background in (None, sample.scene.background):
         return False
     relation = (option.relation,) if option.relation else ()
     return sample.split == "heldout" or not sample.world.holds_out(option.wanted, *relation)

@@ -14,8 +14,8 @@ from gobelin.scenes.world import COUNTS, World
 
 # GenEval's six.
 TASKS = ("single_object", "two_objects", "counting", "colours", "position", "attribute_binding")
-# Beside them: five objects, one more than training ever shows.
-EXTRA_TASKS = ("five",)
+# Beside them: five objects, one more than training ever shows; and what only some worlds have.
+EXTRA_TASKS = ("five", "textures", "sizes", "inside")
 PROMPT_SPLITS = ("dev", "test", "heldout")
 
 _TRIES = 20  # to find words that no other prompt of the list has
@@ -29,6 +29,9 @@ _CATEGORIES = {
     "position": "relation",
     "attribute_binding": "two",
     "five": "count",
+    "textures": "single",
+    "sizes": "single",
+    "inside": "inside",
 }
 
 
@@ -45,8 +48,9 @@ class _Request:
 class Prompt:
     """A text, and what an image of it has to show.
 
-    ``objects`` are (shape, colour), None being any; ``relation`` is that of the first object to the second.
-    With a ``count`` the objects are so many times the same, and just so many are to be there.
+    ``objects`` are (shape, colour) or (shape, colour, texture, size), None being any; ``relation`` is that of the
+    first object to the second. With a ``count`` the objects are so many times the same, and just so many are to be
+    there.
     """
 
     text: str
@@ -140,12 +144,28 @@ def _askable(world: World, task: str) -> Iterator[_Request]:
             for one, other in combinations(pairs, 2):
                 if one[0] != other[0] and one[1] != other[1]:
                     yield _Request(objects=(one, other))
+        case "textures":
+            several = world.textures if len(world.textures) > 1 else ()
+            yield from (_Request(objects=((*pair, texture, None),)) for pair, texture in product(pairs, several))
+        case "sizes":
+            yield from (_Request(objects=((*pair, None, size),)) for pair, (size, _) in product(pairs, world.sizes))
+        case "inside":
+            rings = [("ring", colour) for colour in world.colours]
+            for pair, ring in product(pairs, rings):
+                if pair[0] != "ring":
+                    yield _Request(objects=(pair, ring), relation="inside")
+
+
+def _parts(request: _Request) -> tuple[object, ...]:
+    """What is to come up equally often: each object's shape and colour, its further looks, relation and number."""
+    objects = dict.fromkeys(request.objects)
+    return (*(one[:2] for one in objects), *(one[2:] for one in objects), request.relation, request.count)
 
 
 def _balanced(rng: np.random.Generator, requests: list[_Request], count: int) -> Iterator[_Request]:
     """Draw requests one after the other, always one whose parts came up least so far."""
     requests = [requests[at] for at in rng.permutation(len(requests))]
-    parts = [(*dict.fromkeys(request.objects), request.relation, request.count) for request in requests]
+    parts = [_parts(request) for request in requests]
     numbers = {part: n for n, part in enumerate(dict.fromkeys(part for row in parts for part in row))}
     rows = np.array([[numbers[part] for part in row] for row in parts])
     used = np.zeros(len(numbers))

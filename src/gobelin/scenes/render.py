@@ -1,13 +1,14 @@
-"""Scene → pixels: anti-aliased solid shapes on a plain background."""
+"""Scene → pixels: anti-aliased shapes, solid or with a texture, on a background that is plain or nearly so."""
 
 from math import ceil, floor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gobelin.scenes.colours import BACKGROUNDS, COLOURS
-from gobelin.scenes.scene import Scene
+from gobelin.scenes.colours import BACKGROUNDS, COLOURS, TONES
+from gobelin.scenes.scene import Scene, SceneObject
 from gobelin.scenes.shapes import SHAPES, Outline
+from gobelin.scenes.textures import TEXTURES
 
 
 def render(
@@ -21,9 +22,12 @@ def render(
     """
     image = np.empty((scene.size, scene.size, 3), np.float32)
     image[:] = BACKGROUNDS[scene.background]
+    if any(scene.gradient):
+        across = np.linspace(-1, 1, scene.size, dtype=np.float32)
+        image += (scene.gradient[0] * across[None, :] + scene.gradient[1] * across[:, None])[..., None]
     masks = np.zeros((len(scene.objects), scene.size, scene.size), np.bool_)
     for thing, mask in zip(scene.objects, masks, strict=True):
-        draw(image, mask, SHAPES[thing.shape], COLOURS[thing.colour], x=thing.x, y=thing.y, radius=thing.radius)
+        draw(image, mask, SHAPES[thing.shape], _paint(thing, scene.size), x=thing.x, y=thing.y, radius=thing.radius)
     if noise:
         rng = rng or np.random.default_rng(0)
         image += (255 * noise) * rng.standard_normal(image.shape, np.float32)
@@ -34,22 +38,34 @@ def draw(
     image: NDArray[np.float32],
     mask: NDArray[np.bool_],
     outline: Outline,
-    colour: tuple[int, int, int],
+    paint: NDArray[np.float32],
     *,
     x: float,
     y: float,
     radius: float,
 ) -> None:
-    """Draw one shape into ``image`` [size, size, 3], levels in [0, 255], and into ``mask`` [size, size].
+    """Draw one shape into ``image`` [size, size, 3] and into ``mask`` [size, size].
 
-    ``x``, ``y`` and ``radius`` are in pixels, and the shape is anti-aliased.
+    ``paint`` is the colour, [3], or that of each pixel of the image; levels are in [0, 255]. ``x``, ``y`` and
+    ``radius`` are in pixels, and the shape is anti-aliased.
     """
     rows, down = _span(y, radius, len(image))
     columns, right = _span(x, radius, len(image))
     distance = radius * outline(right[None, :], down[:, None])
     patch = image[rows, columns]
-    patch += np.clip(0.5 - distance, 0, 1)[..., None] * (np.array(colour, np.float32) - patch)
+    paint = np.broadcast_to(paint, image.shape)[rows, columns]
+    patch += np.clip(0.5 - distance, 0, 1)[..., None] * (paint - patch)
     mask[rows, columns] = distance < 0
+
+
+def _paint(thing: SceneObject, size: int) -> NDArray[np.float32]:
+    """An object's colour: [3], or [size, size, 3] where it has a texture."""
+    colour, tone = np.array(COLOURS[thing.colour], np.float32), np.array(TONES[thing.colour], np.float32)
+    if thing.texture == "solid":
+        return colour
+    at = np.arange(size) + 0.5
+    share = TEXTURES[thing.texture](at[None, :] - thing.x, at[:, None] - thing.y)[..., None]
+    return (colour + share * (tone - colour)).astype(np.float32)
 
 
 def _span(centre: float, radius: float, size: int) -> tuple[slice, NDArray[np.float32]]:

@@ -1,5 +1,7 @@
 """The sampler: (seed, index) → image, caption, scene and masks."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from zlib import crc32
@@ -9,13 +11,17 @@ from numpy.typing import NDArray
 
 from gobelin.errors import UsageError
 from gobelin.scenes.captions import Phrasing, phrase, templates
-from gobelin.scenes.relations import relations
+from gobelin.scenes.relations import Wanted, relations
 from gobelin.scenes.render import render
 from gobelin.scenes.scene import Scene, SceneObject
+from gobelin.scenes.shapes import RING_HOLE
 from gobelin.scenes.world import CORE, COUNTS, MARGIN, SPLITS, World
 
 # A scene about a relation is never on the diagonal: the offset along one axis is this many times the other's.
 _CLEAR = 1.7
+# The fractions of captions that say what nobody asked: that an object is solid, and of which size it is.
+_SOLID_SAID = 0.25
+_SIZE_SAID = 0.5
 
 _Disc = tuple[float, float, float]  # x, y and radius
 
@@ -28,7 +34,7 @@ class Sample:
     each of ``scene.objects``; ``words`` gives each word of the caption, without punctuation, and the indices
     of the objects that it speaks of: one for a noun or a colour, both for a relation, all for a number and
     what it counts, none for the rest. ``phrasing`` is the caption before it was words, and ``category`` the
-    kind of scene: "single", "two", "relation" or "count".
+    kind of scene: "single", "two", "relation", "count" or "inside".
     """
 
     image: NDArray[np.uint8]
@@ -57,7 +63,7 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
     while _held_out(scene, world) != (split == "heldout"):
         scene = _scene(rng, category, world)
     choices = templates(category, split)
-    wanted = [(thing.shape, thing.colour) for thing in scene.objects]
+    wanted = _wanted(rng, scene, world)
     count = len(wanted) if category == "count" else None
     phrasing = phrase(
         rng,
@@ -65,6 +71,7 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
         scene.relation,
         choices[rng.integers(len(choices))],
         count=count,
+        background=scene.background if world.grounded and rng.random() < world.grounded else None,
         underspecified=world.underspecified,
         colourless=world.colourless,
     )
@@ -102,24 +109,77 @@ def _held_out(scene: Scene, world: World) -> bool:
 def _scene(rng: np.random.Generator, category: str, world: World) -> Scene:
     """Draw a scene of a category, held out or not."""
     background = world.backgrounds[rng.integers(len(world.backgrounds))]
-    if category == "single":
-        names = [_name(rng, world)]
-        places = [_place(rng, world, world.radius)]
-    elif category == "count":
-        count = COUNTS[rng.integers(len(COUNTS))]
-        names = [_name(rng, world)] * count
-        places = _places(rng, world, world.radius_count, count)
-    else:
-        names = [_name(rng, world), _name(rng, world)]
-        while names[0] == names[1]:
-            names[1] = _name(rng, world)
-        places = _places(rng, world, world.radius_crowded, 2, clear=category == "relation")
+    match category:
+        case "single":
+            names = [_name(rng, world)]
+            places = [_place(rng, world, _bounds(rng, world, world.radius))]
+        case "count":
+            count = COUNTS[rng.integers(len(COUNTS))]
+            names = [_name(rng, world)] * count
+            places = _places(rng, world, [_bounds(rng, world, world.radius_count, count)] * count)
+        case "inside":
+            names = [_name(rng, world), ("ring", _name(rng, world)[1])]
+            while names[0][0] == "ring":
+                names[0] = _name(rng, world)
+            places = _nested(rng, world)
+        case _:
+            names = [_name(rng, world), _name(rng, world)]
+            while names[0] == names[1]:
+                names[1] = _name(rng, world)
+            bounds = [_bounds(rng, world, world.radius_crowded) for _ in names]
+            places = _places(rng, world, bounds, clear=category == "relation")
+    textures = [_texture(rng, world)] * len(names) if category == "count" else [_texture(rng, world) for _ in names]
     things = tuple(
-        SceneObject(shape=shape, colour=colour, x=x, y=y, radius=radius)
-        for (shape, colour), (x, y, radius) in zip(names, places, strict=True)
+        SceneObject(shape=shape, colour=colour, x=x, y=y, radius=radius, texture=texture, size=world.size_of(radius))
+        for (shape, colour), (x, y, radius), texture in zip(names, places, textures, strict=True)
     )
-    relation = next(iter(relations(*things))) if category == "relation" else None
-    return Scene(objects=things, background=background, relation=relation, size=world.size)
+    relation = next(iter(relations(*things))) if category in ("relation", "inside") else None
+    return Scene(
+        objects=things, background=background, relation=relation, size=world.size, gradient=_gradient(rng, world)
+    )
+
+
+def _wanted(rng: np.random.Generator, scene: Scene, world: World) -> list[Wanted]:
+    """What the caption says of each object: its shape, its colour, a texture that is there, now and then the rest."""
+    wanted: list[Wanted] = []
+    for thing in scene.objects:
+        texture = thing.texture != "solid" or (len(world.textures) > 1 and rng.random() < _SOLID_SAID)
+        size = thing.size and rng.random() < _SIZE_SAID
+        wanted.append((thing.shape, thing.colour, thing.texture if texture else None, thing.size if size else None))
+    return wanted
+
+
+def _bounds(
+    rng: np.random.Generator, world: World, otherwise: tuple[float, float], count: int = 1
+) -> tuple[float, float]:
+    """The bounds of a radius: those of a size drawn at random, where there are sizes. Of the most, all are small."""
+    sizes = [bounds for _, bounds in world.sizes]
+    if not sizes:
+        return otherwise
+    return sizes[0 if count == COUNTS[-1] else rng.integers(len(sizes))]
+
+
+def _texture(rng: np.random.Generator, world: World) -> str:
+    """Draw a texture, where there are several."""
+    return world.textures[0] if len(world.textures) == 1 else world.textures[rng.integers(len(world.textures))]
+
+
+def _gradient(rng: np.random.Generator, world: World) -> tuple[float, float]:
+    """Draw how the background gets brighter, in levels; all directions alike, and the corners by the most at most."""
+    if not world.gradient:
+        return 0.0, 0.0
+    strength, angle = rng.random(2).tolist()
+    strength, angle = strength * world.gradient / math.sqrt(2), angle * 2 * math.pi
+    return round(strength * math.cos(angle), 2), round(strength * math.sin(angle), 2)
+
+
+def _nested(rng: np.random.Generator, world: World) -> list[_Disc]:
+    """Draw a disc and a ring around it, with a gap between them."""
+    x, y, ring = _place(rng, world, world.radius_ring)
+    large, far, angle = rng.random(3).tolist()
+    radius = round(world.radius_inside[0] + large * (world.radius_inside[1] - world.radius_inside[0]), 2)
+    off, angle = far * (RING_HOLE * ring - radius - world.gap), angle * 2 * math.pi
+    return [(round(x + off * math.cos(angle), 2), round(y + off * math.sin(angle), 2), radius), (x, y, ring)]
 
 
 def _name(rng: np.random.Generator, world: World) -> tuple[str, str]:
@@ -138,11 +198,11 @@ def _place(rng: np.random.Generator, world: World, bounds: tuple[float, float]) 
 
 
 def _places(
-    rng: np.random.Generator, world: World, bounds: tuple[float, float], count: int, *, clear: bool = False
+    rng: np.random.Generator, world: World, bounds: Sequence[tuple[float, float]], *, clear: bool = False
 ) -> list[_Disc]:
-    """Draw ``count`` discs that leave gaps; ``clear`` ones stand beside or above each other."""
+    """Draw a disc for each of the ``bounds``, with gaps; ``clear`` ones stand beside or above each other."""
     while True:
-        places = [_place(rng, world, bounds) for _ in range(count)]
+        places = [_place(rng, world, one) for one in bounds]
         if all(_apart(one, other, world.gap, clear=clear) for one, other in combinations(places, 2)):
             return places
 

@@ -10,7 +10,8 @@ from gobelin.errors import DataError
 class SceneObject:
     """One object. ``x`` (right) and ``y`` (down) are its centre and ``radius`` its disc's, all in pixels.
 
-    The top left corner of the image is (0, 0) and the centre of the first pixel (0.5, 0.5).
+    The top left corner of the image is (0, 0) and the centre of the first pixel (0.5, 0.5). ``size`` is the word
+    for it, "small" or "large", or None in a world that has no such words.
     """
 
     shape: str
@@ -18,6 +19,8 @@ class SceneObject:
     x: float
     y: float
     radius: float
+    texture: str = "solid"
+    size: str | None = None
 
     @property
     def width(self) -> float:
@@ -35,12 +38,15 @@ class Scene:
     """Objects on a background, in an image of ``size`` × ``size`` pixels.
 
     ``relation``, where the scene is about one, says where ``objects[0]`` is, seen from ``objects[1]``.
+    ``gradient`` is how much brighter the background is at the right and at the lower edge than in the middle, in
+    levels of [0, 255].
     """
 
     objects: tuple[SceneObject, ...]
     background: str
     relation: str | None = None
     size: int = 64
+    gradient: tuple[float, float] = (0.0, 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """The scene as dicts, lists, strings and numbers; ``from_json`` gives back an equal scene."""
@@ -51,6 +57,7 @@ class Scene:
         """The scene that ``to_json`` wrote. Raises DataError for anything else."""
         try:
             objects = tuple(SceneObject(**thing) for thing in data["objects"])
-            return cls(**{**data, "objects": objects})
-        except (KeyError, TypeError) as error:
+            right, down = data.get("gradient", (0.0, 0.0))
+            return cls(**{**data, "objects": objects, "gradient": (right, down)})
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"Expected a scene as Scene.to_json writes it, but {error}.") from error

@@ -39,8 +39,11 @@ def _cross(x: Array, y: Array) -> Array:
     return np.minimum(np.maximum(x - long, y - wide), np.maximum(x - wide, y - long))
 
 
+RING_HOLE = 0.51  # of the ring's radius: that of its hole
+
+
 def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.74) - 0.23
+    return np.abs(np.hypot(x, y) - (RING_HOLE + 0.23)) - 0.23
 
 
 def _star(x: Array, y: Array) -> Array:

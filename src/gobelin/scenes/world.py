@@ -8,10 +8,12 @@ from functools import cached_property
 from gobelin.errors import UsageError
 from gobelin.scenes.colours import BACKGROUNDS, COLOURS
 from gobelin.scenes.relations import INVERSE, Wanted
-from gobelin.scenes.shapes import SHAPES
+from gobelin.scenes.shapes import RING_HOLE, SHAPES
+from gobelin.scenes.textures import TEXTURES
 
 # Each category, and the most objects of its scenes. "count" is of like objects, as many as COUNTS says.
-CATEGORIES = {"single": 1, "two": 2, "relation": 2, "count": 4}
+# "inside" is of an object inside a ring.
+CATEGORIES = {"single": 1, "two": 2, "relation": 2, "count": 4, "inside": 2}
 COUNTS = (2, 3, 4)
 SPLITS = ("train", "dev", "test", "heldout")
 MARGIN = 1.0  # pixels between an object's disc and the edge of the image
@@ -22,12 +24,16 @@ class World:
     """A distribution of captioned scenes.
 
     ``radius`` bounds the radius of an object that is alone, ``radius_crowded`` that of one in company and
-    ``radius_count`` that of one in a "count", in pixels. ``noise`` is the standard deviation of the pixels'
-    noise, where white is 1. ``mix`` weighs the categories. ``underspecified`` is the fraction of captions that
-    leave something out, and ``colourless`` the fraction of those that name no colour at all; the rest leave
-    out one colour or shape. ``gap`` is the least distance between objects and ``size`` the side of the image,
-    in pixels. Raises UsageError for names that do not exist, for too few of them, and for objects too large
-    for the image.
+    ``radius_count`` that of one in a "count", in pixels; where there are ``sizes``, the words and the bounds that
+    they mean, these bound them all. ``radius_ring`` and ``radius_inside`` are those of a ring and of what is
+    inside it. ``noise`` is the standard deviation of the pixels' noise, where white is 1, and ``gradient`` the
+    most that a background gets brighter towards the edges, in levels of [0, 255].
+
+    ``mix`` weighs the categories. ``underspecified`` is the fraction of captions that leave something out, and
+    ``colourless`` the fraction of those that name no colour at all; the rest leave out one colour or shape.
+    ``grounded`` is the fraction of captions that name the background. ``gap`` is the least distance between
+    objects and ``size`` the side of the image, in pixels. Raises UsageError for names that do not exist, for too
+    few of them, and for objects too large for the image.
     """
 
     name: str
@@ -40,6 +46,12 @@ class World:
     radius_count: tuple[float, float] = (7.0, 10.0)
     underspecified: float = 0.15
     colourless: float = 0.0
+    textures: tuple[str, ...] = ("solid",)
+    sizes: tuple[tuple[str, tuple[float, float]], ...] = ()
+    radius_ring: tuple[float, float] = (24.0, 28.0)
+    radius_inside: tuple[float, float] = (8.0, 9.0)
+    grounded: float = 0.0
+    gradient: float = 0.0
     noise: float = 0.004
     gap: float = 3.0
     size: int = 64
@@ -49,6 +61,7 @@ class World:
             ("shapes", self.shapes, SHAPES),
             ("colours", self.colours, COLOURS),
             ("backgrounds", self.backgrounds, BACKGROUNDS),
+            ("textures", self.textures, TEXTURES),
             ("categories", self.categories, CATEGORIES),
         ):
             if not given or not set(given) <= set(known):
@@ -57,12 +70,32 @@ class World:
             pairs = len(self.shapes) * len(self.colours)
             raise UsageError(f"Expected 7 pairs of shape and colour or more, so as to hold some out; got {pairs}.")
         room = self.size - 2 * MARGIN
-        crowded = max(self.radius_crowded[1], self.radius_count[1])
+        crowded = max(self.radius_crowded[1], self.radius_count[1], *(bounds[1] for _, bounds in self.sizes))
         if 2 * self.radius[1] > room or 4 * crowded + self.gap > room:
             raise UsageError(
                 f"Expected one disc, or two with a gap, to fit into {room:g} px; "
                 f"got radii of {self.radius[1]:g} and {crowded:g} px."
             )
+
+        if "inside" in self.categories:
+            self._check_rings(room)
+
+    def _check_rings(self, room: float) -> None:
+        """Raise UsageError where nothing can be inside a ring."""
+        if "ring" not in self.shapes or len(self.shapes) < 2:
+            raise UsageError(f"Expected rings, and other shapes to be inside them; got {', '.join(self.shapes)}.")
+        hole = RING_HOLE * self.radius_ring[0] - self.gap
+        if 2 * self.radius_ring[1] > room or self.radius_inside[1] > hole:
+            raise UsageError(
+                f"Expected rings that fit into {room:g} px, and radii of {hole:g} px or less inside them; "
+                f"got {self.radius_ring[1]:g} and {self.radius_inside[1]:g} px."
+            )
+
+    def size_of(self, radius: float) -> str | None:
+        """The word for the size of an object: that whose bounds are nearest. None where there are no words."""
+        if not self.sizes:
+            return None
+        return min(self.sizes, key=lambda size: max(size[1][0] - radius, radius - size[1][1]))[0]
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -88,12 +121,15 @@ class World:
     def held_out_relations(self) -> frozenset[tuple[str, str, str]]:
         """The (shape, relation, shape) triples kept from training, closed under turning a relation round.
 
-        Each shape is kept from being left of, or above, the next shape in the list, by turns.
+        Each shape is kept from being left of, or above, the next shape in the list, by turns; and where there is
+        "inside", the shape after the ring from being inside a ring.
         """
         following = (*self.shapes[1:], self.shapes[0])
         kept = {
             (a, ("left of", "above")[k % 2], b) for k, (a, b) in enumerate(zip(self.shapes, following, strict=True))
         }
+        if "inside" in self.categories:
+            kept.add((following[self.shapes.index("ring")], "inside", "ring"))
         return frozenset(kept | {(b, INVERSE[relation], a) for a, relation, b in kept})
 
     @cached_property
@@ -113,9 +149,9 @@ class World:
         That is: an object's pair is held out, or one of the ``relations`` of the first to the second, or the
         number of objects of a shape; or there are more objects than in any scene.
         """
-        numbers = Counter(shape for shape, _ in objects if shape)
+        numbers = Counter(wanted[0] for wanted in objects if wanted[0])
         return (
-            any(pair in self.held_out_pairs for pair in objects)
+            any(wanted[:2] in self.held_out_pairs for wanted in objects)
             or any((objects[0][0], relation, objects[1][0]) in self.held_out_relations for relation in relations)
             or any((number, shape) in self.held_out_counts for shape, number in numbers.items())
             or len(objects) > self.max_objects
@@ -144,4 +180,22 @@ NANO = World(
     mix=(("single", 0.5), ("two", 0.25), ("relation", 0.25)),
 )
 
-WORLDS = {world.name: world for world in (CORE, NANO)}
+RICH = World(
+    name="rich",
+    shapes=CORE.shapes,
+    colours=CORE.colours,
+    backgrounds=("grey", "sage", "sand", "lilac", "rose", "slate"),
+    radius=(8.0, 13.0),
+    radius_crowded=(8.0, 13.0),
+    radius_count=(8.0, 13.0),
+    mix=(("single", 0.2), ("two", 0.2), ("relation", 0.2), ("count", 0.2), ("inside", 0.2)),
+    underspecified=0.2,
+    colourless=0.5,
+    textures=("solid", "striped", "dotted"),
+    sizes=(("small", (8.0, 9.0)), ("large", (11.5, 13.0))),
+    grounded=0.5,
+    gradient=8.0,
+    noise=0.01,
+)
+
+WORLDS = {world.name: world for world in (CORE, NANO, RICH)}
