@@ -152,7 +152,7 @@ def test_timesteps_are_even_or_around_the_middle(corpus, uniform, share):
 
 def test_encoding_is_what_the_networks_say(corpus):
     vae = VAE(VAEConfig.nano())
-    mean, spread = encode_images(vae, corpus, batch_size=5)
+    mean, spread = encode_images(vae, corpus, torch.arange(32), batch_size=5)
     with torch.no_grad():
         posterior = vae.encode(corpus.images(torch.tensor([11])))
     torch.testing.assert_close(mean[11:12], posterior.mean)

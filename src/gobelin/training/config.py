@@ -119,6 +119,8 @@ class UNetStageConfig:
     """How often a caption is left empty, so that guidance has something to guide away from."""
     train_text_encoder: bool = False
     """Let the U-Net's loss train the text encoder too, in place of keeping it as the contrastive stage left it."""
+    text_rate: float = 0.3
+    """The text encoder's learning rate then, as a fraction of the U-Net's."""
     uniform_timesteps: float = 0.5
     """How often a timestep is drawn evenly; the rest are drawn logit-normally, most around the middle."""
     gradient_checkpointing: bool = False
@@ -193,13 +195,13 @@ def tiny() -> TrainConfig:
         vae=VAEStageConfig(
             preset="tiny",
             optim=OptimConfig(
-                steps=1200, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="bfloat16"
+                steps=2400, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="bfloat16"
             ),
         ),
         unet=UNetStageConfig(
             preset="tiny",
             optim=OptimConfig(
-                steps=30_000, batch_size=64, learning_rate=1e-3, warmup_steps=500, hold=0.6, precision="bfloat16"
+                steps=50_000, batch_size=32, learning_rate=1e-3, warmup_steps=500, hold=0.6, precision="bfloat16"
             ),
         ),
     )

@@ -34,6 +34,7 @@ StageName = Literal["tokenizer", "text_encoder", "vae", "unet"]
 STAGES: tuple[StageName, ...] = ("tokenizer", "text_encoder", "vae", "unet")
 IMAGE_ENCODER = "image_encoder"
 SHOWN = 8  # pictures in a sample grid's row
+MEASURED = 8192  # images from which the latents' mean and variance are taken
 
 
 def train(
@@ -120,7 +121,9 @@ class _Training:
         vae = VAE(dataclasses.replace(config, sample_size=self.pairs.size, scaling_factor=1.0))
         stage = VAEStage(self.corpus, vae, self.config.vae, torch.arange(min(SHOWN, len(self.pairs))))
         trained = fit(stage, self.context)
-        means, _ = encode_images(trained, self.corpus)
+        generator = torch.Generator().manual_seed(mix(self.config.seed, "latents", 0))
+        measured = torch.randperm(len(self.pairs), generator=generator)[:MEASURED]
+        means, _ = encode_images(trained, self.corpus, measured)
         trained.normalise_latents_(means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
         trained.save_pretrained(self.out / "vae")
 
@@ -145,7 +148,7 @@ class _Training:
         ).zero_init_()
         unet.gradient_checkpointing = config.gradient_checkpointing
         captions, caption = self.corpus.distinct_captions()
-        latents, spread = encode_images(vae, self.corpus)
+        latents, spread = encode_images(vae, self.corpus, torch.arange(len(self.corpus)), config.optim.precision)
 
         def pipeline(painter: Painter) -> Pipeline:
             return Pipeline(

@@ -142,7 +142,7 @@ class UNetStage:
         paint: Callable[[Painter], Image.Image],
     ):
         self.optim = config.optim
-        self.rates: dict[str, float] = {}
+        self.rates = {"text_encoder.": config.text_rate}
         self.samples = len(latents)
         self.module = module
         self._schedule = schedule
@@ -180,13 +180,16 @@ class UNetStage:
 
 
 @torch.no_grad()
-def encode_images(vae: VAE, corpus: Corpus, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """(mean, standard deviation) of the raw posterior of every image, [N, 4, h, w] on the CPU."""
+def encode_images(
+    vae: VAE, corpus: Corpus, indices: Tensor, precision: str = "float32", batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of the raw posterior of these images, [N, 4, h, w] on the CPU."""
     means, spreads = [], []
-    for indices in torch.arange(len(corpus)).split(batch_size):
-        posterior = vae.encode(corpus.images(indices).to(vae.device))
-        means.append(posterior.mean.cpu())
-        spreads.append((0.5 * posterior.logvar).exp().cpu())
+    for batch in indices.split(batch_size):
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            posterior = vae.encode(corpus.images(batch).to(vae.device))
+        means.append(posterior.mean.float().cpu())
+        spreads.append((0.5 * posterior.logvar.float()).exp().cpu())
     return torch.cat(means), torch.cat(spreads)
 
 
