@@ -1,9 +1,15 @@
 """Scenes as pairs, and any pairs as a corpus."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gobelin import scenes
+from gobelin.cli.data import run
 from gobelin.data import Corpus, ScenePairs, find_world
 from gobelin.errors import UsageError
 
@@ -36,3 +42,35 @@ def test_a_corpus_gives_images_captions_and_negatives(monkeypatch, limit):
     distinct, place = corpus.distinct_captions()
     assert len(set(distinct)) == len(distinct)
     assert [distinct[p] for p in place] == corpus.captions
+
+
+def test_rich_scenes_are_written_with_their_truth(tmp_path):
+    run(["scenes", "--out", str(tmp_path / "rich"), "--count", "12", "--world", "rich", "--seed", "3"])
+    lines = (tmp_path / "rich" / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    for index, line in enumerate(lines):
+        entry, made = json.loads(line), scenes.sample(3, index, scenes.RICH)
+        assert entry["text"] == made.caption
+        assert scenes.Scene.from_json(entry["scene"]) == made.scene
+        assert [(word, tuple(things)) for word, things in entry["words"]] == list(made.words)
+        image = np.asarray(Image.open(tmp_path / "rich" / entry["file_name"]))
+        masks = np.asarray(Image.open(tmp_path / "rich" / "masks" / entry["file_name"]))
+        assert np.array_equal(image, made.image)
+        assert all(np.array_equal(masks == number, mask) for number, mask in enumerate(made.masks, 1))
+
+
+def test_the_grader_is_measured_and_written(tmp_path, capsys):
+    model = Path(scenes.__file__).parents[1] / "models" / "nano"
+    report = tmp_path / "grader.json"
+    run(["grader", "--world", "nano", "--count", "2", "--vae", str(model), "--json", str(report)])
+    measured = json.loads(report.read_text())
+    assert measured["renders"] == measured["round_trips"] == {"single": 1, "two": 1, "relation": 1}
+    assert measured["count"] == 2
+    out = capsys.readouterr().out
+    assert "VAE round trip" in out
+    assert "blobs" in out
+
+
+def test_a_grader_of_nothing_is_refused():
+    with pytest.raises(UsageError, match="--count is 0"):
+        run(["grader", "--count", "0"])

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gobelin.scenes import NANO, Calibration, World, calibrate, grade, sample
+from gobelin.scenes import NANO, RICH, Calibration, World, calibrate, grade, sample
 from gobelin.scenes import calibration as module
 from gobelin.scenes.blobs import BLOBS, blob
 from gobelin.scenes.calibration import blur, drown, reads
@@ -66,6 +66,16 @@ def test_reading_is_exact():
     assert not reads(made, seen[:1])
     assert not reads(made, [*seen, seen[0]])
     assert not reads(made, [replace(seen[0], colour="pink"), seen[1]])
+    assert reads(made, [replace(thing, background="sand") for thing in seen])
+
+
+def test_reading_a_rich_scene_is_reading_all_of_it():
+    made = sample(1, 0, replace(RICH, mix=(("two", 1.0),)))
+    seen = grade(made.image, RICH)
+    assert reads(made, seen)
+    other = {"texture": "unknown", "size": "tall", "background": "plaid", "shape": "cube", "colour": "mauve"}
+    for field, value in other.items():
+        assert not reads(made, [replace(seen[0], **{field: value}), seen[1]])
 
 
 def test_spoiling_is_by_the_amount_asked_for():

@@ -115,7 +115,7 @@ def test_captions_are_true(seed, index, world, split, read):
         assert relations(*made.scene.objects) == {made.scene.relation}
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 1500), ("dev", 600), ("test", 600)])
+@pytest.mark.parametrize(("split", "count"), [("train", 1000), ("dev", 600), ("test", 600)])
 def test_held_out_combinations_are_absent_and_all_else_occurs(world: World, split, count, drawn):
     objects, colours, shapes, shown, counted, mix = (Counter() for _ in range(6))
     for made in drawn(world, split, count):
@@ -173,7 +173,7 @@ def test_only_test_splits_use_test_templates(world: World, drawn):
 
 
 def test_underspecified_captions_are_as_many_as_asked_for(world: World, drawn):
-    made = drawn(world, "train", 1500)
+    made = drawn(world, "train", 1000)
     vague = np.mean([any(None in wanted[:2] for wanted in one.phrasing.wanted) for one in made])
     assert vague == pytest.approx(world.underspecified, abs=0.04)
     two = [one.phrasing.wanted for one in made if one.category in ("two", "relation")]

@@ -17,7 +17,6 @@ from gobelin.data import FolderPairs, ScenePairs, find_world
 from gobelin.data.folder import METADATA
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import write_text
-from gobelin.pipeline import Pipeline
 from gobelin.scenes import Calibration, calibrate
 from gobelin.vae import VAE
 
@@ -88,7 +87,7 @@ class Grader:
     count: int = 1000
     """Scenes of each category, and blobs of each kind."""
     vae: Path | None = None
-    """A diffusers folder: each picture also goes through its VAE and back."""
+    """A diffusers folder, of which the VAE is enough: each picture also goes through it and back."""
     json: Path | None = None
     """Write what was measured here too."""
 
@@ -143,7 +142,7 @@ def grader(options: Grader) -> None:
     world = find_world(options.world)
     if options.count < 1:
         raise UsageError(f"--count is {options.count}: give 1 or more")
-    through = round_trip(Pipeline.from_pretrained(options.vae).vae) if options.vae else None
+    through = round_trip(VAE.from_pretrained(options.vae / "vae")) if options.vae else None
     with Console(stderr=True).status("grading") as status:
         measured = calibrate(world, options.count, through, advance=lambda part: status.update(f"grading: {part}"))
     print_calibration(measured)

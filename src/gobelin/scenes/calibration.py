@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,8 +133,12 @@ def truth(sample: Sample) -> Prompt:
 
 
 def reads(sample: Sample, seen: Sequence[Seen]) -> bool:
-    """Whether a sample's scene was read exactly: its objects, their relation, the background, and nothing else."""
-    return judge(truth(sample), seen).exact and all(thing.background == sample.scene.background for thing in seen)
+    """Whether a sample's scene was read exactly: its objects, their relation, and nothing else.
+
+    And its background, where captions name that.
+    """
+    grounds = {thing.background for thing in seen} <= {sample.scene.background}
+    return judge(truth(sample), seen).exact and (grounds or not sample.world.grounded)
 
 
 def blur(image: Image, sigma: float) -> Image:
@@ -142,8 +147,9 @@ def blur(image: Image, sigma: float) -> Image:
 
 
 def drown(image: Image, sigma: float) -> Image:
-    """An image [H, W, 3] in normal noise, where white is 1; the same noise each time."""
-    return _pixels(image + 255 * sigma * np.random.default_rng(0).standard_normal(image.shape))
+    """An image [H, W, 3] in normal noise, where white is 1; always the same for an image."""
+    noise = np.random.default_rng(crc32(image.tobytes())).standard_normal(image.shape)
+    return _pixels(image + 255 * sigma * noise)
 
 
 def _scenes(world: World, category: str, count: int) -> list[Sample]:
