@@ -80,7 +80,7 @@ def test_nothing_is_wrong_for_every_prompt():
 
 
 def test_true_prompts_score_and_shuffled_ones_are_at_chance(world: World, drawn):
-    made = drawn(world, "train", 200)
+    made = drawn(world, "train", 150)
     seen = [grade(one.image, world) for one in made]
     asked = [prompt_of(one) for one in made]
     assert np.mean([judge(*both).exact for both in zip(asked, seen, strict=True)]) >= 0.995
@@ -121,7 +121,7 @@ def test_swapped(asked, expected):
 
 def test_what_is_right_is_wrong_when_swapped(world: World, drawn):
     kinds = Counter()
-    for made in drawn(world, "train", 200):
+    for made in drawn(world, "train", 150):
         asked, seen = prompt_of(made), grade(made.image, world)
         other = swapped(asked)
         if other:
@@ -129,7 +129,7 @@ def test_what_is_right_is_wrong_when_swapped(world: World, drawn):
             assert not judge(other, seen).correct
             kinds[made.category] += 1
     assert set(kinds) == set(world.categories) - {"single"}
-    assert min(kinds.values()) > 25
+    assert min(kinds.values()) > 15
 
 
 def test_swapping_back_gives_the_prompt():

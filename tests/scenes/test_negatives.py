@@ -48,7 +48,7 @@ def test_negatives_say_nothing_that_is_held_out(world: World, read, drawn):
 
 def test_every_kind_of_negative_occurs(world: World, read, drawn):
     kinds = set()
-    for made in drawn(world, "train", 100):
+    for made in drawn(world, "train", 80):
         wanted, relation, count = read(made.caption)
         negatives = hard_negatives(made, 0)
         assert negatives
