@@ -93,7 +93,7 @@ def unet_stage(corpus, **changes):
         texts,
         caption,
         config,
-        paint=lambda painter: grid([Image.new("RGB", (4, 4))], 1),
+        picture=lambda painter: grid([Image.new("RGB", (4, 4))], 1),
     )
     return stage, seen, caption
 
@@ -132,7 +132,7 @@ def test_the_loss_reaches_the_text_encoder_where_it_is_trained_too(corpus):
         tokenizer([*captions, ""]),
         caption,
         find_preset("nano").unet,
-        paint=lambda painter: grid([Image.new("RGB", (4, 4))], 1),
+        picture=lambda painter: grid([Image.new("RGB", (4, 4))], 1),
     )
     stage.loss(torch.arange(8), Generator().manual_seed(0))["loss"].backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in text_encoder.parameters())

@@ -100,8 +100,8 @@ class VAEStageConfig:
     kl: float = 1e-7
     """Of the KL divergence summed over the latents of an image."""
     latent_noise: float = 0.0
-    """Noise added before decoding, as a fraction of each latent channel's spread: what the U-Net gets wrong, the decoder
-    has learned to bear."""
+    """Noise added before decoding, as a fraction of each latent channel's spread, so that the decoder learns to bear
+    what the U-Net gets wrong."""
     optim: OptimConfig
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
@@ -161,6 +160,14 @@ class _Training:
                 world=self.config.data.world if self.config.data.path is None else None,
             )
 
+        def write(painter: Painter) -> Pipeline:
+            """The model as it stands, so that it can be used while it trains."""
+            made = pipeline(painter)
+            card = model_card(self.config, self.pairs.description, made.unet, made.vae, made.text_encoder)
+            write_text(self.out / "README.md", card)
+            made.save_pretrained(self.out)
+            return made
+
         texts = [*captions, ""]
         joint = config.train_text_encoder
         stage = UNetStage(
@@ -171,23 +178,15 @@ class _Training:
             tokenizer(texts) if joint else encode_texts(text_encoder, tokenizer, texts),
             caption,
             config,
-            paint=lambda painter: self._grid(pipeline(painter), captions[: 3 * SHOWN]),
+            picture=lambda painter: grid(write(painter)(captions[: 3 * SHOWN], seed=0).images, columns=SHOWN),
         )
-        trained = fit(stage, self.context)
-        write_text(
-            self.out / "README.md",
-            model_card(self.config, self.pairs.description, trained.unet, vae, trained.text_encoder or text_encoder),
-        )
-        pipeline(trained).save_pretrained(self.out)
+        write(fit(stage, self.context))
 
     @cached_property
     def corpus(self) -> Corpus:
         with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
             task = progress.add_task("reading", total=len(self.pairs))
             return Corpus(self.pairs, advance=lambda: progress.advance(task))
-
-    def _grid(self, pipeline: Pipeline, captions: list[str]) -> Image.Image:
-        return grid(pipeline(captions, seed=0).images, columns=SHOWN)
 
     def _built(self, name: str, component: Any) -> Any:
         if name not in self.done:

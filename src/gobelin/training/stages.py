@@ -139,7 +139,7 @@ class UNetStage:
         texts: Tensor,
         caption: Tensor,
         config: UNetStageConfig,
-        paint: Callable[[Painter], Image.Image],
+        picture: Callable[[Painter], Image.Image],
     ):
         self.optim = config.optim
         self.rates = {"text_encoder.": config.text_rate}
@@ -149,7 +149,7 @@ class UNetStage:
         self._latents, self._spread = latents, spread
         self._texts, self._caption = texts, caption
         self._config = config
-        self._paint = paint
+        self.picture = picture
 
     def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
         unet, text_encoder = self.module.unet, self.module.text_encoder
@@ -174,9 +174,6 @@ class UNetStage:
         middle = torch.randn(count, generator=generator).sigmoid()
         even = torch.rand(count, generator=generator) < self._config.uniform_timesteps
         return (torch.where(even, strata, middle) * last).long().clamp(max=last - 1)
-
-    def picture(self, module: Painter) -> Image.Image:
-        return self._paint(module)
 
 
 @torch.no_grad()
