@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 
-from gobelin.data import ScenePairs
 from gobelin.evaluate.shares import Share
 from gobelin.pipeline import to_pil
-from gobelin.scenes import Prompt, Sample, World, grade, judge
+from gobelin.scenes import Sample, World, grade
+from gobelin.scenes.calibration import blur, drown, examples, reads
 from gobelin.vae import VAE
 
 RENDERS, ROUND_TRIPS = 0.995, 0.99  # what the grader has to find before any score counts
@@ -79,26 +78,27 @@ class Instruments:
         return {**asdict(self), "gates": [asdict(gate) for gate in self.gates]}
 
 
-def check_instruments(vae: VAE | None, world: World, each: int = 100, split: str = "dev") -> Instruments:
+def check_instruments(vae: VAE | None, world: World, each: int = 100) -> Instruments:
     """Grade true renders, VAE round trips, and renders blurred and drowned in noise (which must score less).
 
     ``each`` scenes of every category of the world are looked at, and as many in all for blur and noise.
     """
-    samples = _samples(world, each, split)
+    by_turns = zip(*(examples(world, category, each) for category in world.categories), strict=True)
+    samples = [sample for row in by_turns for sample in row]
     images = np.stack([sample.image for sample in samples])
     decoded = None if vae is None else np.stack([np.asarray(image) for image in round_trip(vae, images)])
-    some = slice(None, None, len(samples) // each)  # all categories alike
-    rng = np.random.default_rng(0)
-    blurred = {
-        f"{sigma:g} px": ndimage.gaussian_filter(images[some].astype(float), (0, sigma, sigma, 0)) for sigma in BLURS
-    }
-    noisy = {f"{sigma:g}": images[some] + rng.normal(0, 255 * sigma, images[some].shape) for sigma in NOISES}
     return Instruments(
         renders=_by_category(samples, images, world),
         round_trips=None if decoded is None else _by_category(samples, decoded, world),
         psnr=None if decoded is None else psnr(images, decoded),
-        blurred={name: _right(samples[some], _pixels(values), world) for name, values in blurred.items()},
-        noisy={name: _right(samples[some], _pixels(values), world) for name, values in noisy.items()},
+        blurred={
+            f"{sigma:g} px": _right(samples[:each], [blur(image, sigma) for image in images[:each]], world)
+            for sigma in BLURS
+        },
+        noisy={
+            f"{sigma:g}": _right(samples[:each], [drown(image, sigma) for image in images[:each]], world)
+            for sigma in NOISES
+        },
     )
 
 
@@ -116,37 +116,13 @@ def psnr(images: np.ndarray, others: np.ndarray) -> float:
     return float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-9))))
 
 
-def _samples(world: World, each: int, split: str) -> list[Sample]:
-    """The first scenes of every category, so many of each, the categories by turns."""
-    pairs = ScenePairs(world=world, count=1, split=split)
-    found: dict[str, list[Sample]] = {category: [] for category, weight in world.mix if weight > 0}
-    for index in count():
-        if all(len(samples) == each for samples in found.values()):
-            break
-        sample = pairs.sample(index)
-        if len(found[sample.category]) < each:
-            found[sample.category].append(sample)
-    return [sample for row in zip(*found.values(), strict=True) for sample in row]
-
-
 def _by_category(samples: Sequence[Sample], pictures: np.ndarray, world: World) -> dict[str, Share]:
     outcomes: dict[str, list[bool]] = {}
     for sample, picture in zip(samples, pictures, strict=True):
-        outcomes.setdefault(sample.category, []).append(_finds(sample, picture, world))
+        outcomes.setdefault(sample.category, []).append(reads(sample, grade(picture, world)))
     return {category: Share.of(found) for category, found in outcomes.items()}
 
 
-def _right(samples: Sequence[Sample], pictures: np.ndarray, world: World) -> float:
-    return Share.of([_finds(sample, picture, world) for sample, picture in zip(samples, pictures, strict=True)]).value
-
-
-def _finds(sample: Sample, picture: np.ndarray, world: World) -> bool:
-    """Whether the grader sees exactly the scene's objects, and its relation where it has one."""
-    scene = sample.scene
-    wanted = tuple((thing.shape, thing.colour) for thing in scene.objects)
-    prompt = Prompt(text=sample.caption, task="truth", objects=wanted, relation=scene.relation)
-    return judge(prompt, grade(picture, world)).exact
-
-
-def _pixels(values: np.ndarray) -> np.ndarray:
-    return values.round().clip(0, 255).astype(np.uint8)
+def _right(samples: Sequence[Sample], pictures: Sequence[np.ndarray], world: World) -> float:
+    outcomes = [reads(sample, grade(picture, world)) for sample, picture in zip(samples, pictures, strict=True)]
+    return Share.of(outcomes).value

@@ -70,7 +70,7 @@ def calibrate(
     ``through`` is an image's round trip through a VAE: uint8 [size, size, 3] in, the same out. The ladders are of
     a fifth as many scenes, of all categories. ``advance`` hears what comes next.
     """
-    scenes = {category: _scenes(world, category, count) for category in world.categories}
+    scenes = {category: examples(world, category, count) for category in world.categories}
     advance("renders")
     started = time.perf_counter()
     seen = {category: [grade(one.image, world) for one in some] for category, some in scenes.items()}
@@ -117,6 +117,12 @@ def calibrate(
     )
 
 
+def examples(world: World, category: str, count: int) -> list[Sample]:
+    """Scenes of one category, the same each time, held-out ones by turns."""
+    alone = replace(world, mix=((category, 1.0),))
+    return [sample(_SEED, index, alone, ("test", "heldout")[index % 2]) for index in range(count)]
+
+
 def truth(sample: Sample) -> Prompt:
     """The prompt that asks for all that is in a scene, as far as its world has words for it."""
     scene, plain = sample.scene, sample.world.textures == ("solid",) and not sample.world.sizes
@@ -150,12 +156,6 @@ def drown(image: Image, sigma: float) -> Image:
     """An image [H, W, 3] in normal noise, where white is 1; always the same for an image."""
     noise = np.random.default_rng(crc32(image.tobytes())).standard_normal(image.shape)
     return _pixels(image + 255 * sigma * noise)
-
-
-def _scenes(world: World, category: str, count: int) -> list[Sample]:
-    """Scenes of one category, held-out ones by turns."""
-    alone = replace(world, mix=((category, 1.0),))
-    return [sample(_SEED, index, alone, ("test", "heldout")[index % 2]) for index in range(count)]
 
 
 def _a_shape(world: World, kind: str, number: int) -> bool:
