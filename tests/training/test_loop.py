@@ -14,7 +14,7 @@ from torch import nn
 from gobelin.errors import TrainingError
 from gobelin.training import state
 from gobelin.training.config import OptimConfig
-from gobelin.training.loop import Run, batch_indices, fit, learning_rate, mix, parameter_groups
+from gobelin.training.loop import Run, batch_indices, fit, learning_rate, make_optimizers, mix
 
 OPTIM = OptimConfig(steps=10, batch_size=3, learning_rate=0.5, warmup_steps=4, ema=0.5)
 
@@ -60,14 +60,17 @@ def test_the_learning_rate_holds_before_it_falls():
 
 def test_rates_slow_the_parameters_they_name():
     module = nn.ModuleDict({"text": nn.Linear(2, 2), "image": nn.Linear(2, 2, bias=False)})
-    rates = {id(p): group["rate"] for group in parameter_groups(module, 0.1, {"text.": 0.1}) for p in group["params"]}
+    (adamw,) = make_optimizers(module, OPTIM, {"text.": 0.1})
+    rates = {id(p): group["rate"] for group in adamw.param_groups for p in group["params"]}
     assert {rates[id(p)] for p in module["text"].parameters()} == {0.1}
     assert {rates[id(p)] for p in module["image"].parameters()} == {1.0}
     assert len(rates) == 3
 
 
 def test_only_matrices_decay():
-    decay, free = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)
+    optim = dataclasses.replace(OPTIM, weight_decay=0.1)
+    (adamw,) = make_optimizers(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), optim)
+    decay, free = adamw.param_groups
     assert [p.ndim for p in decay["params"]] == [2]
     assert [p.ndim for p in free["params"]] == [1, 1, 1]
     assert (decay["weight_decay"], free["weight_decay"]) == (0.1, 0.0)

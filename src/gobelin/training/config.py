@@ -33,12 +33,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, a learning rate that warms up, holds, and falls as half a cosine, and an average of the weights."""
+    """An optimizer, a learning rate that warms up, holds, and falls as half a cosine, and an average of the weights."""
 
     steps: int
     """Optimizer steps."""
     batch_size: int
     learning_rate: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices and kernels between hidden layers, AdamW for all else."""
     warmup_steps: int = 100
     hold: float = 0.0
     """How much of the steps goes by, warm-up and all, before the rate begins to fall. A run can be made longer while it

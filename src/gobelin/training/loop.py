@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 from zlib import crc32
@@ -24,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from gobelin.errors import TrainingError
 from gobelin.formats.files import replacing
-from gobelin.training import state
+from gobelin.training import muon, state
 from gobelin.training.config import OptimConfig
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -82,26 +83,29 @@ def fit(stage: Stage[Module], run: Run) -> Module:
     module = stage.module.train().to(run.device)
     if run.device.type == "cuda":
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    groups = parameter_groups(module, optim.weight_decay, stage.rates)
-    optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, fused=True)
+    optimizers = make_optimizers(module, optim, stage.rates)
     average = AveragedModel(module, multi_avg_fn=_averager(optim.ema))
-    start = _restore(stage, run, module, average, optimizer)
+    start = _restore(stage, run, module, average, optimizers)
     recent: list[dict[str, Tensor]] = []
     seen_at, seen = time.perf_counter(), start
 
     def save(step: int) -> None:
-        states = {"module": module, "average": average, "optimizer": optimizer}
-        state.save(run.checkpoints(stage), step, {key: value.state_dict() for key, value in states.items()})
+        states = {
+            "module": module.state_dict(),
+            "average": average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        }
+        state.save(run.checkpoints(stage), step, states)
 
     with _progress(run.console, stage.name, start, optim.steps) as advance, _stop_requested() as stop:
         for step in range(start, optim.steps):
-            for group in optimizer.param_groups:
+            for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = group["rate"] * learning_rate(optim, step)
             generator = Generator().manual_seed(mix(run.seed, stage.name, step))
             indices = batch_indices(run.seed, stage.name, step, optim.batch_size, stage.samples)
             with torch.autocast(run.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
                 losses = stage.loss(indices, generator)
-            optimizer.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             losses["loss"].backward()
             norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm)
             if not (losses["loss"].isfinite() and norm.isfinite()):
@@ -110,7 +114,8 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                     f"{losses['loss'].item()} and its gradient's norm {norm.item()}; the last checkpoint stands, "
                     "start again in another folder with a lower learning rate"
                 )
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             average.update_parameters(module)
 
             done = step + 1
@@ -161,18 +166,30 @@ def mix(seed: int, purpose: str, number: int) -> int:
     return crc32(f"{seed}/{purpose}/{number}".encode()) | seed << 32 & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def parameter_groups(
-    module: nn.Module, weight_decay: float, rates: dict[str, float] | None = None
-) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms and scalars do not.
+def make_optimizers(
+    module: nn.Module, optim: OptimConfig, rates: dict[str, float] | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW; and Muon for what it takes, where the configuration asks for it.
 
-    ``rates`` scales the learning rate of the parameters whose names begin with a key.
+    Matrices and kernels decay; biases, norms and scalars do not. ``rates`` scales the learning rate of the parameters
+    whose names begin with a key.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    hidden = muon.takes(module) if optim.optimizer == "muon" else set()
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
+        decay = optim.weight_decay if parameter.ndim >= 2 else 0.0
         rate = next((rate for prefix, rate in (rates or {}).items() if name.startswith(prefix)), 1.0)
-        groups.setdefault((weight_decay if parameter.ndim >= 2 else 0.0, rate), []).append(parameter)
-    return [{"params": params, "weight_decay": decay, "rate": rate} for (decay, rate), params in groups.items()]
+        groups.setdefault((name in hidden, decay, rate), []).append(parameter)
+
+    def chosen(by_muon: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": parameters, "weight_decay": decay, "rate": rate}
+            for (taken, decay, rate), parameters in groups.items()
+            if taken == by_muon
+        ]
+
+    rest = torch.optim.AdamW(chosen(False), lr=optim.learning_rate, betas=optim.betas, fused=True)
+    return [muon.Muon(chosen(True), lr=optim.learning_rate), rest] if hidden else [rest]
 
 
 def _averager(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
@@ -186,7 +203,7 @@ def _averager(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
 
 
 def _restore(
-    stage: Stage, run: Run, module: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
+    stage: Stage, run: Run, module: nn.Module, average: AveragedModel, optimizers: list[torch.optim.Optimizer]
 ) -> int:
     """Continue from the newest checkpoint; returns the step it stands at, 0 where there is none."""
     saved = state.load(run.checkpoints(stage))
@@ -194,7 +211,8 @@ def _restore(
         return 0
     module.load_state_dict(saved["module"])
     average.load_state_dict(saved["average"])
-    optimizer.load_state_dict(saved["optimizer"])
+    for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(values)
     return saved["step"]
 
 
