@@ -203,7 +203,13 @@ def tiny() -> TrainConfig:
         unet=UNetStageConfig(
             preset="tiny",
             optim=OptimConfig(
-                steps=50_000, batch_size=32, learning_rate=1e-3, warmup_steps=500, hold=0.6, precision="bfloat16"
+                steps=25_000,
+                batch_size=64,
+                learning_rate=3e-3,
+                optimizer="muon",
+                warmup_steps=200,
+                hold=0.6,
+                precision="bfloat16",
             ),
         ),
     )
