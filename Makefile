@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PROMPTS := "a red circle" "a black square" "a yellow ring" "a green triangle" "a blue cross" \
-	"a red circle to the left of a yellow square"
+PROMPTS := "a red circle to the left of a blue star" "a yellow star above a purple ring" "three green rings" \
+	"a white cross" "a blue ring and a red star" "four orange squares"
 
 .PHONY: help run install test test-slow lint format clean
 

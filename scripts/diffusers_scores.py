@@ -1,6 +1,6 @@
 """Paint the same prompts with Gobelin and with diffusers, from the same noise, and judge both.
 
-python scripts/diffusers_scores.py runs/nano --limit 25
+python scripts/diffusers_scores.py runs/tiny --limit 25
 
 Both take DDIM, which every model folder has a scheduler for. Diffusers' pictures go through a folder, as any other
 program's would.

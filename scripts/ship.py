@@ -1,8 +1,8 @@
 """Put a trained run into the package as the model that ships: half precision, with its scores on its card.
 
-gobelin train --preset nano --out runs/nano
-gobelin evaluate runs/nano --splits test heldout --json runs/nano/scores.json
-python scripts/ship.py runs/nano
+gobelin train --preset tiny --out runs/tiny
+gobelin evaluate runs/tiny --splits test heldout --json runs/tiny/scores.json
+python scripts/ship.py runs/tiny
 """
 
 import shutil

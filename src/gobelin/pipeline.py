@@ -27,7 +27,7 @@ from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
-SHIPPED = "nano"
+SHIPPED = "tiny"
 MAX_SEED = 2**63 - 1
 MODEL_INDEX = "model_index.json"
 OURS = "gobelin.json"

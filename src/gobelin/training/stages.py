@@ -149,7 +149,7 @@ class UNetStage:
         self._latents, self._spread = latents, spread
         self._texts, self._caption = texts, caption
         self._config = config
-        self.picture = picture
+        self._picture = picture
 
     def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
         unet, text_encoder = self.module.unet, self.module.text_encoder
@@ -174,6 +174,9 @@ class UNetStage:
         middle = torch.randn(count, generator=generator).sigmoid()
         even = torch.rand(count, generator=generator) < self._config.uniform_timesteps
         return (torch.where(even, strata, middle) * last).long().clamp(max=last - 1)
+
+    def picture(self, module: Painter) -> Image.Image:
+        return self._picture(module)
 
 
 @torch.no_grad()
