@@ -110,8 +110,10 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, micro, tmp_path, monk
     assert (out / "model_index.json").exists() == (stage == "unet"), "usable from its first pictures on"
     if stage == "unet":
         assert Pipeline.from_pretrained(out)("a red circle").images
+        assert "| U-Net | 2 of 4: it is still training |" in (out / "README.md").read_text()
     assert next((out / "training" / "checkpoints" / stage).iterdir()).name == "step-00000002"
     train(micro(), out, resume=True, console=QUIET)
+    assert "| U-Net | 4 |" in (out / "README.md").read_text()
     expected, found = weights(trained), weights(out)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():

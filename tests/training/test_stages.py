@@ -53,7 +53,7 @@ def test_the_vae_stage_starts_narrow_and_weighs_its_parts(corpus):
     with torch.no_grad():
         posterior = stage.module.encode(corpus.images(torch.arange(4)))
     assert (posterior.logvar == -6).all()
-    assert stage.picture(stage.module).size == (4 * 66 - 2, 2 * 66 - 2)
+    assert stage.picture(stage.module, 0).size == (4 * 66 - 2, 2 * 66 - 2)
 
 
 def test_the_decoder_learns_to_bear_noise_in_proportion_to_each_channel(corpus):
@@ -93,7 +93,7 @@ def unet_stage(corpus, **changes):
         texts,
         caption,
         config,
-        picture=lambda painter: grid([Image.new("RGB", (4, 4))], 1),
+        picture=lambda painter, step: grid([Image.new("RGB", (4, 4))], 1),
     )
     return stage, seen, caption
 
@@ -132,7 +132,7 @@ def test_the_loss_reaches_the_text_encoder_where_it_is_trained_too(corpus):
         tokenizer([*captions, ""]),
         caption,
         find_preset("nano").unet,
-        picture=lambda painter: grid([Image.new("RGB", (4, 4))], 1),
+        picture=lambda painter, step: grid([Image.new("RGB", (4, 4))], 1),
     )
     stage.loss(torch.arange(8), Generator().manual_seed(0))["loss"].backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in text_encoder.parameters())

@@ -7,13 +7,19 @@ from gobelin.unet import UNet
 from gobelin.vae import VAE
 
 
-def model_card(config: TrainConfig, data: str, unet: UNet, vae: VAE, text_encoder: TextEncoder) -> str:
-    """A README for a model folder: data, sizes, training and how to paint with it."""
+def model_card(config: TrainConfig, data: str, unet: UNet, vae: VAE, text_encoder: TextEncoder, step: int) -> str:
+    """A README for a model folder: data, sizes, training and how to paint with it.
+
+    ``step`` is how many of its steps the U-Net has taken.
+    """
     sizes = {"U-Net": unet, "VAE": vae, "text encoder": text_encoder}
     rows = "\n".join(f"| {name} | {parameter_count(module):,} |" for name, module in sizes.items())
     stages = {"text encoder": config.text.optim, "VAE": config.vae.optim, "U-Net": config.unet.optim}
+    taken = {name: f"{optim.steps:,}" for name, optim in stages.items()}
+    if step < config.unet.optim.steps:
+        taken["U-Net"] = f"{step:,} of {config.unet.optim.steps:,}: it is still training"
     steps = "\n".join(
-        f"| {name} | {optim.steps:,} | {optim.batch_size} | {optim.learning_rate:g} |" for name, optim in stages.items()
+        f"| {name} | {taken[name]} | {optim.batch_size} | {optim.learning_rate:g} |" for name, optim in stages.items()
     )
     recommended = config.recommended
     target = "velocity" if config.unet.prediction == "v_prediction" else "noise"

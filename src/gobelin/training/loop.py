@@ -47,8 +47,8 @@ class Stage(Protocol[Module]):
         """Scalars by name; ``loss`` is the one to descend. All randomness comes from ``generator`` (CPU)."""
         ...
 
-    def picture(self, module: Module) -> Image.Image | None:
-        """What to look at: the module, with averaged weights, at work. None where there is nothing to see."""
+    def picture(self, module: Module, step: int) -> Image.Image | None:
+        """What to look at: the module, its weights averaged up to ``step``, at work. None where nothing is to see."""
         ...
 
 
@@ -219,7 +219,7 @@ def _restore(
 def _keep_picture(stage: Stage[Module], run: Run, module: Module, step: int) -> None:
     module.eval()
     with torch.no_grad():
-        picture = stage.picture(module)
+        picture = stage.picture(module, step)
     if picture is not None:
         folder = run.folder / "samples"
         with replacing(folder / f"{stage.name}-{step:06d}.png") as temporary:

@@ -160,10 +160,10 @@ class _Training:
                 world=self.config.data.world if self.config.data.path is None else None,
             )
 
-        def write(painter: Painter) -> Pipeline:
+        def write(painter: Painter, step: int) -> Pipeline:
             """The model as it stands, so that it can be used while it trains."""
             made = pipeline(painter)
-            card = model_card(self.config, self.pairs.description, made.unet, made.vae, made.text_encoder)
+            card = model_card(self.config, self.pairs.description, made.unet, made.vae, made.text_encoder, step)
             write_text(self.out / "README.md", card)
             made.save_pretrained(self.out)
             return made
@@ -178,9 +178,9 @@ class _Training:
             tokenizer(texts) if joint else encode_texts(text_encoder, tokenizer, texts),
             caption,
             config,
-            picture=lambda painter: grid(write(painter)(captions[: 3 * SHOWN], seed=0).images, columns=SHOWN),
+            picture=lambda painter, step: grid(write(painter, step)(captions[: 3 * SHOWN], seed=0).images, SHOWN),
         )
-        write(fit(stage, self.context))
+        write(fit(stage, self.context), config.optim.steps)
 
     @cached_property
     def corpus(self) -> Corpus:

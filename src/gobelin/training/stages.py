@@ -67,7 +67,7 @@ class TextStage:
         wrong = [(self._corpus.negatives[index], pick) for index, pick in zip(indices.tolist(), picks, strict=True)]
         return self._tokenizer([texts[int(pick * len(texts))] for texts, pick in wrong if texts])
 
-    def picture(self, module: Contrast) -> None:
+    def picture(self, module: Contrast, step: int) -> None:
         return None
 
 
@@ -105,7 +105,7 @@ class VAEStage:
         noise = posterior.logvar.exp().mean(dim=(0, 2, 3)) / posterior.mean.var(dim=(0, 2, 3))
         return {"loss": loss, **parts, "worst_noise_share": noise.sqrt().max()}
 
-    def picture(self, module: VAE) -> Image.Image:
+    def picture(self, module: VAE, step: int) -> Image.Image:
         images = self._corpus.images(self._shown).to(module.device)
         both = torch.cat([images, module.decode(module.encode(images).mode())])
         return grid(to_pil(both), columns=len(images))
@@ -139,7 +139,7 @@ class UNetStage:
         texts: Tensor,
         caption: Tensor,
         config: UNetStageConfig,
-        picture: Callable[[Painter], Image.Image],
+        picture: Callable[[Painter, int], Image.Image],
     ):
         self.optim = config.optim
         self.rates = {"text_encoder.": config.text_rate}
@@ -175,8 +175,8 @@ class UNetStage:
         even = torch.rand(count, generator=generator) < self._config.uniform_timesteps
         return (torch.where(even, strata, middle) * last).long().clamp(max=last - 1)
 
-    def picture(self, module: Painter) -> Image.Image:
-        return self._picture(module)
+    def picture(self, module: Painter, step: int) -> Image.Image:
+        return self._picture(module, step)
 
 
 @torch.no_grad()
