@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from gobelin.cli.options import parse
 from gobelin.errors import UsageError
 from gobelin.formats.files import read_json
-from gobelin.training import PRESETS, TrainConfig, find_preset
+from gobelin.training import PRESETS, TrainConfig, find_preset, processes
 from gobelin.training.run import STAGES, config_file, train
 
 HELP = f"""Train a model from nothing: tokenizer, text encoder, VAE, U-Net.
@@ -67,7 +67,9 @@ def run(arguments: Sequence[str]) -> None:
         return
     if options.out is None:
         raise UsageError("no folder to write to: say --out DIR")
-    print(train(options.config, options.out, resume=options.resume, stage=options.stage))
+    folder = train(options.config, options.out, resume=options.resume, stage=options.stage)
+    if processes.is_first():
+        print(folder)
 
 
 def starting_point(arguments: Sequence[str]) -> Train:

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from gobelin.errors import TrainingError
 from gobelin.formats.files import replacing
-from gobelin.training import muon, state
+from gobelin.training import muon, processes, state
 from gobelin.training.config import OptimConfig
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -44,7 +44,10 @@ class Stage(Protocol[Module]):
     """Fractions of the learning rate, by the beginning of a parameter's name."""
 
     def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
-        """Scalars by name; ``loss`` is the one to descend. All randomness comes from ``generator`` (CPU)."""
+        """Scalars by name; ``loss`` is the one to descend. All randomness comes from ``generator`` (CPU).
+
+        A stage that several processes share draws for the whole batch, then goes on with its own part of it.
+        """
         ...
 
     def picture(self, module: Module, step: int) -> Image.Image | None:
@@ -67,7 +70,9 @@ class Run:
         return self.folder / "checkpoints" / stage.name
 
     def log(self, stage: str, values: dict[str, float]) -> None:
-        """Append a line to ``metrics.jsonl``."""
+        """Append a line to ``metrics.jsonl``; the first process's is all there is."""
+        if not processes.is_first():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, **values}) + "\n")
@@ -76,6 +81,7 @@ class Run:
 def fit(stage: Stage[Module], run: Run) -> Module:
     """Train a stage to its last step, from its newest checkpoint if it has one; returns the averaged module.
 
+    Every process comes here with the same weights, and the gradients of all are averaged: they stay the same.
     SIGINT and SIGTERM end it after the step under way, with a checkpoint. Raises :class:`TrainingError` where the
     loss is not a number: the last checkpoint stands.
     """
@@ -107,6 +113,10 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                 losses = stage.loss(indices, generator)
             module.zero_grad(set_to_none=True)
             losses["loss"].backward()
+            losses = {name: value.detach().float() for name, value in losses.items()}
+            stopping = torch.tensor(float(stop()), device=run.device)
+            gradients = (parameter.grad for parameter in module.parameters() if parameter.grad is not None)
+            processes.average_([*gradients, *losses.values(), stopping])
             norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm)
             if not (losses["loss"].isfinite() and norm.isfinite()):
                 raise TrainingError(
@@ -119,10 +129,10 @@ def fit(stage: Stage[Module], run: Run) -> Module:
             average.update_parameters(module)
 
             done = step + 1
-            recent.append({name: value.detach() for name, value in {**losses, "grad_norm": norm}.items()})
+            recent.append({**losses, "grad_norm": norm})
             if done % 50 == 0 or done == optim.steps:
                 now = time.perf_counter()
-                means = {name: torch.stack([r[name].float() for r in recent]).mean().item() for name in recent[0]}
+                means = {name: torch.stack([r[name] for r in recent]).mean().item() for name in recent[0]}
                 speed = (done - seen) * optim.batch_size / (now - seen_at)
                 run.log(
                     stage.name,
@@ -130,12 +140,12 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                 )
                 advance(done, means["loss"], speed)
                 recent, seen_at, seen = [], now, done
-            last, stopping = done == optim.steps, stop()
-            if done % run.save_every == 0 or last or stopping:
+            last, first = done == optim.steps, processes.is_first()
+            if first and (done % run.save_every == 0 or last or stopping):
                 save(done)
             if stopping:
                 raise KeyboardInterrupt
-            if done % run.picture_every == 0 or last:
+            if first and (done % run.picture_every == 0 or last):
                 _keep_picture(stage, run, cast(Module, average.module), done)
     return cast(Module, average.module.eval())
 

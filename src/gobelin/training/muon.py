@@ -38,14 +38,22 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with the same singular vectors and singular values of about 1 (0.7 to 1.2), by Newton and Schulz."""
+    """The matrix with the same singular vectors and singular values of about 1 (0.7 to 1.2), by Newton and Schulz.
+
+    All factors are polynomials of the first Gram matrix, so that the steps need nothing larger than it.
+    """
     a, b, c = COEFFICIENTS
-    wide = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.bfloat16().T
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / wide.norm().clamp(min=1e-7)
+    gram = wide @ wide.T
+    product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(STEPS):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype)
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    wide = product @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
 def takes(module: nn.Module) -> set[str]:

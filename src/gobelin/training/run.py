@@ -22,6 +22,7 @@ from gobelin.formats.files import read_json, write_json, write_text
 from gobelin.pipeline import Pipeline, find_device
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
+from gobelin.training import processes
 from gobelin.training.card import model_card
 from gobelin.training.config import TrainConfig
 from gobelin.training.loop import Run, fit, mix
@@ -48,8 +49,12 @@ def train(
 
     Stages whose result is in the folder already are kept. Raises :class:`TrainingError` where the folder holds a
     run and ``resume`` is off, or holds one with another configuration, or lacks what ``stage`` builds on.
+
+    Under ``torchrun`` the processes share the U-Net's batches; what the other stages do, each does alike.
     """
-    return _Training(config, Path(out), resume, console or Console(stderr=True)).run(stage)
+    with processes.joined():
+        console = (console or Console(stderr=True)) if processes.is_first() else Console(quiet=True)
+        return _Training(config, Path(out), resume, console).run(stage)
 
 
 class _Training:
@@ -60,8 +65,13 @@ class _Training:
         self.folder = out / "training"
         self.pairs = open_pairs(config)
         console.print(f"data: {self.pairs.description}", highlight=False)
+        if config.unet.optim.batch_size % processes.count():
+            raise TrainingError(
+                f"a batch of {config.unet.optim.batch_size} cannot be shared evenly among {processes.count()} "
+                "processes: change unet.optim.batch_size, or their number"
+            )
         device = find_device(config.device)
-        self._claim(resume)
+        self.done = processes.told(self._claim(resume) if processes.is_first() else [])
         self.context = Run(
             folder=self.folder,
             seed=config.seed,
@@ -85,14 +95,16 @@ class _Training:
             torch.manual_seed(mix(self.config.seed, name, 0))
             actions[name]()
             self.done.append(name)
-            write_json(self.folder / "done.json", {"stages": self.done})
-            shutil.rmtree(self.folder / "checkpoints" / name, ignore_errors=True)
+            if processes.is_first():
+                write_json(self.folder / "done.json", {"stages": self.done})
+                shutil.rmtree(self.folder / "checkpoints" / name, ignore_errors=True)
+            processes.told(name)
         return self.out
 
     def tokenizer(self) -> None:
         config = self.config.tokenizer
         tokenizer = Tokenizer.train(self.corpus.captions, config.vocab_size, config.max_length)
-        tokenizer.save_pretrained(self.out / "tokenizer")
+        self._save(tokenizer, "tokenizer")
         self.console.print(f"tokenizer: {len(tokenizer.vocab)} tokens")
 
     def text_encoder(self) -> None:
@@ -112,8 +124,8 @@ class _Training:
         )
         stage = TextStage(self.corpus, tokenizer, text_encoder, image_encoder, config)
         trained = fit(stage, self.context)
-        trained.text.save_pretrained(self.out / "text_encoder")
-        trained.image.save_pretrained(self.out / IMAGE_ENCODER)
+        self._save(trained.text, "text_encoder")
+        self._save(trained.image, IMAGE_ENCODER)
 
     def vae(self) -> None:
         config = preset(VAEConfig, self.config.vae.preset)
@@ -124,7 +136,7 @@ class _Training:
         measured = torch.randperm(len(self.pairs), generator=generator)[:MEASURED]
         means, _ = encode_images(trained, self.corpus, measured)
         trained.normalise_latents_(means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
-        trained.save_pretrained(self.out / "vae")
+        self._save(trained, "vae")
 
     def unet(self) -> None:
         config = self.config.unet
@@ -147,7 +159,11 @@ class _Training:
         ).zero_init_()
         unet.gradient_checkpointing = config.gradient_checkpointing
         captions, caption = self.corpus.distinct_captions()
-        latents, spread = encode_images(vae, self.corpus, torch.arange(len(self.corpus)), config.optim.precision)
+        mine = torch.arange(len(self.corpus))[processes.part()]
+        latents, spread = (
+            processes.gathered(part, len(self.corpus))
+            for part in encode_images(vae, self.corpus, mine, config.optim.precision)
+        )
 
         def pipeline(painter: Painter) -> Pipeline:
             return Pipeline(
@@ -180,7 +196,9 @@ class _Training:
             config,
             picture=lambda painter, step: grid(write(painter, step)(captions[: 3 * SHOWN], seed=0).images, SHOWN),
         )
-        write(fit(stage, self.context), config.optim.steps)
+        trained = fit(stage, self.context)
+        if processes.is_first():
+            write(trained, config.optim.steps)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -193,11 +211,14 @@ class _Training:
             raise TrainingError(f"{self.out} has no {name} yet: train that stage first, or all of them")
         return component.from_pretrained(self.out / name)
 
-    def _claim(self, resume: bool) -> None:
-        """Make the folder this run's own, or find that it already is."""
+    def _save(self, component: Any, name: str) -> None:
+        if processes.is_first():
+            component.save_pretrained(self.out / name)
+
+    def _claim(self, resume: bool) -> list[StageName]:
+        """Make the folder this run's own, or find that it already is; returns the stages it has done."""
         recorded, data = config_file(self.out), self.folder / "data.json"
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        self.done: list[str] = []
         if not recorded.exists():
             if self.out.exists() and any(self.out.iterdir()):
                 raise TrainingError(f"{self.out} is not empty and holds no training run: choose another folder")
@@ -205,7 +226,7 @@ class _Training:
                 raise TrainingError(f"{self.out} holds no training run to resume: leave out --resume to start one")
             write_json(data, {"description": self.pairs.description})
             write_json(recorded, config)
-            return
+            return []
         if not resume:
             raise TrainingError(f"{self.out} holds a training run: add --resume to go on, or choose another folder")
         if difference := first_difference(read_json(recorded), config):
@@ -214,8 +235,8 @@ class _Training:
             raise TrainingError(
                 f"the run in {self.out} began with other data: {was}; now it is {self.pairs.description}"
             )
-        if (self.folder / "done.json").exists():
-            self.done = read_json(self.folder / "done.json")["stages"]
+        done = self.folder / "done.json"
+        return read_json(done)["stages"] if done.exists() else []
 
 
 def config_file(out: Path) -> Path:

@@ -12,6 +12,7 @@ from gobelin.data import Corpus
 from gobelin.pipeline import to_pil
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
+from gobelin.training import processes
 from gobelin.training.config import TextStageConfig, UNetStageConfig, VAEStageConfig
 from gobelin.unet import UNet
 from gobelin.vae import VAE
@@ -160,9 +161,11 @@ class UNetStage:
         dropped = torch.rand(len(indices), generator=generator) < self._config.caption_dropout
         caption = torch.where(dropped, len(self._texts) - 1, self._caption[indices])
 
+        mine = processes.part()
+        latents, noise, timesteps = latents[mine], noise[mine], timesteps[mine]
         noisy_latents = self._schedule.add_noise(latents, noise, timesteps)
         target = self._schedule.target(latents, noise, timesteps).to(unet.device)
-        texts = self._texts[caption].to(unet.device)
+        texts = self._texts[caption[mine]].to(unet.device)
         text_embeddings = texts if text_encoder is None else text_encoder(texts)
         prediction = unet(noisy_latents.to(unet.device), timesteps.to(unet.device), text_embeddings)
         return {"loss": F.mse_loss(prediction.float(), target)}
