@@ -88,7 +88,7 @@ class _Training:
             "vae": self.vae,
             "unet": self.unet,
         }
-        for name in [only] if only else STAGES:
+        for name in (only,) if only else STAGES:
             if name in self.done:
                 self.console.print(f"{name}: done before, kept")
                 continue
