@@ -11,6 +11,9 @@ from gobelin.scenes.textures import TEXTURES
 SHAPE_OF = {noun: shape for shape, nouns in NOUNS.items() for noun in nouns}
 LOOKS = rf"(?:(small|large) )?(?:({'|'.join(TEXTURES)}) )?(?:({'|'.join(COLOURS)}) )?"
 NOUN = re.compile(rf"\b{LOOKS}({'|'.join(SHAPE_OF)})\b")
+PLACE = re.compile(
+    r" (at the (left|right|top|bottom)|near the (top|bottom)|on the (left|right) side|in the \w+ half)\b"
+)
 GROUND = re.compile(rf" ?\b(?:on|against) a ({'|'.join(BACKGROUNDS)}) background ?")
 NUMBER_OF = {word: number for number, word in NUMBERS.items()} | {str(number): number for number in NUMBERS}
 SHAPE_OF_MANY = {pluralised(noun): shape for noun, shape in SHAPE_OF.items()}
@@ -57,7 +60,7 @@ def read() -> Callable[[str], Reading]:
     """Reads a caption by its words: the looks of the objects, relation of the first to the second, number."""
 
     def read(caption: str) -> Reading:
-        text = GROUND.sub("", caption.replace(",", ""))
+        text = PLACE.sub("", GROUND.sub("", caption.replace(",", "")))
         if counted := NOUNS_COUNTED.search(text):
             count = NUMBER_OF[counted[1]]
             return (wanted(*counted.groups()[1:4], SHAPE_OF_MANY[counted[5]]),) * count, None, count

@@ -21,6 +21,7 @@ from gobelin.errors import UsageError
 from gobelin.evaluate.faithfulness import Painted, Painting, judged, paint
 from gobelin.evaluate.folder import read_gallery, write_list
 from gobelin.evaluate.instruments import check_instruments
+from gobelin.evaluate.listening import listening
 from gobelin.evaluate.prompts import ALL_TASKS, asked_for
 from gobelin.evaluate.report import describe, markdown, report, tables
 from gobelin.evaluate.retrieval import Retrieval, retrieval
@@ -150,6 +151,7 @@ def of_model(options: Evaluate) -> _Measured:
         pictures,
         check_instruments(pipeline.vae, world, each=min(100, options.limit)),
         chosen_captions(pipeline, options, world),
+        listening(pipeline, world, min(500, 5 * options.limit)),
         model=pipeline.name,
         world=world.name,
         settings=settings,

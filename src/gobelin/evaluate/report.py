@@ -12,6 +12,7 @@ from gobelin.evaluate.faithfulness import (
     task_scores,
 )
 from gobelin.evaluate.instruments import Instruments
+from gobelin.evaluate.listening import Heard
 from gobelin.evaluate.retrieval import Retrieval
 
 SPLITS: dict[str, str] = {"dev": "held in (dev)", "test": "held in (test)", "heldout": "held out"}
@@ -42,6 +43,7 @@ def report(
     pictures: Sequence[Painted],
     instruments: Instruments,
     found: Retrieval | None,
+    heard: Sequence[Heard] = (),
     *,
     model: str,
     world: str,
@@ -59,13 +61,14 @@ def report(
         "means": [asdict(mean) for mean in mean_scores(scores)],
         "controls": [asdict(control) for control in controls],
         "retrieval": None if found is None else asdict(found),
+        "listening": [asdict(one) for one in heard],
         "instruments": instruments.to_json(),
     }
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
     """A report as tables, scores first."""
-    return [_scores(content), _controls(content), *_retrieval(content), _gates(content)]
+    return [_scores(content), _controls(content), *_retrieval(content), *_listening(content), _gates(content)]
 
 
 def markdown(content: dict[str, Any], level: int = 1) -> str:
@@ -147,6 +150,26 @@ def _retrieval(content: dict[str, Any]) -> list[Table]:
             rows=rows,
             bold=frozenset([0]),
             note="All: against every hard negative of a picture at once. The others: against one, by what is wrong.",
+        )
+    ]
+
+
+def _listening(content: dict[str, Any]) -> list[Table]:
+    heard = content["listening"]
+    if not heard:
+        return []
+    ranges = list(dict.fromkeys((one["first_timestep"], one["last_timestep"]) for one in heard))
+    cells = {(one["kind"], one["first_timestep"]): f"{one['rise']:+.2%} ± {one['margin']:.2%}" for one in heard}
+    numbers = {one["kind"]: one["n"] for one in heard}
+    return [
+        Table(
+            title="Listening: how much worse the U-Net predicts with a wrong caption",
+            columns=("what is wrong", *(f"timesteps {first} to {last}" for first, last in ranges), "of"),
+            rows=[
+                (kind, *(cells[kind, first] for first, _ in ranges), f"{number:,} captions")
+                for kind, number in numbers.items()
+            ],
+            note="The rise of its squared error, same pictures, same noise. What a model does not hear has a rise of zero.",
         )
     ]
 

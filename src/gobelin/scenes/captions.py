@@ -118,9 +118,17 @@ WORDINGS = {
     "inside": (("inside", "inside it"), ("in the middle of", "in its middle"), ("within", "within it")),
     "around": (("around", "around it"), ("surrounding", "surrounding it"), ("enclosing", "enclosing it")),
 }
+# Where in the picture an object is, said right after its name; none of these is a wording of a relation.
+PLACES = {
+    "left": ("at the left", "on the left side", "in the left half"),
+    "right": ("at the right", "on the right side", "in the right half"),
+    "top": ("at the top", "near the top", "in the upper half"),
+    "bottom": ("at the bottom", "near the bottom", "in the lower half"),
+}
 _SYNONYM_RATE = 0.1
 _DIGIT_RATE = 0.25
 _NO_REFERENCE = ("the", "its", "it")
+_SIDES = ("left", "right", "top", "bottom", "upper", "lower")
 
 
 def templates(category: str, split: str) -> tuple[str, ...]:
@@ -132,7 +140,7 @@ def templates(category: str, split: str) -> tuple[str, ...]:
 class Mention:
     """One object in a caption, or some that are alike. Its looks are None where they go unsaid.
 
-    ``things`` are the objects' places in the scene; ``noun`` picks the synonym.
+    ``things`` are the objects' places in the scene; ``noun`` picks the synonym. ``place`` is a wording of ``PLACES``.
     """
 
     things: tuple[int, ...]
@@ -142,6 +150,7 @@ class Mention:
     noun: int
     texture: str | None = None
     size: str | None = None
+    place: str = ""
 
     @property
     def wanted(self) -> Wanted:
@@ -156,7 +165,8 @@ class Mention:
         named = (pluralised(noun) if plural else noun).split()
         naming = [word for word in (self.size, self.texture, self.colour, *named) if word]
         article = "an" if self.article == "a" and naming[0][0] in "aeiou" else self.article
-        return [(article, ())] * bool(article and not plural) + [(word, self.things) for word in naming]
+        place = [(word, self.things if word in _SIDES else ()) for word in self.place.split()]
+        return [(article, ())] * bool(article and not plural) + [(word, self.things) for word in naming] + place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from zlib import crc32
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gobelin.errors import UsageError
-from gobelin.scenes.captions import Phrasing, phrase, templates
+from gobelin.scenes.captions import PLACES, Mention, Phrasing, phrase, templates
 from gobelin.scenes.relations import Wanted, relations
 from gobelin.scenes.render import render
 from gobelin.scenes.scene import Scene, SceneObject
@@ -22,6 +22,7 @@ _CLEAR = 1.7
 # The fractions of captions that say what nobody asked: that an object is solid, and of which size it is.
 _SOLID_SAID = 0.25
 _SIZE_SAID = 0.5
+_ASIDE = 0.11  # of the image's side, from its middle: what is on the left, and not in the middle
 
 _Disc = tuple[float, float, float]  # x, y and radius
 
@@ -75,6 +76,8 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
         underspecified=world.underspecified,
         colourless=world.colourless,
     )
+    if world.placed and category in ("single", "two") and rng.random() < world.placed:
+        phrasing = replace(phrasing, mentions=tuple(_placed(rng, mention, scene) for mention in phrasing.mentions))
     image, masks = render(scene, noise=world.noise, rng=rng)
     return Sample(
         image=image,
@@ -147,6 +150,17 @@ def _wanted(rng: np.random.Generator, scene: Scene, world: World) -> list[Wanted
         size = thing.size and rng.random() < _SIZE_SAID
         wanted.append((thing.shape, thing.colour, thing.texture if texture else None, thing.size if size else None))
     return wanted
+
+
+def _placed(rng: np.random.Generator, mention: Mention, scene: Scene) -> Mention:
+    """The mention with words for where in the picture its object is, if that is well to one side."""
+    thing = scene.objects[mention.things[0]]
+    dx, dy = thing.x - scene.size / 2, thing.y - scene.size / 2
+    if max(abs(dx), abs(dy)) < _ASIDE * scene.size:
+        return mention
+    horizontal, vertical = ("left" if dx < 0 else "right"), ("top" if dy < 0 else "bottom")
+    wordings = PLACES[horizontal if abs(dx) > abs(dy) else vertical]
+    return replace(mention, place=wordings[rng.integers(len(wordings))])
 
 
 def _bounds(

@@ -31,7 +31,8 @@ class World:
 
     ``mix`` weighs the categories. ``underspecified`` is the fraction of captions that leave something out, and
     ``colourless`` the fraction of those that name no colour at all; the rest leave out one colour or shape.
-    ``grounded`` is the fraction of captions that name the background. ``gap`` is the least distance between
+    ``grounded`` is the fraction of captions that name the background, and ``placed`` the fraction of those of a
+    "single" or of "two" that say where in the picture an object is. ``gap`` is the least distance between
     objects and ``size`` the side of the image, in pixels. Raises UsageError for names that do not exist, for too
     few of them, and for objects too large for the image.
     """
@@ -51,6 +52,7 @@ class World:
     radius_ring: tuple[float, float] = (24.0, 28.0)
     radius_inside: tuple[float, float] = (8.0, 9.0)
     grounded: float = 0.0
+    placed: float = 0.0
     gradient: float = 0.0
     noise: float = 0.004
     gap: float = 3.0
@@ -168,6 +170,7 @@ CORE = World(
     mix=(("single", 0.2), ("two", 0.25), ("relation", 0.3), ("count", 0.25)),
     underspecified=0.2,
     colourless=0.5,
+    placed=0.5,
 )
 
 NANO = World(

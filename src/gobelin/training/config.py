@@ -191,7 +191,7 @@ def tiny() -> TrainConfig:
             layers=4,
             projection=192,
             optim=OptimConfig(
-                steps=1200, batch_size=128, learning_rate=1.5e-3, warmup_steps=60, ema=0.99, precision="bfloat16"
+                steps=600, batch_size=128, learning_rate=1.5e-3, warmup_steps=60, ema=0.99, precision="bfloat16"
             ),
         ),
         vae=VAEStageConfig(
@@ -202,6 +202,7 @@ def tiny() -> TrainConfig:
         ),
         unet=UNetStageConfig(
             preset="tiny",
+            train_text_encoder=True,
             optim=OptimConfig(
                 steps=25_000,
                 batch_size=64,
