@@ -1,10 +1,11 @@
-"""Listening: a U-Net that is deaf, one that knows every true caption, one that hears a single kind of word."""
+"""Listening: a U-Net that is deaf, one that hears a single kind of word, one that is always right."""
 
 import pytest
 import torch
 
 from gobelin import scenes
 from gobelin.data import ScenePairs
+from gobelin.evaluate import listening as module
 from gobelin.evaluate.listening import listening
 from gobelin.evaluate.retrieval import kind_of
 from gobelin.pipeline import Pipeline
@@ -49,3 +50,26 @@ def test_only_what_is_heard_rises(pipeline):
             assert one.rise > 5 * one.margin > 0
         else:
             assert one.rise == pytest.approx(0, abs=0.2), "a caption of another kind may read the same"
+
+
+def test_the_error_is_that_of_training(pipeline, monkeypatch):
+    schedule, asked = pipeline.schedule, {}
+    add_noise = schedule.add_noise
+
+    def remember(latents, noise, timesteps):
+        asked.update(latents=latents, noise=noise, timesteps=timesteps, done=0)
+        return add_noise(latents, noise, timesteps)
+
+    def oracle(noisy_latents, timesteps, text_embeddings):
+        at = slice(asked["done"], asked["done"] + len(timesteps))
+        asked["done"] = at.stop % len(asked["timesteps"])
+        assert torch.equal(timesteps, asked["timesteps"][at])
+        return schedule.target(asked["latents"][at], asked["noise"][at], timesteps) + 0.5
+
+    monkeypatch.setattr(type(schedule), "add_noise", lambda self, *given: remember(*given))
+    monkeypatch.setattr(module, "BATCH", 3)
+    pipeline.unet.forward = oracle
+    for one in listening(pipeline, scenes.NANO, count=8):
+        assert one.rise == pytest.approx(0, abs=1e-5)
+        assert one.first_timestep <= asked["timesteps"].min()
+    assert one.last_timestep == 999 >= asked["timesteps"].max() > 800

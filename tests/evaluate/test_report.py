@@ -8,6 +8,7 @@ import pytest
 from gobelin import scenes
 from gobelin.evaluate.faithfulness import judged
 from gobelin.evaluate.instruments import check_instruments
+from gobelin.evaluate.listening import Heard
 from gobelin.evaluate.prompts import asked_for
 from gobelin.evaluate.report import markdown, report, tables
 from gobelin.evaluate.retrieval import Retrieval
@@ -32,7 +33,8 @@ def content(exhibits):
     found = Retrieval(correct=Share.of([True, False]), chance=0.2, by_kind={"colour": Share.of([True] * 3)})
     instruments = check_instruments(None, WORLD, each=2)
     settings = {"sampler": "ddim", "guidance": 3.0}
-    made = report(exhibits["swapping"], instruments, found, model="mine", world="core", settings=settings)
+    heard = [Heard(kind="colour", first_timestep=100, last_timestep=399, rise=0.25, margin=0.01, n=7)]
+    made = report(exhibits["swapping"], instruments, found, heard, model="mine", world="core", settings=settings)
     return json.loads(json.dumps(made, allow_nan=False))
 
 
@@ -54,6 +56,7 @@ def test_the_markdown_says_what_a_reader_needs(content):
     assert "| attributes swapped | position | held out | 1.000 [" in text
     assert "| all | 0.500 [" not in text.replace("**", "x")
     assert "| **all** | **0.500 [" in text
+    assert "| colour | +25.00% ± 1.00% | 7 captions |" in text
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.endswith("|")
@@ -64,7 +67,7 @@ def test_the_markdown_says_what_a_reader_needs(content):
 
 def test_without_an_image_encoder_there_is_no_retrieval_table(content):
     titles = [table.title for table in tables({**content, "retrieval": None})]
-    assert len(titles) == 3
+    assert len(titles) == 4
     assert not any("Retrieval" in title for title in titles)
 
 

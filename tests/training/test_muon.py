@@ -21,6 +21,15 @@ def test_singular_values_become_about_one_and_directions_stay(shape):
     assert (inside - inside.diag().diag()).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_rank_one_does_not_explode(dtype):
+    generator = torch.Generator().manual_seed(0)
+    matrix = (torch.randn(64, 1, generator=generator) @ torch.randn(1, 256, generator=generator)).to(dtype)
+    made = orthogonal(matrix)
+    assert made.dtype == dtype
+    assert 0.6 < torch.linalg.svdvals(made.float())[0] < 1.3
+
+
 def matrices():
     torch.manual_seed(0)
     return [nn.Parameter(torch.randn(20, 48)), nn.Parameter(torch.randn(48, 20))]

@@ -1,6 +1,7 @@
 """Two processes on one machine: the model that one alone makes."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -14,15 +15,30 @@ from safetensors.torch import load_file
 from gobelin.cli.train import without_none
 from gobelin.training.run import train
 
+TRAIN = ("-m", "gobelin", "train")
+SHARED = """
+import json, sys, torch
+from gobelin.training import processes
+
+with processes.joined(torch.device("cpu")):
+    rows = torch.arange(7)[processes.part()]
+    mean = rows.float().mean()
+    processes.average_([mean])
+    said = [processes.count(), rows.tolist(), mean.item(), processes.gathered(10 * rows, 7).tolist(),
+            processes.told("first" if processes.is_first() else "other")]
+    print(json.dumps(said), flush=True)
+"""
+
 
 def launch(count, *arguments):
     """``torchrun`` on this machine alone."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return subprocess.run(
-        [*command, "-m", "gobelin", "train", *arguments],
+        [*command, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=300,
     )
 
 
@@ -32,7 +48,9 @@ def config(micro):
     return dataclasses.replace(
         config,
         unet=dataclasses.replace(
-            config.unet, optim=dataclasses.replace(config.unet.optim, precision="float32", optimizer="muon")
+            config.unet,
+            train_text_encoder=True,
+            optim=dataclasses.replace(config.unet.optim, precision="float32", optimizer="muon"),
         ),
     )
 
@@ -43,10 +61,20 @@ def written(config, tmp_path):
     return str(file)
 
 
+def test_processes_take_turns_and_tell_each_other(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    done = launch(2, str(script))
+    assert done.returncode == 0, done.stderr
+    said = sorted(json.loads(line) for line in done.stdout.splitlines())
+    whole = [0, 10, 20, 30, 40, 50, 60]
+    assert said == [[2, [0, 2, 4, 6], 3.0, whole, "first"], [2, [1, 3, 5], 3.0, whole, "first"]]
+
+
 def test_two_processes_make_the_model_that_one_makes(config, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train(config, one, console=Console(quiet=True))
-    done = launch(2, written(config, tmp_path), "--out", str(two))
+    done = launch(2, *TRAIN, written(config, tmp_path), "--out", str(two))
     assert done.returncode == 0, done.stderr
     parts = {folder: load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (one, two)}
     for name, tensor in parts[one].items():
@@ -59,6 +87,6 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(config, tmp_path):
     uneven = dataclasses.replace(
         config, unet=dataclasses.replace(config.unet, optim=dataclasses.replace(config.unet.optim, batch_size=5))
     )
-    done = launch(2, written(uneven, tmp_path), "--out", str(tmp_path / "two"))
+    done = launch(2, *TRAIN, written(uneven, tmp_path), "--out", str(tmp_path / "two"))
     assert done.returncode != 0
     assert "a batch of 5 cannot be shared evenly among 2 processes" in done.stderr

@@ -37,25 +37,26 @@ class Heard:
 @torch.no_grad()
 def listening(pipeline: Pipeline, world: World, count: int = 200) -> list[Heard]:
     """Try up to ``count`` hard negatives of every kind, of held-in scenes of the "dev" split, with the same noise."""
+    vae, steps = pipeline.vae, pipeline.schedule.config.num_train_timesteps
     found = []
     for kind, rows in _negatives(world, count).items():
+        pixels = torch.from_numpy(np.stack([image for image, _, _ in rows])).permute(0, 3, 1, 2) / 127.5 - 1
+        latents = torch.cat([vae.images_to_latents(part.to(vae.device, vae.dtype)) for part in pixels.split(BATCH)])
+        captions = ([caption for _, caption, _ in rows], [wrong for _, _, wrong in rows])
+        texts = [_embedded(pipeline, texts) for texts in captions]
         for low, high in RANGES:
-            steps = pipeline.schedule.config.num_train_timesteps
             first, last = round(low * steps), round(high * steps) - 1
-            generator = Generator().manual_seed(0)
-            errors = torch.cat(
-                [_errors(pipeline, rows[at : at + BATCH], first, last, generator) for at in range(0, len(rows), BATCH)]
-            )
-            right = errors[:, 0].mean().item()
-            rises = (errors[:, 1] - errors[:, 0]) / right
-            margin = 1.96 * rises.std().item() / len(rows) ** 0.5
+            timesteps = torch.randint(first, last + 1, (len(rows),), generator=Generator().manual_seed(1))
+            right, wrong = _errors(pipeline, latents.cpu().float(), timesteps, texts)
+            rise = (wrong.mean() / right.mean() - 1).item()
+            spread = (wrong - (1 + rise) * right).std() / right.mean()  # of a ratio of means, to first order
             found.append(
                 Heard(
                     kind=kind,
                     first_timestep=first,
                     last_timestep=last,
-                    rise=rises.mean().item(),
-                    margin=margin,
+                    rise=rise,
+                    margin=1.96 * spread.item() / len(rows) ** 0.5,
                     n=len(rows),
                 )
             )
@@ -68,27 +69,30 @@ def _negatives(world: World, count: int) -> dict[str, list[tuple[np.ndarray, str
     rows: dict[str, list[tuple[np.ndarray, str, str]]] = {}
     for index in range(len(pairs)):
         pair = pairs[index]
-        wrong = {kind_of(pair.caption, negative): negative for negative in pair.negatives}
-        for kind, negative in wrong.items():
+        wrong: dict[str, list[str]] = {}
+        for negative in pair.negatives:
+            wrong.setdefault(kind_of(pair.caption, negative), []).append(negative)
+        for kind, texts in wrong.items():
             if len(rows.setdefault(kind, [])) < count:
-                rows[kind].append((pair.image, pair.caption, negative))
+                rows[kind].append((pair.image, pair.caption, texts[index % len(texts)]))
     return {kind: rows[kind] for kind in sorted(rows) if len(rows[kind]) > 1}
 
 
-def _errors(
-    pipeline: Pipeline, rows: list[tuple[np.ndarray, str, str]], first: int, last: int, generator: Generator
-) -> Tensor:
-    """Squared errors [rows, 2] with the true and with the wrong captions, means over the latents."""
-    unet, vae, schedule = pipeline.unet, pipeline.vae, pipeline.schedule
-    pixels = torch.from_numpy(np.stack([image for image, _, _ in rows])).permute(0, 3, 1, 2)
-    latents = vae.images_to_latents(pixels.to(vae.device, vae.dtype) / 127.5 - 1).cpu().float()
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(first, last + 1, (len(rows),), generator=generator)
+def _embedded(pipeline: Pipeline, texts: list[str]) -> Tensor:
+    token_ids = pipeline.tokenizer(texts).to(pipeline.text_encoder.device)
+    return torch.cat([pipeline.text_encoder(part) for part in token_ids.split(BATCH)])
+
+
+def _errors(pipeline: Pipeline, latents: Tensor, timesteps: Tensor, texts: list[Tensor]) -> list[Tensor]:
+    """Squared errors of the prediction, means over the latents [N], with each of the text embeddings [N, L, D]."""
+    unet, schedule = pipeline.unet, pipeline.schedule
+    noise = torch.randn(latents.shape, generator=Generator().manual_seed(0))
     noisy_latents = schedule.add_noise(latents, noise, timesteps).to(unet.device, unet.dtype)
-    target = schedule.target(latents, noise, timesteps).to(unet.device)
+    target = schedule.target(latents, noise, timesteps)
     errors = []
-    for captions in ([caption for _, caption, _ in rows], [wrong for _, _, wrong in rows]):
-        token_ids = pipeline.tokenizer(captions).to(pipeline.text_encoder.device)
-        prediction = unet(noisy_latents, timesteps.to(unet.device), pipeline.text_encoder(token_ids))
-        errors.append((prediction.float() - target).square().mean(dim=(1, 2, 3)).cpu())
-    return torch.stack(errors, dim=1)
+    for text_embeddings in texts:
+        given = (noisy_latents, timesteps.to(unet.device), text_embeddings)
+        parts = zip(*(tensor.split(BATCH) for tensor in given), strict=True)
+        prediction = torch.cat([unet(*part) for part in parts]).float().cpu()
+        errors.append((prediction - target).square().mean(dim=(1, 2, 3)))
+    return errors

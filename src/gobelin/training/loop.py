@@ -144,6 +144,7 @@ def fit(stage: Stage[Module], run: Run) -> Module:
             if first and (done % run.save_every == 0 or last or stopping):
                 save(done)
             if stopping:
+                processes.told(done)  # what is started by torchrun is ended by it: not before the checkpoint stands
                 raise KeyboardInterrupt
             if first and (done % run.picture_every == 0 or last):
                 _keep_picture(stage, run, cast(Module, average.module), done)
@@ -264,13 +265,14 @@ def _progress(console: Console, name: str, start: int, steps: int) -> Iterator:
 
 @contextmanager
 def _stop_requested() -> Iterator:
-    """A function that says whether SIGINT or SIGTERM has come; a second one ends the program as usual."""
+    """A function that says whether SIGINT or SIGTERM has come; a second one ends a lone program as usual."""
     requested = False
 
     def handle(number: int, frame: object) -> None:
         nonlocal requested
         requested = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if not processes.launched():  # torchrun may pass on a signal that has come already
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -40,10 +40,12 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """The matrix with the same singular vectors and singular values of about 1 (0.7 to 1.2), by Newton and Schulz.
 
-    All factors are polynomials of the first Gram matrix, so that the steps need nothing larger than it.
+    All factors are polynomials of the first Gram matrix, so that the steps need nothing larger than it. They are taken
+    in float32: the Gram matrix of a matrix of low rank explodes in less.
     """
     a, b, c = COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = (matrix.T if tall else matrix).float()
     wide = wide / wide.norm().clamp(min=1e-7)
     gram = wide @ wide.T
     product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -52,8 +54,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
         factor.diagonal().add_(a)
         product = factor @ product
         gram = factor @ gram @ factor
-    wide = product @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    wide = (product @ wide).to(matrix.dtype)
+    return wide.T if tall else wide
 
 
 def takes(module: nn.Module) -> set[str]:

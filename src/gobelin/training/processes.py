@@ -12,32 +12,50 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from gobelin.errors import TrainingError
+
 Value = TypeVar("Value")
-PATIENCE = timedelta(days=1)  # the others wait while the first one trains what is not shared
+PATIENCE = timedelta(minutes=30)  # the others wait while the first one writes files and paints samples
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return distributed.is_torchelastic_launched()
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Be one of the processes that ``torchrun`` started, if it did."""
-    if not distributed.is_torchelastic_launched() or distributed.is_initialized():
+def joined(device: torch.device) -> Iterator[None]:
+    """Be one of the processes that ``torchrun`` started, if it did; each takes a GPU of its own.
+
+    After an error the group is left as it stands: leaving it in order would wait for the others, and it is
+    ``torchrun`` that ends them. Raises :class:`TrainingError` where there are fewer GPUs than processes.
+    """
+    if not launched() or distributed.is_initialized():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device.type not in ("cpu", "cuda"):
+        raise TrainingError(f"several processes train on cpu or cuda, not on {device.type}: say --device cpu")
+    if device.type == "cuda":
+        place = int(os.environ["LOCAL_RANK"])
+        if place >= torch.cuda.device_count():
+            raise TrainingError(
+                f"process {place} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+                "start as many processes as GPUs"
+            )
+        torch.cuda.set_device(place)
     distributed.init_process_group(timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()
 
 
 def count() -> int:
+    """How many processes there are."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
     """Whether this is the process that writes files and speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def part() -> slice:

@@ -33,6 +33,7 @@ from gobelin.vae import VAE, VAEConfig
 StageName = Literal["tokenizer", "text_encoder", "vae", "unet"]
 STAGES: tuple[StageName, ...] = ("tokenizer", "text_encoder", "vae", "unet")
 IMAGE_ENCODER = "image_encoder"
+CONTRASTIVE = "training/text_encoder"  # as contrast left it, where the U-Net's stage begins
 SHOWN = 8  # pictures in a sample grid's row
 MEASURED = 8192  # images from which the latents' mean and variance are taken
 
@@ -52,7 +53,7 @@ def train(
 
     Under ``torchrun`` the processes share the U-Net's batches; what the other stages do, each does alike.
     """
-    with processes.joined():
+    with processes.joined(find_device(config.device)):
         console = (console or Console(stderr=True)) if processes.is_first() else Console(quiet=True)
         return _Training(config, Path(out), resume, console).run(stage)
 
@@ -70,12 +71,11 @@ class _Training:
                 f"a batch of {config.unet.optim.batch_size} cannot be shared evenly among {processes.count()} "
                 "processes: change unet.optim.batch_size, or their number"
             )
-        device = find_device(config.device)
         self.done = processes.told(self._claim(resume) if processes.is_first() else [])
         self.context = Run(
             folder=self.folder,
             seed=config.seed,
-            device=device,
+            device=find_device(config.device),
             save_every=config.save_every,
             picture_every=config.picture_every,
             console=console,
@@ -125,6 +125,7 @@ class _Training:
         stage = TextStage(self.corpus, tokenizer, text_encoder, image_encoder, config)
         trained = fit(stage, self.context)
         self._save(trained.text, "text_encoder")
+        self._save(trained.text, CONTRASTIVE)
         self._save(trained.image, IMAGE_ENCODER)
 
     def vae(self) -> None:
@@ -141,7 +142,7 @@ class _Training:
     def unet(self) -> None:
         config = self.config.unet
         tokenizer = self._built("tokenizer", Tokenizer)
-        text_encoder = self._built("text_encoder", TextEncoder).to(self.context.device)
+        text_encoder = self._built("text_encoder", TextEncoder, CONTRASTIVE).to(self.context.device)
         vae = self._built("vae", VAE).to(self.context.device)
         schedule = NoiseSchedule(
             ScheduleConfig.zero_terminal_snr()
@@ -206,10 +207,10 @@ class _Training:
             task = progress.add_task("reading", total=len(self.pairs))
             return Corpus(self.pairs, advance=lambda: progress.advance(task))
 
-    def _built(self, name: str, component: Any) -> Any:
+    def _built(self, name: StageName, component: Any, folder: str | None = None) -> Any:
         if name not in self.done:
             raise TrainingError(f"{self.out} has no {name} yet: train that stage first, or all of them")
-        return component.from_pretrained(self.out / name)
+        return component.from_pretrained(self.out / (folder or name))
 
     def _save(self, component: Any, name: str) -> None:
         if processes.is_first():
