@@ -33,13 +33,13 @@ does know, the scores below say.
 
 def ship(run: Path, note: str = "") -> None:
     """Replace the shipped model by a run's result; ``note`` says on its card what was not as the recipe has it."""
-    scores = read_scores(run / "scores.json")
+    target = shipped_model()
+    scores = {**read_scores(run / "scores.json"), "model": target.name}
     pipeline = Pipeline.from_pretrained(run)
     image_encoder = ImageEncoder.from_pretrained(run / IMAGE_ENCODER)
     card = (run / "README.md").read_text(encoding="utf-8")
     card = "\n".join([card, *([note, ""] if note else []), NOTES, markdown(scores, level=2)])
     config = config_file(run).read_text(encoding="utf-8")
-    target = shipped_model()
     shutil.rmtree(target, ignore_errors=True)
     pipeline.save_pretrained(target, torch.float16)
     image_encoder.save_pretrained(target / IMAGE_ENCODER, torch.float16)

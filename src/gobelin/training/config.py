@@ -204,7 +204,7 @@ def tiny() -> TrainConfig:
             preset="tiny",
             train_text_encoder=True,
             optim=OptimConfig(
-                steps=25_000,
+                steps=16_000,
                 batch_size=64,
                 learning_rate=3e-3,
                 optimizer="muon",
