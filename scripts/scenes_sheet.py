@@ -14,7 +14,7 @@ STEP = 4  # between the levels that are kept: the noise makes a large file
 PAPER, INK, FAINT = "#fbfaf7", "#2b2b2b", "#8a8578"
 # Each with the room below its pictures.
 TIERS = (
-    (CORE, 54, "solid shapes, ten colours, up to four objects, four relations, quiet backgrounds"),
+    (CORE, 74, "solid shapes, ten colours, up to four objects, four relations, quiet backgrounds"),
     (RICH, 78, "and textures, sizes, named backgrounds with gradients and noise, things inside rings"),
 )
 
