@@ -43,7 +43,7 @@ def report(
     pictures: Sequence[Painted],
     instruments: Instruments,
     found: Retrieval | None,
-    heard: Sequence[Heard] = (),
+    heard: Sequence[Heard],
     *,
     model: str,
     world: str,
