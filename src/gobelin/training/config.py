@@ -84,7 +84,10 @@ class TextStageConfig:
     """Width of the space that texts and images share."""
     text_rate: float = 0.1
     """The text encoder's learning rate, as a fraction of the image encoder's: at the full rate, words that the
-    images cannot tell apart yet become synonyms, and stay so."""
+    images cannot tell apart yet become synonyms, and stay so, unless Muon takes the steps."""
+    sketch: float = 1.0
+    """Weight of the sketches beside the contrast: colours in 8×8 places from words alone, the error as a share of their
+    variance."""
     optim: OptimConfig
 
 
@@ -123,13 +126,18 @@ class UNetStageConfig:
     """Let the U-Net's loss train the text encoder too, in place of keeping it as the contrastive stage left it."""
     text_rate: float = 0.3
     """The text encoder's learning rate then, as a fraction of the U-Net's."""
-    uniform_timesteps: float = 0.5
-    """How often a timestep is drawn evenly; the rest are drawn logit-normally, most around the middle."""
+    timestep_shift: float = 3.0
+    """How much more often timesteps near noise are drawn, where what goes where is settled: half of them are beyond
+    shift / (1 + shift) of the schedule. 1 draws them evenly."""
     gradient_checkpointing: bool = False
     optim: OptimConfig
 
     def __post_init__(self) -> None:
         require_choices(self)
+        if self.timestep_shift <= 0:
+            raise UsageError(
+                f"timestep_shift is {self.timestep_shift}: give a number above 0; 1 draws timesteps evenly"
+            )
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UsageError(
                 "zero_terminal_snr needs prediction v_prediction: in pure noise there is no epsilon to learn from"
@@ -190,8 +198,16 @@ def tiny() -> TrainConfig:
             width=192,
             layers=4,
             projection=192,
+            text_rate=1.0,
             optim=OptimConfig(
-                steps=600, batch_size=128, learning_rate=1.5e-3, warmup_steps=60, ema=0.99, precision="bfloat16"
+                steps=1000,
+                batch_size=128,
+                learning_rate=3e-3,
+                optimizer="muon",
+                warmup_steps=60,
+                hold=0.5,
+                ema=0.99,
+                precision="bfloat16",
             ),
         ),
         vae=VAEStageConfig(

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor, nn
 
 from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
 from gobelin.data import Corpus
+from gobelin.layers import Attention
 from gobelin.pipeline import to_pil
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
@@ -18,17 +20,49 @@ from gobelin.unet import UNet
 from gobelin.vae import VAE
 
 
-class Contrast(nn.Module):
-    """The two encoders that are trained together."""
+class Sketcher(nn.Module):
+    """A picture of 8×8 colours from words alone: each of its places attends to the words.
+
+    It is what a U-Net has to do in pure noise, without a U-Net around it. It serves the text encoder's training only.
+    """
+
+    side = 8
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(self.side**2, width) / 2)
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads=heads)
+        self.colours = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3))
+
+    def forward(self, text_embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Colours [B, 3, 8, 8] in [-1, 1], from text embeddings [B, L, D]; ``mask`` [B, L] is True where words are."""
+        places = self.places.expand(len(text_embeddings), -1, -1)
+        colours = self.colours(places + self.attention(self.norm(places), text_embeddings, mask))
+        return rearrange(colours, "b (y x) c -> b c y x", y=self.side)
+
+    def loss(self, text_embeddings: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+        """The share of the colours' variance that the words leave unsaid, for images [B, 3, H, W] in [-1, 1]."""
+        colours = F.interpolate(images, size=(self.side, self.side), mode="area")
+        error = self(text_embeddings, mask).float() - colours
+        return error.square().mean() / colours.var(dim=0).mean()
+
+
+class TextModule(nn.Module):
+    """The text encoder, and the two that it is trained with."""
 
     def __init__(self, text: TextEncoder, image: ImageEncoder):
         super().__init__()
         self.text = text
         self.image = image
+        self.sketch = Sketcher(text.config.hidden_size, text.config.num_attention_heads)
 
 
 class TextStage:
-    """CLIP's contrastive loss over (image, caption) pairs, with hard negatives where the data knows any."""
+    """What captions mean, by CLIP's contrast of (image, caption) pairs, and where it goes, by sketches.
+
+    The contrast has hard negatives where the data knows any.
+    """
 
     name = "text_encoder"
 
@@ -43,7 +77,8 @@ class TextStage:
         self.optim = config.optim
         self.rates = {"text.": config.text_rate}
         self.samples = len(corpus)
-        self.module = Contrast(text_encoder, image_encoder)
+        self.module = TextModule(text_encoder, image_encoder)
+        self._sketch = config.sketch
         self._corpus = corpus
         self._tokenizer = tokenizer
         captions, self._caption = corpus.distinct_captions()
@@ -54,13 +89,24 @@ class TextStage:
         captions = self._caption[indices]
         images = self._corpus.images(indices).to(text_encoder.device)
         token_ids = torch.cat([self._token_ids[captions], self._hard(indices, generator)]).to(images.device)
-        pooled = text_encoder.pooled(token_ids, text_encoder(token_ids))
+        words = token_ids != text_encoder.config.eos_token_id
+        token_ids = token_ids[:, : int(words.sum(dim=1).max()) + 1]
+        text_embeddings = text_encoder(token_ids)
+        pooled = text_encoder.pooled(token_ids, text_embeddings)
         texts = image_encoder.project_text(pooled)
         logits = image_encoder.similarity(image_encoder(images), texts)
         same = (captions[:, None] == captions[None, :]).to(images.device)
         found = logits.argmax(dim=1)
         right = (found < len(indices)) & same.gather(1, found.clamp(max=len(indices) - 1)[:, None])[:, 0]
-        return {"loss": contrastive_loss(logits, same), "accuracy": right.float().mean()}
+        contrast = contrastive_loss(logits, same)
+        pairs = slice(len(indices))
+        sketch = self.module.sketch.loss(text_embeddings[pairs], words[pairs, : token_ids.shape[1]], images)
+        return {
+            "loss": contrast + self._sketch * sketch,
+            "contrast": contrast,
+            "sketch": sketch,
+            "accuracy": right.float().mean(),
+        }
 
     def _hard(self, indices: Tensor, generator: Generator) -> Tensor:
         """The tokens of one wrong caption for each image that has any."""
@@ -68,7 +114,7 @@ class TextStage:
         wrong = [(self._corpus.negatives[index], pick) for index, pick in zip(indices.tolist(), picks, strict=True)]
         return self._tokenizer([texts[int(pick * len(texts))] for texts, pick in wrong if texts])
 
-    def picture(self, module: Contrast, step: int) -> None:
+    def picture(self, module: TextModule, step: int) -> None:
         return None
 
 
@@ -171,12 +217,11 @@ class UNetStage:
         return {"loss": F.mse_loss(prediction.float(), target)}
 
     def _timesteps(self, count: int, generator: Generator) -> Tensor:
-        """Stratified: evenly spread over the batch, or logit-normally (Esser et al. 2024, arXiv 2403.03206, eq. 19)."""
+        """Spread evenly over the batch, then shifted towards noise (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
         last = self._schedule.config.num_train_timesteps
-        strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-        middle = torch.randn(count, generator=generator).sigmoid()
-        even = torch.rand(count, generator=generator) < self._config.uniform_timesteps
-        return (torch.where(even, strata, middle) * last).long().clamp(max=last - 1)
+        even = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        shift = self._config.timestep_shift
+        return (shift * even / (1 + (shift - 1) * even) * last).long().clamp(max=last - 1)
 
     def picture(self, module: Painter, step: int) -> Image.Image:
         return self._picture(module, step)
