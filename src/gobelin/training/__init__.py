@@ -1,4 +1,4 @@
-"""Training from nothing: tokenizer, contrastive text encoder, VAE, U-Net."""
+"""Training from nothing: tokenizer, text encoder, VAE, U-Net."""
 
 from gobelin.training.config import PRESETS, TrainConfig, find_preset
 

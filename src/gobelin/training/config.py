@@ -75,7 +75,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextStageConfig:
-    """The text encoder and its contrastive training."""
+    """The text encoder and its training: contrast with images, and sketches."""
 
     width: int = 96
     layers: int = 2
@@ -85,7 +85,7 @@ class TextStageConfig:
     text_rate: float = 0.1
     """The text encoder's learning rate, as a fraction of the image encoder's: at the full rate, words that the
     images cannot tell apart yet become synonyms, and stay so, unless Muon takes the steps."""
-    sketch: float = 1.0
+    sketch: float = 5.0
     """Weight of the sketches beside the contrast: colours in 8×8 places from words alone, the error as a share of their
     variance."""
     optim: OptimConfig
@@ -123,7 +123,7 @@ class UNetStageConfig:
     caption_dropout: float = 0.1
     """How often a caption is left empty, so that guidance has something to guide away from."""
     train_text_encoder: bool = False
-    """Let the U-Net's loss train the text encoder too, in place of keeping it as the contrastive stage left it."""
+    """Let the U-Net's loss train the text encoder too, in place of keeping it as its own stage left it."""
     text_rate: float = 0.3
     """The text encoder's learning rate then, as a fraction of the U-Net's."""
     timestep_shift: float = 3.0
@@ -200,12 +200,12 @@ def tiny() -> TrainConfig:
             projection=192,
             text_rate=1.0,
             optim=OptimConfig(
-                steps=1000,
+                steps=1600,
                 batch_size=128,
                 learning_rate=3e-3,
                 optimizer="muon",
                 warmup_steps=60,
-                hold=0.5,
+                hold=0.6,
                 ema=0.99,
                 precision="bfloat16",
             ),
@@ -218,7 +218,6 @@ def tiny() -> TrainConfig:
         ),
         unet=UNetStageConfig(
             preset="tiny",
-            train_text_encoder=True,
             optim=OptimConfig(
                 steps=16_000,
                 batch_size=64,

@@ -33,7 +33,7 @@ from gobelin.vae import VAE, VAEConfig
 StageName = Literal["tokenizer", "text_encoder", "vae", "unet"]
 STAGES: tuple[StageName, ...] = ("tokenizer", "text_encoder", "vae", "unet")
 IMAGE_ENCODER = "image_encoder"
-CONTRASTIVE = "training/text_encoder"  # as contrast left it, where the U-Net's stage begins
+TEXT_ENCODER_BEFORE = "training/text_encoder"  # as its own stage left it, where the U-Net's begins
 SHOWN = 8  # pictures in a sample grid's row
 MEASURED = 8192  # images from which the latents' mean and variance are taken
 
@@ -125,7 +125,7 @@ class _Training:
         stage = TextStage(self.corpus, tokenizer, text_encoder, image_encoder, config)
         trained = fit(stage, self.context)
         self._save(trained.text, "text_encoder")
-        self._save(trained.text, CONTRASTIVE)
+        self._save(trained.text, TEXT_ENCODER_BEFORE)
         self._save(trained.image, IMAGE_ENCODER)
 
     def vae(self) -> None:
@@ -142,7 +142,7 @@ class _Training:
     def unet(self) -> None:
         config = self.config.unet
         tokenizer = self._built("tokenizer", Tokenizer)
-        text_encoder = self._built("text_encoder", TextEncoder, CONTRASTIVE).to(self.context.device)
+        text_encoder = self._built("text_encoder", TextEncoder, TEXT_ENCODER_BEFORE).to(self.context.device)
         vae = self._built("vae", VAE).to(self.context.device)
         schedule = NoiseSchedule(
             ScheduleConfig.zero_terminal_snr()
