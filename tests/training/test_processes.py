@@ -77,8 +77,10 @@ def test_two_processes_make_the_model_that_one_makes(config, tmp_path):
     done = launch(2, *TRAIN, written(config, tmp_path), "--out", str(two))
     assert done.returncode == 0, done.stderr
     parts = {folder: load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (one, two)}
+    # AdamW divides a gradient by its own size, so where one is nearly zero its rounding becomes a small step.
+    step = config.unet.optim.learning_rate
     for name, tensor in parts[one].items():
-        torch.testing.assert_close(parts[two][name], tensor, rtol=1e-3, atol=1e-5, msg=f"{name} differs")
+        torch.testing.assert_close(parts[two][name], tensor, rtol=0, atol=step / 20, msg=f"{name} differs")
     lines = [(folder / "training" / "metrics.jsonl").read_text().count("\n") for folder in (one, two)]
     assert lines[0] == lines[1], "both processes wrote"
 
