@@ -5,8 +5,10 @@ import torch
 from tests.conftest import fill_, relative_error
 from torch import Tensor, nn
 
-from gobelin.attention import attention
+from gobelin.attention import attention, attention_probs, choose_sites
+from gobelin.errors import UsageError
 from gobelin.layers import Attention
+from gobelin.unet import UNet, UNetConfig
 
 
 class PlainAttention(nn.Module):
@@ -87,3 +89,40 @@ def test_training_in_bfloat16_computes_and_learns_the_same_as_the_fused_kernel()
     (attention(*exact) * weights).sum().backward()
     for ours, theirs in zip(rounded, exact, strict=True):
         assert relative_error(ours.grad.float(), theirs.grad) <= 8 * rounding
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_probabilities_times_values_are_the_attention(masked: bool) -> None:
+    query, key, value = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    mask = (torch.rand(2, 1, 1, 7) > 0.4) if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    probs = attention_probs(query, key, mask)
+    assert relative_error(probs @ value, attention(query, key, value, mask)) < 2e-6
+    assert torch.allclose(probs.sum(dim=-1), torch.ones(2, 3, 5))
+    assert mask is None or probs[~mask.expand_as(probs)].eq(0).all()
+
+
+def test_probabilities_are_float32_whatever_the_precision() -> None:
+    query, key = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4)
+    probs = attention_probs(query.bfloat16(), key.bfloat16())
+    assert probs.dtype == torch.float32
+    assert torch.equal(probs, attention_probs(query.bfloat16().float(), key.bfloat16().float()))
+
+
+def test_sites_are_chosen_by_pattern_by_question_and_by_name() -> None:
+    sites = UNet(UNetConfig.nano()).attention_sites
+    assert [site.kind for site in choose_sites(sites)] == ["cross"] * (len(sites) // 2)
+    assert choose_sites(sites, "*") == sites
+    assert {site.name.split(".")[0] for site in choose_sites(sites, "up_blocks.*attn1")} == {"up_blocks"}
+    assert {site.downscale for site in choose_sites(sites, lambda site: site.downscale == 2)} == {2}
+    assert choose_sites(sites, sites[3:5]) == sites[3:5]
+    assert choose_sites(sites, ()) == ()
+
+
+@pytest.mark.parametrize("choice", ["attn2", lambda site: site.downscale > 8], ids=["pattern", "question"])
+def test_a_choice_that_matches_nothing_lists_what_there_is(choice) -> None:
+    sites = UNet(UNetConfig.nano()).attention_sites
+    with pytest.raises(UsageError, match="matches no attention") as raised:
+        choose_sites(sites, choice)
+    assert all(site.name in str(raised.value) for site in sites)

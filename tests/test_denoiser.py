@@ -56,21 +56,23 @@ def test_guidance_pulls_the_prediction_away_from_the_negative_one(
         expected = rescale_noise_cfg(expected, positive, rescale)
     rows.clear()
     guided = denoiser(unet, guidance=guidance, guidance_rescale=rescale)
-    denoised, noise = guided(LATENTS, 400.5, 0.36)
+    guess = guided(LATENTS, 400.5, 0.36)
     assert rows == [6]
-    assert relative_error(denoised, 0.6 * LATENTS - 0.8 * expected) < 1e-5
-    assert relative_error(noise, 0.6 * expected + 0.8 * LATENTS) < 1e-5
-    assert not denoised.requires_grad
+    assert relative_error(guess.denoised, 0.6 * LATENTS - 0.8 * expected) < 1e-5
+    assert relative_error(guess.noise, 0.6 * expected + 0.8 * LATENTS) < 1e-5
+    assert guess.latents is LATENTS
+    assert guess.maps == {}
+    assert not guess.denoised.requires_grad
 
 
 @pytest.mark.parametrize("guidance", [1.0, 0.0, -3.0])
 def test_guidance_of_one_or_less_runs_the_text_alone_and_once(unet: UNet, rows: list[int], guidance: float) -> None:
     _, positive = predictions(unet, 17.0)
     rows.clear()
-    denoised, noise = denoiser(unet, guidance=guidance, guidance_rescale=0.5)(LATENTS, 17.0, 0.36)
+    guess = denoiser(unet, guidance=guidance, guidance_rescale=0.5)(LATENTS, 17.0, 0.36)
     assert rows == [3]
-    assert relative_error(denoised, 0.6 * LATENTS - 0.8 * positive) < 1e-6
-    assert relative_error(noise, 0.6 * positive + 0.8 * LATENTS) < 1e-6
+    assert relative_error(guess.denoised, 0.6 * LATENTS - 0.8 * positive) < 1e-6
+    assert relative_error(guess.noise, 0.6 * positive + 0.8 * LATENTS) < 1e-6
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])
@@ -82,7 +84,7 @@ def test_rescaling_is_diffusers(rescale: float) -> None:
 
 
 def test_a_unet_of_lower_precision_gets_and_gives_the_latents_precision(unet: UNet) -> None:
-    exact, _ = denoiser(unet)(LATENTS, 100.0, 0.5)
+    exact = denoiser(unet)(LATENTS, 100.0, 0.5).denoised
     unet.bfloat16()
     rounded = Denoiser(
         unet=unet,
@@ -90,6 +92,6 @@ def test_a_unet_of_lower_precision_gets_and_gives_the_latents_precision(unet: UN
         text_embeddings=TEXT.bfloat16(),
         negative_embeddings=NEGATIVE.bfloat16(),
     )
-    denoised, _ = rounded(LATENTS, 100.0, 0.5)
+    denoised = rounded(LATENTS, 100.0, 0.5).denoised
     assert denoised.dtype == torch.float32
     assert relative_error(denoised, exact) < 0.1

@@ -19,7 +19,7 @@ from tests.conftest import relative_error
 from torch import Tensor
 
 from gobelin.errors import UsageError
-from gobelin.samplers import SAMPLERS, NoiseSource, Step, sample
+from gobelin.samplers import SAMPLERS, Guess, NoiseSource, Step, sample
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -57,8 +57,9 @@ def noises() -> Callable[[], Tensor]:
 def ours(name: str, config: ScheduleConfig, steps: int) -> list[Step]:
     schedule = NoiseSchedule(config)
 
-    def denoise(latents: Tensor, timestep: float, alpha_cumprod: float) -> tuple[Tensor, Tensor]:
-        return schedule.split(toy_model(latents, timestep), latents, alpha_cumprod)
+    def denoise(latents: Tensor, timestep: float, alpha_cumprod: float) -> Guess:
+        denoised, noise = schedule.split(toy_model(latents, timestep), latents, alpha_cumprod)
+        return Guess(latents=latents, denoised=denoised, noise=noise)
 
     return list(sample(name, denoise, schedule, START, steps, noises()))
 

@@ -2,15 +2,21 @@
 
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from tests.conftest import edit_config, fill_, norm_eps, relative_error
 from torch import Tensor
 
+from gobelin.attention import AttentionSite, Edit
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.weights import parameter_count
 from gobelin.layers import ResnetBlock2D
@@ -25,6 +31,12 @@ SMALL = UNetConfig.of(
     attention_head_dim=2,
     norm_num_groups=4,
 )
+
+BATCH = {
+    "noisy_latents": torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(0)),
+    "timesteps": torch.tensor([3.0, 500.0, 999.0]),
+    "text_embeddings": torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1)),
+}
 
 
 def random_config(seed: int) -> UNetConfig:
@@ -92,6 +104,111 @@ def test_any_shape_computes_what_diffusers_does(seed: int) -> None:
     del inputs["text_mask"]
     unmasked, expected = outputs(ours, theirs, inputs)
     assert relative_error(unmasked, expected) < 2e-5
+
+
+class Recorder(AttnProcessor):
+    """diffusers' eager attention, noting down its probabilities."""
+
+    def __init__(self) -> None:
+        self.probs: Tensor | None = None
+
+    def __call__(self, attn: Any, *inputs: Any, **options: Any) -> Tensor:
+        scores = attn.get_attention_scores
+
+        def recorded(*arguments: Any) -> Tensor:
+            self.probs = scores(*arguments)
+            return self.probs
+
+        attn.get_attention_scores = recorded
+        try:
+            return super().__call__(attn, *inputs, **options)
+        finally:
+            del attn.get_attention_scores
+
+
+@pytest.mark.parametrize("seed", range(12))
+@torch.no_grad()
+def test_what_is_traced_is_what_diffusers_attends_by(seed: int) -> None:
+    config = random_config(seed)
+    ours = fill_(UNet(config), seed)
+    theirs, inputs = twin(ours), random_inputs(config, seed)
+    recorders = {name: Recorder() for name in theirs.attn_processors}
+    theirs.set_attn_processor(dict(recorders))
+    outputs(ours, theirs, inputs)
+    prediction, maps = ours.trace(**inputs, sites="*", reduce="none")
+    assert torch.equal(prediction, ours(**inputs))
+    assert {f"{site.name}.processor" for site in maps} == recorders.keys()
+    for site, probs in maps.items():
+        expected = recorders[f"{site.name}.processor"].probs
+        assert (probs.flatten(0, 1) - expected).abs().max() < 1e-5
+        assert probs.shape[2] == math.prod(site.grid(*inputs["noisy_latents"].shape[-2:]))
+        assert torch.allclose(probs.sum(dim=-1), torch.ones(()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_tracing_changes_no_bit_and_may_concern_some_rows_alone(dtype: torch.dtype) -> None:
+    unet = fill_(UNet(SMALL)).to(dtype)
+    inputs = {name: tensor if tensor.dtype == torch.bool else tensor.to(dtype) for name, tensor in BATCH.items()}
+    plain = unet(**inputs)
+    prediction, whole = unet.trace(**inputs)
+    assert torch.equal(prediction, plain)
+    assert [site.kind for site in whole] == ["cross"] * 4
+    prediction, part = unet.trace(**inputs, rows=slice(1, 3), reduce="none")
+    assert torch.equal(prediction, plain)
+    for site, probs in part.items():
+        assert torch.allclose(probs.mean(dim=1), whole[site][1:3], atol=1e-6)
+    assert unet.trace(**inputs, sites=())[1] == {}
+
+
+@torch.no_grad()
+def test_edits_change_the_rows_and_sites_that_they_concern() -> None:
+    unet = fill_(UNet(SMALL))
+    plain = unet(**BATCH)
+    seen = []
+
+    def watched(site: AttentionSite, probs: Tensor) -> Tensor:
+        seen.append(site)
+        return probs
+
+    def first_alone(site: AttentionSite, probs: Tensor) -> Tensor:
+        return F.one_hot(torch.zeros(probs.shape[:-1], dtype=torch.int64), probs.shape[-1]).float()
+
+    watching, first = Edit(change=watched, sites="up*"), Edit(change=first_alone)
+    prediction, maps = unet.trace(**BATCH, edits=[watching])
+    assert torch.equal(prediction, plain)
+    assert seen == [site for site in unet.attention_sites if site.name.startswith("up")]
+
+    prediction, maps = unet.trace(**BATCH, edits=[watching, first], rows=slice(2, 3))
+    assert all(probs[..., 0].eq(1).all() for probs in maps.values())
+    # Whose words are all the first one sees what only the first word says.
+    alone = unet(**{**BATCH, "text_embeddings": BATCH["text_embeddings"][:, :1], "text_mask": None})
+    assert relative_error(prediction[2], alone[2]) < 1e-5
+    assert relative_error(prediction[:2], plain[:2]) < 1e-6
+
+
+COMPILED = """
+import torch
+from gobelin.unet import UNet, UNetConfig
+
+unet = UNet(UNetConfig.nano()).eval()
+inputs = torch.randn(2, 4, 8, 6), torch.tensor([3.0, 900.0]), torch.randn(2, 5, 96)
+with torch.no_grad():
+    plain, maps = unet.trace(*inputs)
+    forward = torch.compile(unet.forward, fullgraph=True, backend="aot_eager")
+    trace = torch.compile(unet.trace, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(forward(*inputs), plain, atol=1e-6)
+    prediction, traced = trace(*inputs)
+    assert torch.allclose(prediction, plain, atol=1e-6)
+    assert traced.keys() == maps.keys()
+    assert all(torch.allclose(traced[site], maps[site], atol=1e-6) for site in maps)
+print("compiled")
+"""
+
+
+def test_both_entries_compile_as_one_graph() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "compiled\n", done.stderr
 
 
 @pytest.mark.parametrize("timesteps", [[0, 999], [0.25, 998.75]], ids=["whole", "fractional"])

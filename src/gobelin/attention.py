@@ -1,12 +1,23 @@
-"""Scaled dot-product attention: the one operation by which words reach pixels.
+"""Scaled dot-product attention: the one operation by which words reach pixels, and what it looks at.
 
-Every attention in Gobelin, in the U-Net, the VAE and the text encoder, goes through :func:`attention`.
+Every attention in Gobelin, in the U-Net, the VAE and the text encoder, goes through :func:`attention`. That is a fused
+kernel, which never returns its probabilities. :func:`attention_probs` computes them beside it, when a :class:`Probe`
+asks for them.
 """
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from gobelin.errors import UsageError
+
+Reduction = Literal["none", "heads"]
 
 
 def attention(
@@ -24,6 +35,127 @@ def attention(
     if _trains_in_bfloat16_on_cpu(query) and mask is None and not causal:
         return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2), dim=-1) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+
+def attention_probs(
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch heads keys width"],
+    mask: Bool[Tensor, "#batch #heads #queries keys"] | None = None,
+) -> Float[Tensor, "batch heads queries keys"]:
+    """softmax(Q Kᵀ / √width) in float32: what each query looks at. Rows sum to 1; ``mask`` as in :func:`attention`."""
+    logits = query.float() * query.shape[-1] ** -0.5 @ key.float().transpose(-1, -2)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return torch.softmax(logits, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One attention of a U-Net.
+
+    ``name`` is its state-dict prefix; ``kind`` is "self" (attn1: patches to patches) or "cross" (attn2: patches to
+    words); a patch of it covers ``downscale`` × ``downscale`` latents.
+    """
+
+    name: str
+    kind: Literal["self", "cross"]
+    downscale: int
+    heads: int
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of its patches, for latents of that height and width: every halving rounds up."""
+        return -(-height // self.downscale), -(-width // self.downscale)
+
+
+AttentionMaps = dict[AttentionSite, Tensor]
+"""Probabilities by site: [B, patches, keys], a mean over heads, or [B, heads, patches, keys]."""
+
+Change = Callable[[AttentionSite, Tensor], Tensor]
+"""``change(site, probs) -> probs``, [B, heads, patches, keys] both; giving back ``probs`` itself changes nothing."""
+
+Sites = str | Callable[[AttentionSite], bool] | Sequence[AttentionSite] | None
+"""A choice of sites: a pattern of names, a question about each, the sites themselves, or None: all that see words."""
+
+
+def choose_sites(there: Sequence[AttentionSite], choice: Sites = None) -> tuple[AttentionSite, ...]:
+    """The chosen among the sites that are ``there``, in their order.
+
+    A pattern has ``*`` for anything: ``"*attn2"``, ``"up_blocks.1.*"``. Raises :class:`UsageError` that lists what
+    there is for a choice that matches none; an empty sequence chooses none on purpose.
+    """
+    if choice is None:
+        return tuple(site for site in there if site.kind == "cross")
+    if isinstance(choice, str):
+        chosen = tuple(site for site in there if fnmatchcase(site.name, choice))
+    elif callable(choice):
+        chosen = tuple(site for site in there if choice(site))
+    elif not choice:
+        return ()
+    else:
+        chosen = tuple(site for site in there if site in choice)
+    if not chosen:
+        what = f"the pattern {choice!r}" if isinstance(choice, str) else "the choice of sites"
+        raise UsageError(
+            f"{what} matches no attention of this U-Net, which has {', '.join(site.name for site in there) or 'none'}"
+        )
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What to keep of the attentions while painting: of which ``sites`` (:func:`choose_sites`), heads and steps.
+
+    A mean over heads, and over steps, unless ``per_head`` or ``per_step`` keeps each apart.
+    """
+
+    sites: Sites = None
+    per_head: bool = False
+    per_step: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A change of what attentions look at. Where it gives back what it got, nothing changes, bit for bit.
+
+    ``sites`` are those it concerns, as in
+    :func:`choose_sites`. It holds from the share ``start`` of the way from noise to picture to the share ``end``, in
+    timesteps.
+    """
+
+    change: Change
+    sites: Sites = None
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What is asked of the attentions in one forward pass, and the ``maps`` that come of it.
+
+    ``sites`` are recorded, as means over heads or with ``reduce`` "none" head by head; ``changes`` may replace a site's
+    probabilities, one after the other. Both concern the ``rows`` of the batch alone.
+    """
+
+    sites: Sequence[AttentionSite]
+    reduce: Reduction
+    rows: slice
+    changes: Mapping[AttentionSite, Sequence[Change]]
+    maps: AttentionMaps = field(default_factory=dict)
+
+    def attend(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """:func:`attention`, by the same kernel wherever nothing is edited; notes down what was asked for."""
+        attended = attention(query, key, value, mask)
+        if site not in self.sites and site not in self.changes:
+            return attended
+        probs = seen = attention_probs(query[self.rows], key[self.rows], None if mask is None else mask[self.rows])
+        for change in self.changes.get(site, ()):
+            probs = change(site, probs)
+        if probs is not seen:
+            attended = attended.clone()
+            attended[self.rows] = probs.to(value.dtype) @ value[self.rows]
+        if site in self.sites:
+            self.maps[site] = probs.mean(dim=1) if self.reduce == "heads" else probs
+        return attended
 
 
 def _trains_in_bfloat16_on_cpu(query: Tensor) -> bool:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gobelin.attention import AttentionMaps, Edit, Trace
+from gobelin.samplers import Guess
 from gobelin.schedule import NoiseSchedule
 from gobelin.unet import UNet
 
@@ -15,7 +17,8 @@ class Denoiser:
     """A U-Net that knows what it is asked to paint, and how hard to be pulled towards it.
 
     ``text_embeddings`` and ``negative_embeddings`` are [B, L, D]; ``guidance`` 1 or less turns guidance off, and
-    then the negative half is not run. ``guidance_rescale`` is φ of arXiv 2305.08891, 0 (off) to 1.
+    then the negative half is not run. ``guidance_rescale`` is φ of arXiv 2305.08891, 0 (off) to 1. ``trace`` and
+    ``edits`` concern the half that is guided by the text.
     """
 
     unet: UNet
@@ -24,23 +27,43 @@ class Denoiser:
     negative_embeddings: Float[Tensor, "batch length width"]
     guidance: float = 7.5
     guidance_rescale: float = 0.0
+    trace: Trace | None = None
+    edits: tuple[Edit, ...] = ()
 
     @torch.no_grad()
     def __call__(
         self, noisy_latents: Float[Tensor, "batch channels h w"], timestep: float, alpha_cumprod: float
-    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
-        """The (denoised latents, noise) in ``noisy_latents``, which stand at ``timestep`` and noise level ᾱ."""
-        prediction = self._predict(noisy_latents.to(self.unet.dtype), timestep).to(noisy_latents.dtype)
-        return self.schedule.split(prediction, noisy_latents, alpha_cumprod)
+    ) -> Guess:
+        """What is seen in ``noisy_latents``, which stand at ``timestep`` and noise level ᾱ."""
+        prediction, maps = self._predict(noisy_latents.to(self.unet.dtype), timestep)
+        denoised, noise = self.schedule.split(prediction.to(noisy_latents.dtype), noisy_latents, alpha_cumprod)
+        return Guess(latents=noisy_latents, denoised=denoised, noise=noise, maps=maps)
 
-    def _predict(self, noisy_latents: Tensor, timestep: float) -> Tensor:
+    def _predict(self, noisy_latents: Tensor, timestep: float) -> tuple[Tensor, AttentionMaps]:
         timesteps = torch.full((len(noisy_latents),), timestep, dtype=torch.float32, device=noisy_latents.device)
         if self.guidance <= 1:
-            return self.unet(noisy_latents, timesteps, self.text_embeddings)
+            return self._look(noisy_latents, timesteps, self.text_embeddings)
         both = torch.cat([self.negative_embeddings, self.text_embeddings])
-        negative, positive = self.unet(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
+        predictions, maps = self._look(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+        negative, positive = predictions.chunk(2)
         guided = negative + self.guidance * (positive - negative)
-        return rescale_guidance(guided, positive, self.guidance_rescale)
+        return rescale_guidance(guided, positive, self.guidance_rescale), maps
+
+    def _look(self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor) -> tuple[Tensor, AttentionMaps]:
+        """One run of the U-Net; what is looked at in it are its last rows, the text's."""
+        way = 1 - float(timesteps[0]) / (self.schedule.config.num_train_timesteps - 1)
+        edits = [edit for edit in self.edits if edit.start <= way <= edit.end]
+        if self.trace is None and not edits:
+            return self.unet(noisy_latents, timesteps, text_embeddings), {}
+        return self.unet.trace(
+            noisy_latents,
+            timesteps,
+            text_embeddings,
+            sites=() if self.trace is None else self.trace.sites,
+            reduce="none" if self.trace is not None and self.trace.per_head else "heads",
+            rows=slice(-len(self.text_embeddings), None),
+            edits=edits,
+        )
 
 
 def rescale_guidance(

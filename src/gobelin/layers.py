@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
-from gobelin.attention import attention
+from gobelin.attention import AttentionSite, Probe, attention
 
 
 class Timesteps(nn.Module):
@@ -96,7 +96,12 @@ class Upsample2D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself, or to a context: attn1 and attn2 of the U-Net's blocks."""
+    """Multi-head attention of a sequence to itself, or to a context: attn1 and attn2 of the U-Net's blocks.
+
+    ``site`` says which attention of the U-Net it is; it has none elsewhere.
+    """
+
+    site: AttentionSite | None = None
 
     def __init__(self, width: int, *, heads: int, context_width: int | None = None, bias: bool = False):
         super().__init__()
@@ -111,6 +116,7 @@ class Attention(nn.Module):
         hidden: Float[Tensor, "batch queries width"],
         context: Float[Tensor, "batch keys context_width"] | None = None,
         mask: Bool[Tensor, "batch keys"] | None = None,
+        probe: Probe | None = None,
     ) -> Float[Tensor, "batch queries width"]:
         """Attend to ``context``, or to ``hidden`` itself without one; ``mask`` is True where a key may be seen."""
         context = hidden if context is None else context
@@ -118,7 +124,11 @@ class Attention(nn.Module):
             rearrange(projected, "b length (heads d) -> b heads length d", heads=self.heads)
             for projected in (self.to_q(hidden), self.to_k(context), self.to_v(context))
         )
-        attended = attention(query, key, value, mask if mask is None else mask[:, None, None, :])
+        mask = mask if mask is None else mask[:, None, None, :]
+        if probe is None or self.site is None:
+            attended = attention(query, key, value, mask)
+        else:
+            attended = probe.attend(self.site, query, key, value, mask)
         attended = rearrange(attended, "b heads length d -> b length (heads d)")
         for layer in self.to_out:
             attended = layer(attended)

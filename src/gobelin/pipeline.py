@@ -15,12 +15,14 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Generator, Tensor
 
+from gobelin.attention import Edit, Trace, choose_sites
 from gobelin.clip import TextEncoder
 from gobelin.denoiser import Denoiser
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
 from gobelin.formats.files import read_json, write_json
 from gobelin.formats.png import write_png
+from gobelin.look.heatmaps import Collector, HeatMaps
 from gobelin.samplers import NoiseSource, Step, find_sampler, sample
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
@@ -57,11 +59,22 @@ class PaintingStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Painted pictures, with the latents [B, 4, h, w] and, for each, the settings that repeat it."""
+    """Painted pictures, with the latents [B, 4, h, w] and, for each, the settings that repeat it.
+
+    Where it was asked for, ``heatmaps`` say for each which word painted what.
+    """
 
     images: list[Image.Image]
     latents: Float[Tensor, "batch channels h w"]
     settings: list[dict[str, Any]]
+    traced: list[HeatMaps] | None = None
+
+    @property
+    def heatmaps(self) -> list[HeatMaps]:
+        """A picture's heat maps each; :class:`UsageError` where they were not traced."""
+        if self.traced is None:
+            raise UsageError("these pictures were painted without a trace: paint with trace=True")
+        return self.traced
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write PNGs that carry their settings, never over an existing file; returns their paths."""
@@ -155,13 +168,15 @@ class Pipeline:
         Results are in prompt-major order, then by count.
         """
         request = self._request(prompt, **options)
-        latents = torch.empty(0)
+        latents, collector = torch.empty(0), Collector(request.trace or Trace())
         for step in self._steps(request):
             latents = step.latents
+            collector.add(step.maps)
             on_step(step)
         with torch.no_grad():
-            images = self.vae.latents_to_images(latents.to(self.vae.dtype))
-        return Result(images=to_pil(images), latents=latents, settings=request.settings)
+            images = to_pil(self.vae.latents_to_images(latents.to(self.vae.dtype)))
+        traced = None if request.trace is None else self._heatmaps(request, collector, images)
+        return Result(images=images, latents=latents, settings=request.settings, traced=traced)
 
     def stream(self, prompt: str | Sequence[str], **options: Any) -> Iterator[PaintingStep]:
         """Paint step by step, for one prompt or several.
@@ -169,7 +184,9 @@ class Pipeline:
         Options: ``negative_prompt`` str; ``seed`` int, None draws one; ``steps``, ``guidance``,
         ``guidance_rescale``, ``sampler``, None for what the model recommends; ``height`` and ``width`` in pixels,
         None for the model's own; ``count`` pictures a prompt; ``latents`` [B, 4, h, w], start noise of your own;
-        ``clip_skip`` layers of the text encoder to leave out. Raises :class:`UsageError` for what cannot be painted.
+        ``clip_skip`` layers of the text encoder to leave out; ``trace`` True for every step's ``maps`` of what looked
+        at which word, or a :class:`gobelin.attention.Trace` that says more; ``edits`` of what is looked at.
+        Raises :class:`UsageError` for what cannot be painted.
         """
         return self._steps(self._request(prompt, **options))
 
@@ -188,6 +205,8 @@ class Pipeline:
         count: int = 1,
         latents: Float[Tensor, "batch channels h w"] | None = None,
         clip_skip: int = 0,
+        trace: bool | Trace = False,
+        edits: Sequence[Edit] = (),
     ) -> "_Request":
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(text.strip() for text in prompts):
@@ -238,7 +257,26 @@ class Pipeline:
         }
         repeated = [text for text in prompts for _ in range(count)]
         settings = [{"prompt": text, "seed": seed + index, **common} for index, text in enumerate(repeated)]
-        return _Request(settings=settings, shape=shape, latents=latents)
+        traced = trace if isinstance(trace, Trace) else Trace() if trace else None
+        for asked in (traced, *edits):
+            if asked is not None:
+                choose_sites(self.unet.attention_sites, asked.sites)
+        return _Request(settings=settings, shape=shape, latents=latents, trace=traced, edits=tuple(edits))
+
+    def _heatmaps(self, request: "_Request", collector: Collector, images: list[Image.Image]) -> list[HeatMaps]:
+        prompts = [settings["prompt"] for settings in request.settings]
+        eos = self.tokenizer(prompts) == self.tokenizer.eos
+        return [
+            HeatMaps(
+                prompt=prompt,
+                words=tuple(self.tokenizer.spans(prompt)),
+                end=int(eos[index].int().argmax()),
+                maps=collector.maps(index),
+                latent_size=(request.shape[1], request.shape[2]),
+                picture=image,
+            )
+            for index, (prompt, image) in enumerate(zip(prompts, images, strict=True))
+        ]
 
     @torch.no_grad()
     def _steps(self, request: "_Request") -> Iterator[PaintingStep]:
@@ -256,6 +294,8 @@ class Pipeline:
             ),
             guidance=options["guidance"],
             guidance_rescale=options["guidance_rescale"],
+            trace=request.trace,
+            edits=request.edits,
         )
         steps = sample(options["sampler"], denoiser, self.schedule, start_noise, options["steps"], noise)
         for step in steps:
@@ -286,11 +326,13 @@ class Pipeline:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """A checked request: the settings of every picture, and the shape of its latents."""
+    """A checked request: the settings of every picture, the shape of its latents, what to look at and to change."""
 
     settings: list[dict[str, Any]]
     shape: tuple[int, int, int]
     latents: Tensor | None
+    trace: Trace | None
+    edits: tuple[Edit, ...]
 
 
 def shipped_model() -> Path:

@@ -6,7 +6,7 @@ Karras et al. 2022 (x = z_0 + σ·ε, used by k-diffusion) is the same point div
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,29 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from gobelin.attention import AttentionMaps
 from gobelin.errors import UsageError
 from gobelin.schedule import TINY_ALPHA_CUMPROD, NoiseSchedule, Spacing
 
 Latents = Float[Tensor, "batch channels h w"]
-Denoise = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
-"""(noisy_latents, timestep, ᾱ) -> (denoised, noise): a :class:`gobelin.denoiser.Denoiser`, or any such function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """What a denoiser sees in noisy latents: the two that they are made of.
+
+    ``latents`` are those that it saw, which may be others than it was given; ``maps`` are what its attentions looked
+    at, where that was asked for.
+    """
+
+    latents: Latents
+    denoised: Latents
+    noise: Latents
+    maps: AttentionMaps = field(default_factory=dict)
+
+
+Denoise = Callable[[Tensor, float, float], Guess]
+"""(noisy_latents, timestep, ᾱ) -> guess: a :class:`gobelin.denoiser.Denoiser`, or any such function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +62,8 @@ class Step:
     """What a sampler yields after each step.
 
     ``timestep`` and ``sigma`` are those that the step started from; ``latents`` are where it arrived, and after
-    the last step they are the picture's; ``denoised`` is the guess at the picture's latents that it used.
+    the last step they are the picture's; ``denoised`` is the guess at the picture's latents that it used. ``maps``
+    are what the attentions looked at then, where that was asked for.
     """
 
     index: int
@@ -53,6 +71,7 @@ class Step:
     sigma: float
     latents: Latents
     denoised: Latents
+    maps: AttentionMaps
 
 
 class NoiseSource:
@@ -78,53 +97,53 @@ def ddim(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Lat
     churn): x + (σ' − σ)·ε̂ divided by √ᾱ' is the same expression. The two differ in their grids only.
     """
     for index, timestep, here, there in grid.levels():
-        denoised, predicted_noise = denoise(latents, timestep, here)
-        latents = math.sqrt(there) * denoised + math.sqrt(1 - there) * predicted_noise
-        yield _step(index, timestep, here, latents, denoised)
+        guess = denoise(latents, timestep, here)
+        latents = math.sqrt(there) * guess.denoised + math.sqrt(1 - there) * guess.noise
+        yield _step(index, timestep, here, latents, guess)
 
 
 def ddpm(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
     """Draw from the posterior q(z_t' | z_t, ẑ_0) (Ho et al. 2020, equation 7)."""
     for index, timestep, here, there in grid.levels():
-        denoised, _ = denoise(latents, timestep, here)
+        guess = denoise(latents, timestep, here)
         alpha = here / there
         mean = (
-            math.sqrt(there) * (1 - alpha) / (1 - here) * denoised
-            + math.sqrt(alpha) * (1 - there) / (1 - here) * latents
+            math.sqrt(there) * (1 - alpha) / (1 - here) * guess.denoised
+            + math.sqrt(alpha) * (1 - there) / (1 - here) * guess.latents
         )
         variance = (1 - there) / (1 - here) * (1 - alpha)
         latents = mean + math.sqrt(variance) * noise() if variance > 0 else mean
-        yield _step(index, timestep, here, latents, denoised)
+        yield _step(index, timestep, here, latents, guess)
 
 
 def euler_ancestral(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
     """An Euler step below the next level, then fresh noise up to it (k-diffusion ``sample_euler_ancestral``)."""
     for index, timestep, here, there in grid.levels():
-        denoised, predicted_noise = denoise(latents, timestep, here)
+        guess = denoise(latents, timestep, here)
         sigma, next_sigma = _sigma(here), _sigma(there)
         up = math.sqrt(next_sigma**2 * (sigma**2 - next_sigma**2) / sigma**2)
         down = math.sqrt(next_sigma**2 - up**2)
-        latents = denoised + down * predicted_noise
+        latents = guess.denoised + down * guess.noise
         if up > 0:
             latents = latents + up * noise()
         latents = math.sqrt(there) * latents
-        yield _step(index, timestep, here, latents, denoised)
+        yield _step(index, timestep, here, latents, guess)
 
 
 def dpmpp_2m(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
     """DPM-Solver++(2M), the midpoint form (Lu et al. 2022, arXiv 2211.01095, algorithm 2)."""
     previous, previous_h = None, 0.0
     for index, timestep, here, there in grid.levels():
-        denoised, _ = denoise(latents, timestep, here)
-        direction = denoised
+        guess = denoise(latents, timestep, here)
+        direction = guess.denoised
         h = math.log(_sigma(here) / _sigma(there)) if there < 1 else math.inf
         # The first step is of first order, the last, to no noise at all, too, and one from where the last one stood.
         if previous is not None and previous_h > 0 and there < 1:
-            direction = denoised + h / (2 * previous_h) * (denoised - previous)
+            direction = direction + h / (2 * previous_h) * (direction - previous)
         shrink = _sigma(there) / _sigma(here)  # e^-h
-        latents = shrink * math.sqrt(there / here) * latents + math.sqrt(there) * (1 - shrink) * direction
-        previous, previous_h = denoised, h
-        yield _step(index, timestep, here, latents, denoised)
+        latents = shrink * math.sqrt(there / here) * guess.latents + math.sqrt(there) * (1 - shrink) * direction
+        previous, previous_h = guess.denoised, h
+        yield _step(index, timestep, here, latents, guess)
 
 
 def timestep_grid(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> list[int]:
@@ -235,9 +254,15 @@ def find_sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-def _step(index: int, timestep: float, alpha_cumprod: float, latents: Tensor, denoised: Tensor) -> Step:
-    sigma = _sigma(alpha_cumprod) if alpha_cumprod > 0 else math.inf
-    return Step(index=index, timestep=timestep, sigma=sigma, latents=latents, denoised=denoised)
+def _step(index: int, timestep: float, alpha_cumprod: float, latents: Tensor, guess: Guess) -> Step:
+    return Step(
+        index=index,
+        timestep=timestep,
+        sigma=_sigma(alpha_cumprod) if alpha_cumprod > 0 else math.inf,
+        latents=latents,
+        denoised=guess.denoised,
+        maps=guess.maps,
+    )
 
 
 def _sigma(alpha_cumprod: float) -> float:

@@ -53,6 +53,11 @@ class Tokenizer:
             single=f"{BOS} $A {EOS}", special_tokens=[(BOS, vocab[BOS]), (EOS, vocab[EOS])]
         )
 
+    @property
+    def eos(self) -> int:
+        """The id of the token that ends a text and pads it."""
+        return self.vocab[EOS]
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 2048, max_length: int = 77) -> Self:
         """Learn the merges from texts; the vocabulary is laid out as CLIP's and holds ``vocab_size`` at most.
@@ -112,11 +117,10 @@ class Tokenizer:
     def __call__(self, texts: str | Sequence[str]) -> Int[Tensor, "batch length"]:
         """Token ids, each text cut or padded to ``max_length``: BOS, the text, EOS, and EOS as padding."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        eos = self.vocab[EOS]
         rows = []
         for encoding in self._engine.encode_batch(texts):
             ids = encoding.ids[: self.max_length - 1]
-            rows.append([*ids, *[eos] * (self.max_length - len(ids))])
+            rows.append([*ids, *[self.eos] * (self.max_length - len(ids))])
         return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), self.max_length)
 
     def spans(self, text: str) -> list[WordSpan]:

@@ -4,7 +4,7 @@ Rombach et al. 2022 (arXiv 2112.10752), sections 3.3 and C.1. In every transform
 latents attend to each other (``attn1``) and to the words (``attn2``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gobelin.attention import AttentionMaps, AttentionSite, Change, Edit, Probe, Reduction, Sites, choose_sites
 from gobelin.errors import UsageError
 from gobelin.formats.component import Component, require_counts
 from gobelin.layers import (
@@ -179,9 +180,10 @@ class BasicTransformerBlock(nn.Module):
         hidden: Float[Tensor, "batch patches width"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
+        probe: Probe | None = None,
     ) -> Float[Tensor, "batch patches width"]:
-        hidden = hidden + self.attn1(self.norm1(hidden))
-        hidden = hidden + self.attn2(self.norm2(hidden), text_embeddings, text_mask)
+        hidden = hidden + self.attn1(self.norm1(hidden), probe=probe)
+        hidden = hidden + self.attn2(self.norm2(hidden), text_embeddings, text_mask, probe)
         return hidden + self.ff(self.norm3(hidden))
 
 
@@ -200,11 +202,12 @@ class Transformer2DModel(nn.Module):
         feature_map: Float[Tensor, "batch channels height width"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
+        probe: Probe | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         height = feature_map.shape[-2]
         patches = rearrange(self.proj_in(self.norm(feature_map)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
-            patches = block(patches, text_embeddings, text_mask)
+            patches = block(patches, text_embeddings, text_mask, probe)
         return feature_map + self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
 
 
@@ -245,12 +248,17 @@ class DownBlock2D(_Block):
             self.downsamplers = nn.ModuleList([Downsample2D(width, padding=1)])
 
     def forward(
-        self, hidden: Tensor, time: Tensor, text_embeddings: Tensor, text_mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        time: Tensor,
+        text_embeddings: Tensor,
+        text_mask: Tensor | None = None,
+        probe: Probe | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for layer, resnet in enumerate(self.resnets):
             hidden = resnet(hidden, time)
-            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask)
+            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask, probe)
             skips.append(hidden)
         if hasattr(self, "downsamplers"):
             hidden = self.downsamplers[0](hidden)
@@ -265,9 +273,16 @@ class UNetMidBlock2DCrossAttn(_Block):
         width = config.block_out_channels[-1]
         super().__init__([(width, width)] * 2, 1, config)
 
-    def forward(self, hidden: Tensor, time: Tensor, text_embeddings: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        time: Tensor,
+        text_embeddings: Tensor,
+        text_mask: Tensor | None = None,
+        probe: Probe | None = None,
+    ) -> Tensor:
         hidden = self.resnets[0](hidden, time)
-        hidden = self.attentions[0](hidden, text_embeddings, text_mask)
+        hidden = self.attentions[0](hidden, text_embeddings, text_mask, probe)
         return self.resnets[1](hidden, time)
 
 
@@ -295,10 +310,11 @@ class UpBlock2D(_Block):
         time: Tensor,
         text_embeddings: Tensor,
         text_mask: Tensor | None = None,
+        probe: Probe | None = None,
     ) -> Tensor:
         for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             hidden = resnet(torch.cat([hidden, skip], dim=1), time)
-            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask)
+            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask, probe)
         return self.upsamplers[0](hidden, size) if hasattr(self, "upsamplers") else hidden
 
 
@@ -324,6 +340,7 @@ class UNet(Component[UNetConfig]):
         self.up_blocks = nn.ModuleList(UpBlock2D(config, position) for position in range(len(widths)))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.attention_sites = tuple(self._name_sites())
 
     def forward(
         self,
@@ -338,8 +355,50 @@ class UNet(Component[UNetConfig]):
         attended to; without one all are, the padding too, as in Stable Diffusion. Height and width are free:
         where a level has an odd size, the way up goes back to that size.
         """
+        return self._predict(noisy_latents, timesteps, text_embeddings, text_mask, None)
+
+    def trace(
+        self,
+        noisy_latents: Float[Tensor, "batch in_channels height width"],
+        timesteps: Num[Tensor, " batch"],
+        text_embeddings: Float[Tensor, "batch length text_width"],
+        text_mask: Bool[Tensor, "batch length"] | None = None,
+        sites: Sites = None,
+        reduce: Reduction = "heads",
+        rows: slice | None = None,
+        edits: Sequence[Edit] = (),
+    ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
+        """The prediction, bit for bit that of a plain call, and what the attentions looked at.
+
+        ``sites`` chooses among ``attention_sites``: None for all of words, a pattern of names (``"up_blocks.*attn2"``),
+        a function of a site, or the sites themselves; a choice that matches none is a :class:`UsageError` that lists
+        what there is. ``reduce`` "heads" gives means over heads [B, patches, keys], "none" every head
+        [B, heads, patches, keys], float32. ``edits`` change what the attentions look at, one after the other, whatever
+        the timestep; what is given back is then what they made of it. ``rows`` limits maps and edits to a part of the
+        batch.
+        """
+        changes: dict[AttentionSite, list[Change]] = {}
+        for edit in edits:
+            for site in choose_sites(self.attention_sites, edit.sites):
+                changes.setdefault(site, []).append(edit.change)
+        probe = Probe(
+            sites=choose_sites(self.attention_sites, sites),
+            reduce=reduce,
+            rows=slice(None) if rows is None else rows,
+            changes=changes,
+        )
+        return self._predict(noisy_latents, timesteps, text_embeddings, text_mask, probe), probe.maps
+
+    def _predict(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text_embeddings: Tensor,
+        text_mask: Tensor | None,
+        probe: Probe | None,
+    ) -> Tensor:
         time = self.time_embedding(self.time_proj(timesteps).to(noisy_latents.dtype))
-        conditions = (time, text_embeddings, text_mask)
+        conditions = (time, text_embeddings, text_mask, probe)
 
         hidden = self.conv_in(noisy_latents)
         skips = [hidden]
@@ -356,6 +415,18 @@ class UNet(Component[UNetConfig]):
             hidden = self._run(block, hidden, block_skips, size, *conditions)
 
         return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+
+    def _name_sites(self) -> Iterator[AttentionSite]:
+        """Every attention in the order in which latents pass through them; each is told which it is."""
+        names = {module: name for name, module in self.named_modules()}
+        down = [2**level for level in range(len(self.down_blocks))]
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        for block, downscale in zip(blocks, [*down, down[-1], *reversed(down)], strict=True):
+            for module in block.modules():
+                if isinstance(module, Attention):
+                    kind = "self" if names[module].endswith("attn1") else "cross"
+                    module.site = AttentionSite(name=names[module], kind=kind, downscale=downscale, heads=module.heads)
+                    yield module.site
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():

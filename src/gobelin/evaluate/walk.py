@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gobelin.layers import Attention
-from gobelin.unet import Transformer2DModel, UNet, UNetConfig
+from gobelin.unet import UNet, UNetConfig
 
 Shape = tuple[int, ...]
 
@@ -41,22 +41,18 @@ def walk(config: UNetConfig, height: int, width: int, length: int = 77) -> list[
         text_embeddings = torch.empty(1, length, config.cross_attention_dim)
         timesteps = torch.zeros(1)
     sites: list[SiteShapes] = []
-    grids: list[tuple[int, int]] = []
-    names = {module: name for name, module in unet.named_modules()}
-
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        grids.append((inputs[0].shape[-2], inputs[0].shape[-1]))
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, Attention)
+        assert module.site is not None
         hidden, *context = inputs
         keys = (context[0] if context else hidden).shape[1]
         head = module.to_q.out_features // module.heads
         sites.append(
             SiteShapes(
-                name=names[module],
-                kind="cross" if context else "self",
-                grid=grids[-1],
+                name=module.site.name,
+                kind=module.site.kind,
+                grid=module.site.grid(height, width),
                 query=(1, module.heads, hidden.shape[1], head),
                 key=(1, module.heads, keys, head),
                 value=(1, module.heads, keys, head),
@@ -68,7 +64,5 @@ def walk(config: UNetConfig, height: int, width: int, length: int = 77) -> list[
     for module in unet.modules():
         if isinstance(module, Attention):
             module.register_forward_hook(leave)
-        elif isinstance(module, Transformer2DModel):
-            module.register_forward_pre_hook(enter)
     unet(latents, timesteps, text_embeddings)
     return sites

@@ -219,7 +219,7 @@ def tiny() -> TrainConfig:
         unet=UNetStageConfig(
             preset="tiny",
             optim=OptimConfig(
-                steps=16_000,
+                steps=14_000,
                 batch_size=64,
                 learning_rate=3e-3,
                 optimizer="muon",

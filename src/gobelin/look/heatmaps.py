@@ -1,0 +1,273 @@
+"""From what attentions looked at to which word painted which pixel, and back.
+
+The maps of many sites, steps and heads become one picture's heat maps. Tang et al. 2022 (DAAM, arXiv 2210.04885)
+sum them over steps and average them over layers and heads; so does Gobelin.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from gobelin.attention import AttentionMaps, AttentionSite, Sites, Trace, choose_sites
+from gobelin.errors import UsageError
+from gobelin.look.colours import overlaid
+from gobelin.tokenizer import WordSpan
+
+Part = Literal["bos", "eos", "padding"]
+PARTS: tuple[Part, ...] = ("bos", "eos", "padding")
+
+
+class Collector:
+    """Adds up the maps of a painting's steps, so that memory does not grow with their number.
+
+    With ``trace.per_step`` each step's are kept instead.
+    """
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self._kept: dict[AttentionSite, list[Tensor]] = {}
+        self._steps = 0
+
+    def add(self, maps: AttentionMaps) -> None:
+        """One step's maps, [B, patches, keys] or [B, heads, patches, keys]."""
+        self._steps += 1
+        for site, probs in maps.items():
+            kept = self._kept.setdefault(site, [])
+            if self.trace.per_step or not kept:
+                kept.append(probs.clone())
+            else:
+                kept[0] += probs
+
+    def maps(self, index: int) -> AttentionMaps:
+        """Picture ``index``'s, [steps or 1, heads or 1, patches, keys]: means where steps were added up."""
+        scale = 1 if self.trace.per_step else self._steps
+        maps = {site: torch.stack([probs[index] for probs in kept]) / scale for site, kept in self._kept.items()}
+        return {site: probs if self.trace.per_head else probs[:, None] for site, probs in maps.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """How much each pixel of a picture has to do with something: with a word, or with one of its own patches.
+
+    ``raw`` [H, W] is the mean share of attention, in [0, 1], that the pixel's patch gives to it.
+    """
+
+    label: str
+    raw: Float[Tensor, "height width"]
+    picture: Image.Image
+
+    @property
+    def values(self) -> Float[Tensor, "height width"]:
+        """For display: ``raw`` from its least to its greatest value as 0 to 1; all 0 where it is even."""
+        low, high = self.raw.min(), self.raw.max()
+        return (self.raw - low) / (high - low) if high > low else torch.zeros_like(self.raw)
+
+    def mask(self, threshold: float = 0.4) -> Tensor:
+        """Where ``values`` exceed the threshold, bool [H, W]; DAAM's τ."""
+        return self.values > threshold
+
+    def overlay(self, size: int | None = None) -> Image.Image:
+        """The picture in grey, and over it the map in colour; ``size`` is the longer side in pixels, else its own."""
+        return overlaid(self.picture, self.values, size)
+
+    def _repr_png_(self) -> bytes | None:
+        return self.overlay(max(256, *self.picture.size))._repr_png_()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatMaps:
+    """What the words of one picture painted: ``heatmaps["circle"]`` is a :class:`HeatMap`.
+
+    ``words`` are the prompt's, in order; ``end`` is the position of its EOS, BOS being 0. ``maps`` are by site,
+    [steps, heads, patches, keys], float32, with 1 where steps or heads were averaged. ``latent_size`` is (h, w).
+    """
+
+    prompt: str
+    words: tuple[WordSpan, ...]
+    end: int
+    maps: AttentionMaps
+    latent_size: tuple[int, int]
+    picture: Image.Image
+
+    def __getitem__(self, key: "str | int | tuple[str, int]") -> HeatMap:
+        """A word or a phrase, wherever it stands; a pair for one of its occurrences, 0 the first; a word by its number.
+
+        Case does not matter. Raises :class:`UsageError` with the words there are.
+        """
+        label = self.words[key].word if isinstance(key, int) and -len(self.words) <= key < len(self.words) else str(key)
+        return self._map(label if isinstance(key, str | int) else key[0], self.tokens(key))
+
+    def tokens(self, key: "str | int | tuple[str, int]") -> tuple[int, ...]:
+        """The positions of a word's tokens, by the keys of ``heatmaps[…]``."""
+        there = ", ".join(dict.fromkeys(span.word for span in self.words)) or "none"
+        if isinstance(key, int):
+            if not -len(self.words) <= key < len(self.words):
+                raise UsageError(f"there is no word number {key}: the prompt has {len(self.words)}, {there}")
+            return self.words[key].tokens
+        phrase, occurrence = (key, None) if isinstance(key, str) else key
+        wanted = phrase.lower().split()
+        places = [
+            place
+            for place in range(len(self.words) - len(wanted) + 1)
+            if wanted and [span.word.lower() for span in self.words[place : place + len(wanted)]] == wanted
+        ]
+        if not places:
+            raise UsageError(f"{phrase!r} is not in the prompt, whose words are {there}")
+        if occurrence is not None:
+            if not -len(places) <= occurrence < len(places):
+                raise UsageError(
+                    f"{phrase!r} occurs {len(places)} times in the prompt: there is no number {occurrence} of it, "
+                    "the first being 0"
+                )
+            places = [places[occurrence]]
+        return tuple(
+            token for place in places for span in self.words[place : place + len(wanted)] for token in span.tokens
+        )
+
+    def token(self, position: int) -> HeatMap:
+        """One token by its position, BOS being 0."""
+        length = self._stack("cross")[0][1].shape[-1]
+        if not 0 <= position < length:
+            raise UsageError(f"there is no token {position}: positions are 0 to {length - 1}")
+        return self._map(f"token {position}", (position,))
+
+    def part(self, part: Part) -> HeatMap:
+        """What no word stands for: "bos", "eos", "padding"."""
+        return self._map(part.upper() if part != "padding" else part, self._positions(part))
+
+    def select(
+        self, *, sites: Sites = None, heads: Sequence[int] | None = None, steps: Sequence[int] | None = None
+    ) -> "HeatMaps":
+        """The same of a choice of sites (as :func:`gobelin.attention.choose_sites`; None: all), of heads, of steps.
+
+        Heads and steps can be chosen where they were kept apart: ``trace=Trace(per_head=True, per_step=True)``.
+        """
+        kept = self.maps if sites is None else dict.fromkeys(choose_sites(tuple(self.maps), sites))
+        maps = {site: self.maps[site] for site in kept}
+        for axis, name, chosen in ((0, "step", steps), (1, "head", heads)):
+            if chosen is not None:
+                maps = {site: _chosen(probs, axis, name, chosen) for site, probs in maps.items()}
+        return replace(self, maps=maps)
+
+    def without(self, *parts: Part) -> "HeatMaps":
+        """The same with the shares of BOS, EOS or padding left out, and those of the others made to sum to 1 again."""
+        gone = [position for part in parts for position in self._positions(part)]
+        maps = dict(self.maps)
+        for site, probs in self.maps.items():
+            if site.kind == "cross":
+                left = probs.clone()
+                left[..., gone] = 0
+                maps[site] = left / left.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+        return replace(self, maps=maps)
+
+    def words_at(self, x: int, y: int) -> list[tuple[WordSpan, float]]:
+        """The words behind the pixel at column ``x``, row ``y``: the share of each among them, greatest first."""
+        return self.words_in((x, y, x + 1, y + 1))
+
+    def words_in(self, box: tuple[int, int, int, int]) -> list[tuple[WordSpan, float]]:
+        """The words behind a box (left, top, right, bottom) in pixels, the last two not in it; shares as above."""
+        left, top, right, bottom = box
+        width, height = self.picture.size
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise UsageError(
+                f"the region {left}, {top} to {right}, {bottom} is not in the picture of {width}×{height} pixels"
+            )
+        shares = [self._map(span.word, span.tokens).raw[top:bottom, left:right].mean().item() for span in self.words]
+        total = sum(shares) or 1.0
+        ranked = zip(self.words, (share / total for share in shares), strict=True)
+        return sorted(ranked, key=lambda pair: -pair[1])
+
+    def patches_for(self, x: int, y: int) -> HeatMap:
+        """What the patch at pixel (x, y) draws on: its self-attention (attn1), where that was traced."""
+        width, height = self.picture.size
+        if not (0 <= x < width and 0 <= y < height):
+            raise UsageError(f"the pixel {x}, {y} is not in the picture of {width}×{height} pixels")
+
+        def seen(site: AttentionSite, probs: Tensor) -> Tensor:
+            rows, columns = site.grid(*self.latent_size)
+            query = (y * rows // height) * columns + x * columns // width
+            return probs[query].reshape(rows, columns)
+
+        return HeatMap(label=f"patch at {x}, {y}", raw=self._combined("self", seen), picture=self.picture)
+
+    def shares(self) -> dict[str, float]:
+        """Where attention goes: the mean share of BOS, of words, of EOS and of padding; they sum to 1."""
+        mean = torch.stack([probs.mean(dim=(0, 1, 2)) for _, probs in self._stack("cross")]).mean(dim=0)
+        shares = {part: mean[list(self._positions(part))].sum().item() for part in PARTS}
+        return {"words": 1 - sum(shares.values()), **shares}
+
+    def entropy(self) -> float:
+        """The mean entropy of a patch's attention over tokens, in nats."""
+        return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for _, p in self._stack("cross")]).mean().item()
+
+    def daam(self, key: "str | int | tuple[str, int]") -> HeatMap:
+        """The map exactly as DAAM aggregates it, where heads were kept apart: ``trace=Trace(per_head=True)``.
+
+        Every head of every layer is enlarged to the latents' size by bicubic interpolation and clamped at 0; the mean
+        is taken over heads and layers, then over the word's tokens; bicubic interpolation once more gives the
+        picture's size (``GlobalHeatMap.compute_word_heat_map`` and ``expand_as`` of the daam package).
+        """
+        tokens = list(self.tokens(key))
+        layers = []
+        for site, probs in self._stack("cross"):
+            rows, columns = site.grid(*self.latent_size)
+            heads = probs.sum(dim=0)[..., tokens].permute(0, 2, 1).reshape(-1, 1, rows, columns)
+            large = F.interpolate(heads, size=self.latent_size, mode="bicubic").clamp(min=0)
+            layers.append(large.reshape(-1, len(tokens), *self.latent_size))
+        mean = torch.cat(layers).mean(dim=0).mean(dim=0)
+        raw = F.interpolate(mean[None, None], size=self.picture.size[::-1], mode="bicubic")[0, 0]
+        return HeatMap(label=str(key), raw=raw, picture=self.picture)
+
+    def stacked(self, keys: Sequence["str | int | tuple[str, int]"]) -> Float[Tensor, "words height width"]:
+        """The ``raw`` maps of several words."""
+        return torch.stack([self[key].raw for key in keys])
+
+    def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
+        def shared(site: AttentionSite, probs: Tensor) -> Tensor:
+            return probs[:, list(tokens)].sum(dim=-1).reshape(site.grid(*self.latent_size))
+
+        return HeatMap(label=label, raw=self._combined("cross", shared), picture=self.picture)
+
+    def _combined(
+        self, kind: Literal["self", "cross"], reduced: Callable[[AttentionSite, Tensor], Tensor]
+    ) -> Float[Tensor, "height width"]:
+        """What ``reduced`` makes [rows, columns] of each site's [patches, keys], enlarged: the mean over all sites."""
+        size = self.picture.size[::-1]
+        by_grid: dict[tuple[int, ...], list[Tensor]] = {}
+        for site, probs in self._stack(kind):
+            small = reduced(site, probs.mean(dim=(0, 1)))
+            by_grid.setdefault(tuple(small.shape), []).append(small)
+        count = sum(map(len, by_grid.values()))
+        sums = [torch.stack(maps).sum(dim=0)[None, None] for maps in by_grid.values()]
+        large = [F.interpolate(small, size=size, mode="bicubic").clamp(min=0)[0, 0] for small in sums]
+        return torch.stack(large).sum(dim=0) / count
+
+    def _stack(self, kind: Literal["self", "cross"]) -> list[tuple[AttentionSite, Tensor]]:
+        found = [(site, probs) for site, probs in self.maps.items() if site.kind == kind]
+        if not found:
+            what = {"cross": "words (attn2)", "self": "patches (attn1)"}[kind]
+            raise UsageError(f"no attention to {what} was traced: paint with trace=Trace(sites=…) that has some")
+        return found
+
+    def _positions(self, part: Part) -> tuple[int, ...]:
+        if part not in PARTS:
+            raise UsageError(f"unknown part {part!r}: the choices are {', '.join(PARTS)}")
+        length = self._stack("cross")[0][1].shape[-1]
+        return {"bos": (0,), "eos": (self.end,), "padding": tuple(range(self.end + 1, length))}[part]
+
+
+def _chosen(probs: Tensor, axis: int, name: str, chosen: Sequence[int]) -> Tensor:
+    there = probs.shape[axis]
+    if wrong := [number for number in chosen if not 0 <= number < there]:
+        if there == 1:
+            raise UsageError(
+                f"{name} {wrong[0]} asked for, but {name}s were averaged: paint with Trace(per_{name}=True)"
+            )
+        raise UsageError(f"there is no {name} {wrong[0]}: choose from 0 to {there - 1}")
+    return probs.index_select(axis, torch.tensor(chosen, device=probs.device))
