@@ -19,8 +19,7 @@ from gobelin.errors import UsageError
 from gobelin.look.colours import overlaid
 from gobelin.tokenizer import WordSpan
 
-Part = Literal["bos", "eos", "padding"]
-PARTS: tuple[Part, ...] = ("bos", "eos", "padding")
+PARTS = ("bos", "eos", "padding")
 
 
 class Collector:
@@ -137,7 +136,7 @@ class HeatMaps:
             raise UsageError(f"there is no token {position}: positions are 0 to {length - 1}")
         return self._map(f"token {position}", (position,))
 
-    def part(self, part: Part) -> HeatMap:
+    def part(self, part: str) -> HeatMap:
         """What no word stands for: "bos", "eos", "padding"."""
         return self._map(part.upper() if part != "padding" else part, self._positions(part))
 
@@ -155,7 +154,7 @@ class HeatMaps:
                 maps = {site: _chosen(probs, axis, name, chosen) for site, probs in maps.items()}
         return replace(self, maps=maps)
 
-    def without(self, *parts: Part) -> "HeatMaps":
+    def without(self, *parts: str) -> "HeatMaps":
         """The same with the shares of BOS, EOS or padding left out, and those of the others made to sum to 1 again."""
         gone = [position for part in parts for position in self._positions(part)]
         maps = dict(self.maps)
@@ -197,10 +196,10 @@ class HeatMaps:
         return HeatMap(label=f"patch at {x}, {y}", raw=self._combined("self", seen), picture=self.picture)
 
     def shares(self) -> dict[str, float]:
-        """Where attention goes: the mean share of BOS, of words, of EOS and of padding; they sum to 1."""
+        """Where attention goes: the mean share of the text, of BOS, of EOS and of padding; they sum to 1."""
         mean = torch.stack([probs.mean(dim=(0, 1, 2)) for _, probs in self._stack("cross")]).mean(dim=0)
         shares = {part: mean[list(self._positions(part))].sum().item() for part in PARTS}
-        return {"words": 1 - sum(shares.values()), **shares}
+        return {"text": 1 - sum(shares.values()), **shares}
 
     def entropy(self) -> float:
         """The mean entropy of a patch's attention over tokens, in nats."""
@@ -245,8 +244,8 @@ class HeatMaps:
             by_grid.setdefault(tuple(small.shape), []).append(small)
         count = sum(map(len, by_grid.values()))
         sums = [torch.stack(maps).sum(dim=0)[None, None] for maps in by_grid.values()]
-        large = [F.interpolate(small, size=size, mode="bicubic").clamp(min=0)[0, 0] for small in sums]
-        return torch.stack(large).sum(dim=0) / count
+        large = [F.interpolate(small, size=size, mode="bicubic")[0, 0] for small in sums]
+        return (torch.stack(large).sum(dim=0) / count).clamp(0, 1)
 
     def _stack(self, kind: Literal["self", "cross"]) -> list[tuple[AttentionSite, Tensor]]:
         found = [(site, probs) for site, probs in self.maps.items() if site.kind == kind]
@@ -255,7 +254,7 @@ class HeatMaps:
             raise UsageError(f"no attention to {what} was traced: paint with trace=Trace(sites=…) that has some")
         return found
 
-    def _positions(self, part: Part) -> tuple[int, ...]:
+    def _positions(self, part: str) -> tuple[int, ...]:
         if part not in PARTS:
             raise UsageError(f"unknown part {part!r}: the choices are {', '.join(PARTS)}")
         length = self._stack("cross")[0][1].shape[-1]
