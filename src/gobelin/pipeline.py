@@ -80,7 +80,7 @@ class Result:
         """Write PNGs that carry their settings, never over an existing file; returns their paths."""
         paths = []
         for image, settings in zip(self.images, self.settings, strict=True):
-            path = _free_path(Path(folder), f"{_slug(settings['prompt'])}-{settings['seed']}")
+            path = _free_path(Path(folder), picture_name(settings))
             write_png(path, image, settings)
             paths.append(path)
         return paths
@@ -264,18 +264,14 @@ class Pipeline:
         return _Request(settings=settings, shape=shape, latents=latents, trace=traced, edits=tuple(edits))
 
     def _heatmaps(self, request: "_Request", collector: Collector, images: list[Image.Image]) -> list[HeatMaps]:
-        prompts = [settings["prompt"] for settings in request.settings]
-        eos = self.tokenizer(prompts) == self.tokenizer.eos
         return [
             HeatMaps(
-                prompt=prompt,
-                words=tuple(self.tokenizer.spans(prompt)),
-                end=int(eos[index].int().argmax()),
+                words=self.tokenizer.words(request.settings[index]["prompt"]),
                 maps=collector.maps(index),
                 latent_size=(request.shape[1], request.shape[2]),
                 picture=image,
             )
-            for index, (prompt, image) in enumerate(zip(prompts, images, strict=True))
+            for index, image in enumerate(images)
         ]
 
     @torch.no_grad()
@@ -387,9 +383,10 @@ MODEL_INDEX_JSON = {
 }
 
 
-def _slug(prompt: str) -> str:
-    """A prompt as a file name: letters and digits, at most 60."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "picture"
+def picture_name(settings: dict[str, Any]) -> str:
+    """What a picture's file is called: its prompt, as letters and digits, at most 60, and its seed."""
+    slug = re.sub(r"[^a-z0-9]+", "-", settings["prompt"].lower())[:60].strip("-") or "picture"
+    return f"{slug}-{settings['seed']}"
 
 
 def _free_path(folder: Path, stem: str) -> Path:

@@ -38,6 +38,58 @@ class WordSpan:
     tokens: tuple[int, ...]
 
 
+Word = str | int | tuple[str, int]
+"""A word or phrase wherever it stands, one occurrence of it, or a word by its number in the prompt."""
+
+PARTS = ("bos", "eos", "padding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """The words of a prompt and where their tokens are, among ``length`` of which ``end`` is the first EOS."""
+
+    text: str
+    spans: tuple[WordSpan, ...]
+    end: int
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def tokens(self, key: Word) -> tuple[int, ...]:
+        """The positions of a word's tokens: ``"circle"`` and ``"red circle"`` wherever they stand, ``("circle", 1)``
+        the second of them, ``3`` the fourth word.
+
+        Case does not matter. Raises :class:`UsageError` with the words there are.
+        """
+        there = ", ".join(dict.fromkeys(span.word for span in self.spans)) or "none"
+        if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise UsageError(f"there is no word number {key}: the prompt has {len(self)}, {there}")
+            return self.spans[key].tokens
+        phrase, occurrence = (key, None) if isinstance(key, str) else key
+        wanted = phrase.lower().split()
+        spoken = [span.word.lower() for span in self.spans]
+        starts = [start for start in range(len(self)) if wanted and spoken[start : start + len(wanted)] == wanted]
+        if not starts:
+            raise UsageError(f"{phrase!r} is not in the prompt, whose words are {there}")
+        if occurrence is not None:
+            if not -len(starts) <= occurrence < len(starts):
+                raise UsageError(
+                    f"{phrase!r} occurs {len(starts)} times in the prompt: there is no number {occurrence} of it, "
+                    "the first being 0"
+                )
+            starts = [starts[occurrence]]
+        found = [span for start in starts for span in self.spans[start : start + len(wanted)]]
+        return tuple(token for span in found for token in span.tokens)
+
+    def part(self, part: str) -> tuple[int, ...]:
+        """The positions of "bos", "eos" or "padding"."""
+        if part not in PARTS:
+            raise UsageError(f"unknown part {part!r}: the choices are {', '.join(PARTS)}")
+        return {"bos": (0,), "eos": (self.end,), "padding": tuple(range(self.end + 1, self.length))}[part]
+
+
 class Tokenizer:
     """A byte-pair tokenizer of CLIP's kind, loaded from ``vocab.json`` and ``merges.txt`` or trained on texts."""
 
@@ -137,6 +189,11 @@ class Tokenizer:
             if tokens:
                 spans.append(WordSpan(word=match.group(), start=start, end=end, tokens=tokens))
         return spans
+
+    def words(self, text: str) -> Words:
+        """The words of a text, to be asked for their tokens."""
+        end = min(len(self._engine.encode(text).ids), self.max_length) - 1
+        return Words(text=text, spans=tuple(self.spans(text)), end=end, length=self.max_length)
 
     def cut(self, text: str) -> str:
         """The end of a text that does not fit into ``max_length`` tokens; empty where all of it fits."""

@@ -50,11 +50,8 @@ def collected(tokenizer: Tokenizer, trace: Trace, sharpness: float = 0.5) -> Hea
     collector = Collector(trace)
     for maps in steps(tokenizer.max_length, sharpness):
         collector.add(maps if trace.per_head else {site: probs.mean(dim=1) for site, probs in maps.items()})
-    ids = tokenizer(PROMPT)[0].tolist()
     return HeatMaps(
-        prompt=PROMPT,
-        words=tuple(tokenizer.spans(PROMPT)),
-        end=ids.index(tokenizer.eos),
+        words=tokenizer.words(PROMPT),
         maps=collector.maps(1),
         latent_size=LATENT_SIZE,
         picture=Image.new("RGB", (36, 24), "grey"),
@@ -93,7 +90,7 @@ def test_a_word_is_all_its_tokens_wherever_it_stands(tokenizer: Tokenizer, heatm
         -1: [7],
     }.items():
         tokens = [token for place in places for token in spans[place].tokens]
-        assert list(heatmaps.tokens(key)) == tokens
+        assert list(heatmaps.words.tokens(key)) == tokens
         expected = directly(tokenizer.max_length, tokens)
         assert relative_error(heatmaps[key].raw, expected) < 1e-5
 
@@ -102,10 +99,10 @@ def test_shares_of_tokens_sum_to_one(tokenizer: Tokenizer, heatmaps: HeatMaps) -
     whole = sum(heatmaps.token(position).raw for position in range(tokenizer.max_length))
     assert torch.allclose(whole, torch.ones(24, 36), atol=1e-5)
     parts = sum(heatmaps.part(part).raw for part in ("bos", "eos", "padding"))
-    text = sum(heatmaps.token(position).raw for position in range(1, heatmaps.end))
+    text = sum(heatmaps.token(position).raw for position in range(1, heatmaps.words.end))
     assert torch.allclose(text, whole - parts, atol=1e-5)
-    words = heatmaps[" ".join(span.word for span in heatmaps.words)].raw
-    comma = heatmaps.token(heatmaps.words[2].tokens[-1] + 1).raw
+    words = heatmaps[" ".join(span.word for span in heatmaps.words.spans)].raw
+    comma = heatmaps.token(heatmaps.words.spans[2].tokens[-1] + 1).raw
     assert torch.allclose(words, text - comma, atol=1e-5)
     assert sum(heatmaps.shares().values()) == pytest.approx(1)
     assert heatmaps.shares()["bos"] == pytest.approx(
@@ -161,7 +158,7 @@ def daams_own(maps: list[AttentionMaps], tokens: list[int]) -> Tensor:
 @pytest.mark.parametrize("key", ["red", "circle", ("circle", 1)], ids=str)
 def test_daams_aggregation_is_reproduced(tokenizer: Tokenizer, key: str | tuple[str, int]) -> None:
     heatmaps = collected(tokenizer, Trace(per_head=True), sharpness=3)  # so sharp that bicubic curves fall below 0
-    expected = daams_own(steps(tokenizer.max_length, 3), list(heatmaps.tokens(key))) / 4
+    expected = daams_own(steps(tokenizer.max_length, 3), list(heatmaps.words.tokens(key))) / 4
     assert relative_error(heatmaps.daam(key).raw, expected) < 1e-5
 
 
@@ -170,7 +167,7 @@ def test_a_patch_tells_the_words_behind_it(heatmaps: HeatMaps) -> None:
     shares = {number: heatmaps[number].raw[4:9, 8:20].mean().item() for number in range(8)}
     total = sum(shares.values())
     assert [share for _, share in ranked] == pytest.approx(sorted((s / total for s in shares.values()), reverse=True))
-    assert ranked[0][0] == heatmaps.words[max(shares, key=lambda number: shares[number])]
+    assert ranked[0][0] == heatmaps.words.spans[max(shares, key=lambda number: shares[number])]
     assert heatmaps.words_at(3, 2) == heatmaps.words_in((3, 2, 4, 3))
 
 

@@ -11,6 +11,7 @@ from gobelin.errors import GobelinError, UsageError
 
 COMMANDS = {
     "generate": "paint pictures from prompts",
+    "look": "see which word painted which pixel",
     "train": "train a model from nothing, or go on with a run",
     "evaluate": "measure how faithfully a model paints what it is told",
     "show": "print a model's module tree and its shapes through attn1 and attn2",
@@ -30,6 +31,7 @@ commands:
 
 examples:
   gobelin generate "a red circle to the left of a blue square" --seed 3
+  gobelin look "a red circle to the left of a blue square" --seed 3
   gobelin show sd15
   gobelin train --preset nano --out runs/mine
 """

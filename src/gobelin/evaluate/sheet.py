@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from gobelin.evaluate.faithfulness import Painted, by_task
 from gobelin.evaluate.report import SPLITS
+from gobelin.look.drawing import INK, LINEN, PALE, PAPER, RED, font, wrapped
 from gobelin.scenes import Prompt, Seen
 from gobelin.scenes.captions import pluralised
 from gobelin.scenes.grader import UNKNOWN
@@ -18,9 +19,6 @@ CELL = 132  # pixels, a picture's side
 GAP, MARGIN, FRAME = 20, 36, 4
 LINE = 15  # pixels, a line of what is written beneath a picture
 LINES = 3  # at most, of a prompt and of what was seen
-INK, PALE, LINEN, RED, PAPER = "#1f2328", "#6b7280", "#d8d5cc", "#d62728", "#fbfaf7"
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +46,12 @@ def contact_sheet(pictures: Sequence[Painted], title: str = "") -> Image.Image:
     size = (2 * MARGIN + COLUMNS * CELL + (COLUMNS - 1) * GAP, top + sum(row.height for row in rows) + MARGIN // 2)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN - 8), title, fill=INK, font=_font(26))
+    draw.text((MARGIN, MARGIN - 8), title, fill=INK, font=font(26))
     y = top
     for row in rows:
-        draw.text((MARGIN, y + 6), row.heading, fill=INK, font=_font(18))
-        beside = MARGIN + (draw.textlength(row.heading, _font(18)) + 12 if row.heading else 0)
-        draw.text((beside, y + 8 if row.heading else y), row.more, fill=PALE, font=_font(15 if row.heading else 13))
+        draw.text((MARGIN, y + 6), row.heading, fill=INK, font=font(18))
+        beside = MARGIN + (draw.textlength(row.heading, font(18)) + 12 if row.heading else 0)
+        draw.text((beside, y + 8 if row.heading else y), row.more, fill=PALE, font=font(15 if row.heading else 13))
         for column, (picture, prompt, seen) in enumerate(row.cells):
             x, below = MARGIN + column * (CELL + GAP), y + _above(row)
             edge, colour = (FRAME, RED) if seen else (1, LINEN)
@@ -61,7 +59,7 @@ def contact_sheet(pictures: Sequence[Painted], title: str = "") -> Image.Image:
             sheet.paste(picture.image.resize((CELL, CELL), Image.Resampling.LANCZOS), (x, below))
             for number, line in enumerate([*prompt, *seen]):
                 fill = INK if number < len(prompt) else RED
-                draw.text((x, below + CELL + 8 + number * LINE), line, fill=fill, font=_font(12))
+                draw.text((x, below + CELL + 8 + number * LINE), line, fill=fill, font=font(12))
         y += row.height
     return sheet
 
@@ -103,24 +101,13 @@ def _cell(picture: Painted) -> tuple[Painted, list[str], list[str]]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """Text in lines as wide as a picture, the end left out where there are too many."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        if not lines[-1] or _font(12).getlength(longer) <= CELL + GAP // 2:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines if len(lines) <= LINES else [*lines[: LINES - 1], f"{lines[LINES - 1]} …"]
+    """Text in lines as wide as a picture."""
+    return wrapped(text, CELL + GAP // 2, 12, LINES)
 
 
 def _above(row: _Row) -> int:
     """Pixels between the top of a row and its pictures."""
     return 40 if row.heading else 24
-
-
-def _font(size: int) -> Font:
-    return ImageFont.load_default(size)
 
 
 def _name(thing: Seen) -> str:

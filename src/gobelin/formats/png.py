@@ -23,6 +23,12 @@ def write_png(file: Path, image: Image.Image, settings: dict[str, Any]) -> None:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
+def save_picture(file: Path, image: Image.Image) -> None:
+    """Write a PNG that carries nothing but itself: the whole of it, or nothing."""
+    with replacing(file) as temporary:
+        image.save(temporary, format="PNG")
+
+
 def read_png_settings(file: Path) -> dict[str, Any]:
     """The settings that :func:`write_png` put into a picture; :class:`DataError` where there are none."""
     try:

@@ -17,9 +17,9 @@ from torch import Tensor
 from gobelin.attention import AttentionMaps, AttentionSite, Sites, Trace, choose_sites
 from gobelin.errors import UsageError
 from gobelin.look.colours import overlaid
-from gobelin.tokenizer import WordSpan
+from gobelin.tokenizer import PARTS, Word, Words, WordSpan
 
-PARTS = ("bos", "eos", "padding")
+EVEN = 1e-5  # shares that differ by less are rounding
 
 
 class Collector:
@@ -65,7 +65,7 @@ class HeatMap:
     def values(self) -> Float[Tensor, "height width"]:
         """For display: ``raw`` from its least to its greatest value as 0 to 1; all 0 where it is even."""
         low, high = self.raw.min(), self.raw.max()
-        return (self.raw - low) / (high - low) if high > low else torch.zeros_like(self.raw)
+        return (self.raw - low) / (high - low) if high - low > EVEN else torch.zeros_like(self.raw)
 
     def mask(self, threshold: float = 0.4) -> Tensor:
         """Where ``values`` exceed the threshold, bool [H, W]; DAAM's τ."""
@@ -83,62 +83,33 @@ class HeatMap:
 class HeatMaps:
     """What the words of one picture painted: ``heatmaps["circle"]`` is a :class:`HeatMap`.
 
-    ``words`` are the prompt's, in order; ``end`` is the position of its EOS, BOS being 0. ``maps`` are by site,
-    [steps, heads, patches, keys], float32, with 1 where steps or heads were averaged. ``latent_size`` is (h, w).
+    ``words`` are the prompt's. ``maps`` are by site, [steps, heads, patches, keys], float32, with 1 where steps or
+    heads were averaged. ``latent_size`` is (h, w).
     """
 
-    prompt: str
-    words: tuple[WordSpan, ...]
-    end: int
+    words: Words
     maps: AttentionMaps
     latent_size: tuple[int, int]
     picture: Image.Image
 
-    def __getitem__(self, key: "str | int | tuple[str, int]") -> HeatMap:
+    def __getitem__(self, key: Word) -> HeatMap:
         """A word or a phrase, wherever it stands; a pair for one of its occurrences, 0 the first; a word by its number.
 
         Case does not matter. Raises :class:`UsageError` with the words there are.
         """
-        label = self.words[key].word if isinstance(key, int) and -len(self.words) <= key < len(self.words) else str(key)
-        return self._map(label if isinstance(key, str | int) else key[0], self.tokens(key))
-
-    def tokens(self, key: "str | int | tuple[str, int]") -> tuple[int, ...]:
-        """The positions of a word's tokens, by the keys of ``heatmaps[…]``."""
-        there = ", ".join(dict.fromkeys(span.word for span in self.words)) or "none"
-        if isinstance(key, int):
-            if not -len(self.words) <= key < len(self.words):
-                raise UsageError(f"there is no word number {key}: the prompt has {len(self.words)}, {there}")
-            return self.words[key].tokens
-        phrase, occurrence = (key, None) if isinstance(key, str) else key
-        wanted = phrase.lower().split()
-        places = [
-            place
-            for place in range(len(self.words) - len(wanted) + 1)
-            if wanted and [span.word.lower() for span in self.words[place : place + len(wanted)]] == wanted
-        ]
-        if not places:
-            raise UsageError(f"{phrase!r} is not in the prompt, whose words are {there}")
-        if occurrence is not None:
-            if not -len(places) <= occurrence < len(places):
-                raise UsageError(
-                    f"{phrase!r} occurs {len(places)} times in the prompt: there is no number {occurrence} of it, "
-                    "the first being 0"
-                )
-            places = [places[occurrence]]
-        return tuple(
-            token for place in places for span in self.words[place : place + len(wanted)] for token in span.tokens
-        )
+        tokens = self.words.tokens(key)
+        label = self.words.spans[key].word if isinstance(key, int) else key if isinstance(key, str) else key[0]
+        return self._map(label, tokens)
 
     def token(self, position: int) -> HeatMap:
         """One token by its position, BOS being 0."""
-        length = self._stack("cross")[0][1].shape[-1]
-        if not 0 <= position < length:
-            raise UsageError(f"there is no token {position}: positions are 0 to {length - 1}")
+        if not 0 <= position < self.words.length:
+            raise UsageError(f"there is no token {position}: positions are 0 to {self.words.length - 1}")
         return self._map(f"token {position}", (position,))
 
     def part(self, part: str) -> HeatMap:
         """What no word stands for: "bos", "eos", "padding"."""
-        return self._map(part.upper() if part != "padding" else part, self._positions(part))
+        return self._map(part.upper() if part != "padding" else part, self.words.part(part))
 
     def select(
         self, *, sites: Sites = None, heads: Sequence[int] | None = None, steps: Sequence[int] | None = None
@@ -156,7 +127,7 @@ class HeatMaps:
 
     def without(self, *parts: str) -> "HeatMaps":
         """The same with the shares of BOS, EOS or padding left out, and those of the others made to sum to 1 again."""
-        gone = [position for part in parts for position in self._positions(part)]
+        gone = [position for part in parts for position in self.words.part(part)]
         maps = dict(self.maps)
         for site, probs in self.maps.items():
             if site.kind == "cross":
@@ -177,9 +148,11 @@ class HeatMaps:
             raise UsageError(
                 f"the region {left}, {top} to {right}, {bottom} is not in the picture of {width}×{height} pixels"
             )
-        shares = [self._map(span.word, span.tokens).raw[top:bottom, left:right].mean().item() for span in self.words]
+        shares = [
+            self._map(span.word, span.tokens).raw[top:bottom, left:right].mean().item() for span in self.words.spans
+        ]
         total = sum(shares) or 1.0
-        ranked = zip(self.words, (share / total for share in shares), strict=True)
+        ranked = zip(self.words.spans, (share / total for share in shares), strict=True)
         return sorted(ranked, key=lambda pair: -pair[1])
 
     def patches_for(self, x: int, y: int) -> HeatMap:
@@ -193,26 +166,27 @@ class HeatMaps:
             query = (y * rows // height) * columns + x * columns // width
             return probs[query].reshape(rows, columns)
 
-        return HeatMap(label=f"patch at {x}, {y}", raw=self._combined("self", seen), picture=self.picture)
+        raw = self._combined("self", seen, (height, width))
+        return HeatMap(label=f"patch at {x}, {y}", raw=raw, picture=self.picture)
 
     def shares(self) -> dict[str, float]:
         """Where attention goes: the mean share of the text, of BOS, of EOS and of padding; they sum to 1."""
         mean = torch.stack([probs.mean(dim=(0, 1, 2)) for _, probs in self._stack("cross")]).mean(dim=0)
-        shares = {part: mean[list(self._positions(part))].sum().item() for part in PARTS}
+        shares = {part: mean[list(self.words.part(part))].sum().item() for part in PARTS}
         return {"text": 1 - sum(shares.values()), **shares}
 
     def entropy(self) -> float:
         """The mean entropy of a patch's attention over tokens, in nats."""
         return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for _, p in self._stack("cross")]).mean().item()
 
-    def daam(self, key: "str | int | tuple[str, int]") -> HeatMap:
+    def daam(self, key: Word) -> HeatMap:
         """The map exactly as DAAM aggregates it, where heads were kept apart: ``trace=Trace(per_head=True)``.
 
         Every head of every layer is enlarged to the latents' size by bicubic interpolation and clamped at 0; the mean
         is taken over heads and layers, then over the word's tokens; bicubic interpolation once more gives the
         picture's size (``GlobalHeatMap.compute_word_heat_map`` and ``expand_as`` of the daam package).
         """
-        tokens = list(self.tokens(key))
+        tokens = list(self.words.tokens(key))
         layers = []
         for site, probs in self._stack("cross"):
             rows, columns = site.grid(*self.latent_size)
@@ -223,21 +197,35 @@ class HeatMaps:
         raw = F.interpolate(mean[None, None], size=self.picture.size[::-1], mode="bicubic")[0, 0]
         return HeatMap(label=str(key), raw=raw, picture=self.picture)
 
-    def stacked(self, keys: Sequence["str | int | tuple[str, int]"]) -> Float[Tensor, "words height width"]:
+    def stacked(self, keys: Sequence[Word]) -> Float[Tensor, "words height width"]:
         """The ``raw`` maps of several words."""
         return torch.stack([self[key].raw for key in keys])
 
-    def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
+    @property
+    def steps(self) -> int:
+        """How many steps were kept apart, or are left of them; 1 where they were averaged."""
+        return next(iter(self.maps.values())).shape[0]
+
+    def raw(self, tokens: Sequence[int], size: tuple[int, int]) -> Float[Tensor, "height width"]:
+        """The mean share of these tokens together, at any size (height, width)."""
+
         def shared(site: AttentionSite, probs: Tensor) -> Tensor:
             return probs[:, list(tokens)].sum(dim=-1).reshape(site.grid(*self.latent_size))
 
-        return HeatMap(label=label, raw=self._combined("cross", shared), picture=self.picture)
+        return self._combined("cross", shared, size)
+
+    def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
+        return HeatMap(
+            label=label, raw=self.raw(tokens, (self.picture.height, self.picture.width)), picture=self.picture
+        )
 
     def _combined(
-        self, kind: Literal["self", "cross"], reduced: Callable[[AttentionSite, Tensor], Tensor]
+        self,
+        kind: Literal["self", "cross"],
+        reduced: Callable[[AttentionSite, Tensor], Tensor],
+        size: tuple[int, int],
     ) -> Float[Tensor, "height width"]:
         """What ``reduced`` makes [rows, columns] of each site's [patches, keys], enlarged: the mean over all sites."""
-        size = self.picture.size[::-1]
         by_grid: dict[tuple[int, ...], list[Tensor]] = {}
         for site, probs in self._stack(kind):
             small = reduced(site, probs.mean(dim=(0, 1)))
@@ -253,12 +241,6 @@ class HeatMaps:
             what = {"cross": "words (attn2)", "self": "patches (attn1)"}[kind]
             raise UsageError(f"no attention to {what} was traced: paint with trace=Trace(sites=…) that has some")
         return found
-
-    def _positions(self, part: str) -> tuple[int, ...]:
-        if part not in PARTS:
-            raise UsageError(f"unknown part {part!r}: the choices are {', '.join(PARTS)}")
-        length = self._stack("cross")[0][1].shape[-1]
-        return {"bos": (0,), "eos": (self.end,), "padding": tuple(range(self.end + 1, length))}[part]
 
 
 def _chosen(probs: Tensor, axis: int, name: str, chosen: Sequence[int]) -> Tensor:
