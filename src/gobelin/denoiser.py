@@ -1,5 +1,6 @@
 """U-Net, schedule and guidance as one callable: noisy latents in, a guess at the clean latents out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gobelin.attention import AttentionMaps, Edit, Trace
+from gobelin.look.edits import Wish
 from gobelin.samplers import Guess
 from gobelin.schedule import NoiseSchedule
 from gobelin.unet import UNet
@@ -18,7 +20,8 @@ class Denoiser:
 
     ``text_embeddings`` and ``negative_embeddings`` are [B, L, D]; ``guidance`` 1 or less turns guidance off, and
     then the negative half is not run. ``guidance_rescale`` is φ of arXiv 2305.08891, 0 (off) to 1. ``trace`` and
-    ``edits`` concern the half that is guided by the text.
+    ``edits`` concern the half that is guided by the text. Before anything else, latents go through ``adjust`` and are
+    moved by the ``wishes``.
     """
 
     unet: UNet
@@ -29,12 +32,18 @@ class Denoiser:
     guidance_rescale: float = 0.0
     trace: Trace | None = None
     edits: tuple[Edit, ...] = ()
+    wishes: tuple[Wish, ...] = ()
+    adjust: Callable[[Tensor, float], Tensor] = lambda latents, way: latents
 
     @torch.no_grad()
     def __call__(
         self, noisy_latents: Float[Tensor, "batch channels h w"], timestep: float, alpha_cumprod: float
     ) -> Guess:
         """What is seen in ``noisy_latents``, which stand at ``timestep`` and noise level ᾱ."""
+        noisy_latents = self.adjust(noisy_latents, self._way(timestep))
+        for wish in self.wishes:
+            if self._way(timestep) <= wish.end:
+                noisy_latents = self._wished(wish, noisy_latents, timestep)
         prediction, maps = self._predict(noisy_latents.to(self.unet.dtype), timestep)
         denoised, noise = self.schedule.split(prediction.to(noisy_latents.dtype), noisy_latents, alpha_cumprod)
         return Guess(latents=noisy_latents, denoised=denoised, noise=noise, maps=maps)
@@ -51,8 +60,7 @@ class Denoiser:
 
     def _look(self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor) -> tuple[Tensor, AttentionMaps]:
         """One run of the U-Net; what is looked at in it are its last rows, the text's."""
-        way = 1 - float(timesteps[0]) / (self.schedule.config.num_train_timesteps - 1)
-        edits = [edit for edit in self.edits if edit.start <= way <= edit.end]
+        edits = [edit for edit in self.edits if edit.start <= self._way(float(timesteps[0])) <= edit.end]
         if self.trace is None and not edits:
             return self.unet(noisy_latents, timesteps, text_embeddings), {}
         return self.unet.trace(
@@ -64,6 +72,21 @@ class Denoiser:
             rows=slice(-len(self.text_embeddings), None),
             edits=edits,
         )
+
+    @torch.enable_grad()
+    def _wished(self, wish: Wish, noisy_latents: Tensor, timestep: float) -> Tensor:
+        """The latents, moved down the wish's gradient."""
+        latents = noisy_latents.detach().requires_grad_()
+        timesteps = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)
+        _, maps = self.unet.trace(latents.to(self.unet.dtype), timesteps, self.text_embeddings, sites=wish.sites)
+        loss = wish.loss(maps)
+        (gradient,) = torch.autograd.grad(loss.sum(), latents)
+        size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+        return (latents - wish.strength * loss.reshape(-1, 1, 1, 1) * gradient / size).detach()
+
+    def _way(self, timestep: float) -> float:
+        """The share of the way from noise (0) to picture (1)."""
+        return 1 - timestep / (self.schedule.config.num_train_timesteps - 1)
 
 
 def rescale_guidance(

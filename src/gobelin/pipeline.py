@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,19 +15,22 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Generator, Tensor
 
-from gobelin.attention import Edit, Trace, choose_sites
+from gobelin.attention import Change, Edit, Trace, choose_sites
 from gobelin.clip import TextEncoder
 from gobelin.denoiser import Denoiser
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
 from gobelin.formats.files import read_json, write_json
 from gobelin.formats.png import write_png
+from gobelin.look.edits import Blend, Blending, Wish, blended, followed, reweighted
 from gobelin.look.heatmaps import Collector, HeatMaps
 from gobelin.samplers import NoiseSource, Step, find_sampler, sample
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
-from gobelin.tokenizer import Tokenizer
+from gobelin.tokenizer import Tokenizer, Word
 from gobelin.unet import UNet
 from gobelin.vae import VAE
+
+AnyEdit = Change | Edit | Wish | Blend
 
 SHIPPED = "tiny"
 MAX_SEED = 2**63 - 1
@@ -181,21 +184,51 @@ class Pipeline:
     def stream(self, prompt: str | Sequence[str], **options: Any) -> Iterator[PaintingStep]:
         """Paint step by step, for one prompt or several.
 
-        Options: ``negative_prompt`` str; ``seed`` int, None draws one; ``steps``, ``guidance``,
+        Options: ``negative_prompt`` str; ``seed`` int, the first picture's, the others' following it,
+        or one for each; None draws one; ``steps``, ``guidance``,
         ``guidance_rescale``, ``sampler``, None for what the model recommends; ``height`` and ``width`` in pixels,
         None for the model's own; ``count`` pictures a prompt; ``latents`` [B, 4, h, w], start noise of your own;
         ``clip_skip`` layers of the text encoder to leave out; ``trace`` True for every step's ``maps`` of what looked
-        at which word, or a :class:`gobelin.attention.Trace` that says more; ``edits`` of what is looked at.
+        at which word, or a :class:`gobelin.attention.Trace` that says more; ``edit`` one or several of
+        :mod:`gobelin.look.edits`, or a plain ``change(site, probs) -> probs``.
         Raises :class:`UsageError` for what cannot be painted.
         """
         return self._steps(self._request(prompt, **options))
+
+    def edit(
+        self,
+        prompt: str,
+        to: str,
+        *,
+        seed: int | None = 0,
+        cross: float = 0.8,
+        own: float = 0.4,
+        weights: Mapping[Word, float] | None = None,
+        blend: Sequence[Word] = (),
+        **options: Any,
+    ) -> Result:
+        """Two pictures: of ``prompt``, and of ``to`` with the first one's layout (prompt-to-prompt).
+
+        ``cross`` and ``own`` are those of :func:`gobelin.look.edits.followed`; ``weights`` say how many times as much
+        words of ``to`` are looked at; outside of the pixels of the ``blend`` words, of either prompt, nothing changes.
+        The other options are those of :meth:`stream`.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**31, ()).item())
+        source, target = self.tokenizer.words(prompt), self.tokenizer.words(to)
+        edits: list[AnyEdit] = [*followed(source, target, cross, own)]
+        if weights:
+            edits.append(reweighted(target, weights, rows=[1]))
+        if blend:
+            edits.append(blended(source, target, blend, self.latent_size(options.get("height"), options.get("width"))))
+        return self([prompt, to], seed=[seed, seed], edit=edits, **options)
 
     def _request(
         self,
         prompt: str | Sequence[str],
         *,
         negative_prompt: str = "",
-        seed: int | None = 0,
+        seed: int | Sequence[int] | None = 0,
         steps: int | None = None,
         guidance: float | None = None,
         guidance_rescale: float | None = None,
@@ -206,7 +239,7 @@ class Pipeline:
         latents: Float[Tensor, "batch channels h w"] | None = None,
         clip_skip: int = 0,
         trace: bool | Trace = False,
-        edits: Sequence[Edit] = (),
+        edit: AnyEdit | Sequence[AnyEdit] = (),
     ) -> "_Request":
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(text.strip() for text in prompts):
@@ -223,15 +256,13 @@ class Pipeline:
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
         total = len(prompts) * count
-        if not 0 <= seed <= MAX_SEED - total:
-            raise UsageError(f"the seed is {seed}: give a number from 0 to {MAX_SEED - total}")
-        factor, side = self.vae.config.factor, self.unet.config.sample_size * self.vae.config.factor
-        height, width = (side if given is None else given for given in (height, width))
-        if height < factor or width < factor or height % factor or width % factor:
-            raise UsageError(
-                f"{width}×{height} pixels asked for: this model paints sizes that are multiples of {factor}"
-            )
-        shape = (self.unet.config.in_channels, height // factor, width // factor)
+        seeds = range(seed, seed + total) if isinstance(seed, int) else list(seed)
+        if len(seeds) != total:
+            raise UsageError(f"{len(seeds)} seeds given for {total} pictures: give one for each, or the first one's")
+        if wrong := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
+            raise UsageError(f"the seed is {wrong[0]}: give a number from 0 to {MAX_SEED - total + 1}")
+        height, width = (self._side if given is None else given for given in (height, width))
+        shape = (self.unet.config.in_channels, *self.latent_size(height, width))
         if latents is not None and tuple(latents.shape) != (total, *shape):
             raise UsageError(f"the start latents are {list(latents.shape)}: expected {[total, *shape]}")
         find_sampler(sampler or self.recommended.sampler)
@@ -256,12 +287,34 @@ class Pipeline:
             "model": self.name,
         }
         repeated = [text for text in prompts for _ in range(count)]
-        settings = [{"prompt": text, "seed": seed + index, **common} for index, text in enumerate(repeated)]
+        settings = [{"prompt": text, "seed": seed, **common} for text, seed in zip(repeated, seeds, strict=True)]
         traced = trace if isinstance(trace, Trace) else Trace() if trace else None
+        edits = [
+            asked if isinstance(asked, Edit | Wish | Blend) else Edit(change=asked)
+            for asked in (edit if isinstance(edit, Sequence) else [edit])
+        ]
         for asked in (traced, *edits):
-            if asked is not None:
+            if isinstance(asked, Trace | Edit | Wish):
                 choose_sites(self.unet.attention_sites, asked.sites)
         return _Request(settings=settings, shape=shape, latents=latents, trace=traced, edits=tuple(edits))
+
+    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of the latents of a picture that is ``height`` × ``width`` pixels, None: the model's own.
+
+        Raises :class:`UsageError` for a size that cannot be painted.
+        """
+        height, width = (self._side if given is None else given for given in (height, width))
+        factor = self.vae.config.factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise UsageError(
+                f"{width}×{height} pixels asked for: this model paints sizes that are multiples of {factor}"
+            )
+        return height // factor, width // factor
+
+    @property
+    def _side(self) -> int:
+        """The model's own height and width in pixels."""
+        return self.unet.config.sample_size * self.vae.config.factor
 
     def _heatmaps(self, request: "_Request", collector: Collector, images: list[Image.Image]) -> list[HeatMaps]:
         return [
@@ -281,6 +334,13 @@ class Pipeline:
         generators = [Generator().manual_seed(settings["seed"]) for settings in request.settings]
         noise = NoiseSource(generators, request.shape, device)
         start_noise = noise() if request.latents is None else request.latents.to(device, torch.float32)
+        blendings = [Blending(blend) for blend in request.edits if isinstance(blend, Blend)]
+
+        def adjusted(latents: Tensor, way: float) -> Tensor:
+            for blending in blendings:
+                latents = blending.applied(latents, way)
+            return latents
+
         denoiser = Denoiser(
             unet=self.unet,
             schedule=self.schedule,
@@ -291,11 +351,17 @@ class Pipeline:
             guidance=options["guidance"],
             guidance_rescale=options["guidance_rescale"],
             trace=request.trace,
-            edits=request.edits,
+            edits=(
+                *(edit for edit in request.edits if isinstance(edit, Edit)),
+                *(blending.edit for blending in blendings),
+            ),
+            wishes=tuple(wish for wish in request.edits if isinstance(wish, Wish)),
+            adjust=adjusted,
         )
         steps = sample(options["sampler"], denoiser, self.schedule, start_noise, options["steps"], noise)
         for step in steps:
-            yield PaintingStep(**vars(step), vae=self.vae)
+            latents = adjusted(step.latents, 1.0) if step.index == options["steps"] - 1 else step.latents
+            yield PaintingStep(**{**vars(step), "latents": latents}, vae=self.vae)
 
     def _refuse_misfits(self) -> None:
         text, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
@@ -328,7 +394,7 @@ class _Request:
     shape: tuple[int, int, int]
     latents: Tensor | None
     trace: Trace | None
-    edits: tuple[Edit, ...]
+    edits: tuple[Edit | Wish | Blend, ...]
 
 
 def shipped_model() -> Path:

@@ -12,6 +12,7 @@ from gobelin.errors import GobelinError, UsageError
 COMMANDS = {
     "generate": "paint pictures from prompts",
     "look": "see which word painted which pixel",
+    "edit": "change words of a prompt, keep its picture",
     "train": "train a model from nothing, or go on with a run",
     "evaluate": "measure how faithfully a model paints what it is told",
     "show": "print a model's module tree and its shapes through attn1 and attn2",

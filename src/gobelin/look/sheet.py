@@ -73,6 +73,23 @@ def grid_sheet(title: str, rows: Sequence[tuple[str, Sequence[HeatMap]]]) -> Ima
     return sheet
 
 
+def comparison_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures side by side, what they are beneath."""
+    shown = [(wrapped(label, CELL, LABEL, 3), _fitted(picture, CELL)) for label, picture in pictures]
+    height = max(picture.height for _, picture in shown)
+    width = 2 * MARGIN + sum(picture.width for _, picture in shown) + GAP * (len(shown) - 1)
+    below = max(len(lines) for lines, _ in shown) * (LABEL + 5) + 10
+    sheet = Image.new("RGB", (width, 2 * MARGIN + height + below), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    x = MARGIN
+    for lines, picture in shown:
+        framed(sheet, draw, picture, x, MARGIN)
+        for number, line in enumerate(lines):
+            draw.text((x, MARGIN + height + 10 + number * (LABEL + 5)), line, fill=INK, font=font(LABEL))
+        x += picture.width + GAP
+    return sheet
+
+
 def save_animation(file: Path, frames: Sequence[Image.Image], seconds: float = 0.15) -> None:
     """Write frames as an endless WebP, ``seconds`` each, the last of them longer."""
     lasting = [round(1000 * seconds)] * (len(frames) - 1) + [1500]

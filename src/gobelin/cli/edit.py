@@ -1,0 +1,72 @@
+"""``gobelin edit``: change words, keep the picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from gobelin.cli.options import parse
+from gobelin.cli.painting import PaintingOptions
+from gobelin.errors import UsageError
+from gobelin.formats.png import save_picture
+from gobelin.look.sheet import comparison_sheet
+from gobelin.pipeline import picture_name
+from gobelin.tokenizer import Word
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(PaintingOptions):
+    """Change words of a prompt and keep the layout of its picture (prompt-to-prompt).
+
+    Writes both pictures, and a sheet of them beside what the changed prompt gives by itself from the same noise.
+
+    Some examples:
+      gobelin edit "a red circle left of a blue square" --to "a green circle left of a blue square" --seed 3
+      gobelin edit "a red circle" --to "a red circle and a blue ring" --own 0.2
+      gobelin edit "a red circle" --to "a red star" --blend circle star
+      gobelin edit "a red circle" --to "a red circle" --weights red=2
+    """
+
+    prompt: Positional[str]
+    """What to paint."""
+    to: str
+    """The changed prompt."""
+    cross: float = 0.8
+    """Share of the way, from noise to picture, in which words keep the attention of those they stand for."""
+    own: float = 0.4
+    """Share of the way in which patches look at each other as in the first picture."""
+    weights: tuple[str, ...] = ()
+    """WORD=NUMBER: look at a word of the changed prompt so many times as much."""
+    blend: tuple[str, ...] = ()
+    """Change nothing outside of the pixels of these words."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command."""
+    options = parse(Edit, "edit", arguments)
+    weights: dict[Word, float] = dict(map(_weight, options.weights))
+    pipeline = options.open()
+    result = pipeline.edit(
+        options.prompt,
+        options.to,
+        cross=options.cross,
+        own=options.own,
+        weights=weights,
+        blend=options.blend,
+        **options.settings(),
+    )
+    plain = pipeline(options.to, **{**options.settings(), "seed": result.settings[0]["seed"]})
+    paths = result.save(options.out)
+    sheet = options.out / f"{picture_name(result.settings[0])}-edit.png"
+    pictures = [(options.prompt, result.images[0]), (options.to, result.images[1])]
+    save_picture(sheet, comparison_sheet([*pictures, ("by itself", plain.images[0])]))
+    for path in (*paths, sheet):
+        print(path)
+
+
+def _weight(text: str) -> tuple[Word, float]:
+    word, _, number = text.rpartition("=")
+    try:
+        return word, float(number)
+    except ValueError:
+        raise UsageError(f"--weights has {text!r}: give WORD=NUMBER, as in red=2") from None

@@ -1,0 +1,227 @@
+"""Edits of attention: what they do to probabilities, and what they do to pictures."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gobelin.attention import AttentionSite
+from gobelin.errors import UsageError
+from gobelin.look.edits import (
+    Blend,
+    Blending,
+    Region,
+    alignment,
+    blended,
+    excited,
+    followed,
+    regional,
+    reweighted,
+    silenced,
+)
+from gobelin.pipeline import Pipeline
+from gobelin.tokenizer import Tokenizer
+
+SITE = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=2)
+COARSE = AttentionSite(name="mid.attn2", kind="cross", downscale=2, heads=2)
+SIZE = (4, 6)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """One that knows "red" and "ring", and splits what it does not know."""
+    return Tokenizer.train(["a red ring of blue and a red ring"] * 9, vocab_size=530, max_length=20)
+
+
+def probabilities(site: AttentionSite = SITE, keys: int = 20, batch: int = 2) -> Tensor:
+    rows, columns = site.grid(*SIZE)
+    return torch.randn(batch, site.heads, rows * columns, keys).softmax(dim=-1)
+
+
+def test_reweighting_multiplies_the_words_alone(tokenizer: Tokenizer) -> None:
+    words, probs = tokenizer.words("a red ring and a red ring"), probabilities()
+    changed = reweighted(words, {"red": 2, ("ring", 1): 0}).change(SITE, probs)
+    doubled, gone = words.tokens("red"), words.tokens(("ring", 1))
+    assert torch.equal(changed[..., doubled], 2 * probs[..., doubled])
+    assert changed[..., gone].eq(0).all()
+    rest = [token for token in range(20) if token not in (*doubled, *gone)]
+    assert torch.equal(changed[..., rest], probs[..., rest])
+    second = reweighted(words, {"red": 2}, rows=[1]).change(SITE, probs)
+    assert torch.equal(second[0], probs[0])
+    assert not torch.equal(second[1], probs[1])
+
+
+def test_silenced_words_leave_their_attention_to_the_others(tokenizer: Tokenizer) -> None:
+    words, probs = tokenizer.words("a red ring"), probabilities()
+    changed = silenced(words, "red", "ring").change(SITE, probs)
+    assert changed[..., [*words.tokens("red ring")]].eq(0).all()
+    assert torch.allclose(changed.sum(dim=-1), torch.ones(()))
+    assert torch.allclose(changed[..., 0] / changed[..., 1], probs[..., 0] / probs[..., 1])
+
+
+@pytest.mark.parametrize("site", [SITE, COARSE], ids=["fine", "coarse"])
+def test_words_are_kept_to_their_regions(tokenizer: Tokenizer, site: AttentionSite) -> None:
+    words, probs = tokenizer.words("a red ring"), probabilities(site)
+    edit = regional(words, [Region.box("ring", 1 / 3, 0, 1, 0.5)], SIZE, strength=3)
+    rows, columns = site.grid(*SIZE)
+    changed = edit.change(site, probs).reshape(2, 2, rows, columns, 20)
+    before = probs.reshape(2, 2, rows, columns, 20)
+    ring = words.tokens("ring")
+    outside = torch.ones(rows, columns, dtype=torch.bool)
+    outside[: rows // 2, columns // 3 :] = False
+    assert changed[:, :, outside][..., ring].eq(0).all()
+    inside, other = changed[:, :, ~outside], before[:, :, ~outside]
+    assert torch.allclose(inside[..., ring] / inside[..., :1], 3 * other[..., ring] / other[..., :1], rtol=1e-4)
+    assert torch.allclose(changed.sum(dim=-1), torch.ones(()))
+
+
+def test_changed_words_stand_in_the_place_of_those_before_them(tokenizer: Tokenizer) -> None:
+    source, target = tokenizer.words("a red ring of blue"), tokenizer.words("a zebra ring of a blue")
+    mapping = alignment(source, target)
+    assert len(target.tokens("zebra")) > 1
+    for before, now in (("ring", "ring"), ("of", "of"), ("blue", "blue"), ("red", "zebra")):
+        block = mapping[list(source.tokens(before))][:, list(target.tokens(now))]
+        assert block.sum().item() == pytest.approx(len(source.tokens(before)))
+    assert mapping[:, target.tokens(("a", 1))].eq(0).all()
+    assert mapping[0, 0] == 1
+    assert mapping[source.end, target.end] == 1
+    assert mapping.shape == (20, 20)
+
+
+def test_the_same_prompt_is_followed_word_for_word(tokenizer: Tokenizer) -> None:
+    words = tokenizer.words("a red ring of blue")
+    assert torch.equal(alignment(words, words), torch.eye(20))
+    probs = probabilities()
+    changed = followed(words, words)[0].change(SITE, probs)
+    assert torch.equal(changed[0], probs[0])
+    assert torch.allclose(changed[1], probs[0])
+
+
+def test_new_words_look_for_themselves_and_patches_are_followed_where_they_are_few(tokenizer: Tokenizer) -> None:
+    source, target = tokenizer.words("a ring"), tokenizer.words("a red ring")
+    cross, own = followed(source, target, cross=0.6, own=0.3)
+    assert (cross.end, own.end) == (0.6, 0.3)
+    probs = probabilities()
+    changed = cross.change(SITE, probs)
+    assert torch.equal(changed[1][..., target.tokens("red")], probs[1][..., target.tokens("red")])
+    assert torch.allclose(changed[1][..., target.tokens("ring")], probs[0][..., source.tokens("ring")])
+    few, many = torch.rand(2, 2, 256, 256), torch.rand(2, 1, 289, 289)
+    assert torch.equal(own.change(SITE, few)[1], few[0])
+    assert own.change(SITE, many) is many
+
+
+def test_the_most_neglected_word_decides_what_is_wished_for(tokenizer: Tokenizer) -> None:
+    words = tokenizer.words("a red ring of blue")
+    wish = excited(words, "ring", "blue", latent_size=SIZE)
+    probs = torch.full((2, 24, 20), 0.01)
+    ring, blue = words.tokens("ring")[0], words.tokens("blue")[0]
+    probs[:, 8, ring] = 0.5
+    probs[1, 17, blue] = 0.5
+    neglected, seen = wish.loss({SITE: probs, COARSE: torch.zeros(2, 6, 20)})
+    assert neglected.item() == pytest.approx(0.8)  # one of five words, and every patch looks at all alike
+    assert seen < 0.5
+
+
+def test_outside_of_the_words_pixels_nothing_changes(tokenizer: Tokenizer) -> None:
+    blending = Blending(Blend(tokens=([3], [5]), latent_size=SIZE, threshold=0.5, start=0.2))
+    probs = torch.zeros(3, 2, 24, 20)
+    probs[0, :, 4, 3] = 1
+    probs[1, :, 9, 5] = 1
+    assert blending.edit.change(SITE, probs) is probs
+    latents = torch.randn(3, 4, *SIZE)
+    assert blending.applied(latents, 0.1) is latents
+    result = blending.applied(latents, 0.5)
+    mask = torch.zeros(24, dtype=torch.bool)
+    mask[[4, 9]] = True
+    assert torch.equal(blending.mask(), mask.reshape(SIZE))
+    assert torch.equal(result[1][:, mask.reshape(SIZE)], latents[1][:, mask.reshape(SIZE)])
+    assert torch.equal(result[1][:, ~mask.reshape(SIZE)], latents[0][:, ~mask.reshape(SIZE)])
+    assert torch.equal(result[[0, 2]], latents[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda words: reweighted(words, {"cat": 2}), "'cat' is not in the prompt"),
+        (lambda words: reweighted(words, {"red": -1}), "the weight of 'red' is -1: give 0"),
+        (lambda words: silenced(words, ("red", 3)), "'red' occurs 1 times"),
+        (lambda words: Region.box("red", 0.5, 0, 0.5, 1), "the region 0.5, 0 to 0.5, 1 of 'red' is not in the picture"),
+        (lambda words: Region.box("red", 0, 0, 1, 1.2), "is not in the picture"),
+        (lambda words: regional(words, [], SIZE, strength=0), "the strength is 0"),
+        (lambda words: followed(words, words, cross=1.5), "cross is 1.5: give a share of the way"),
+        (lambda words: excited(words, latent_size=SIZE), "no word given"),
+        (lambda words: blended(words, words, ["cat"], SIZE), "'cat' is not in the prompt"),
+    ],
+)
+def test_what_cannot_be_done_is_said(tokenizer: Tokenizer, ask, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ask(tokenizer.words("a red ring"))
+
+
+@pytest.fixture(scope="module")
+def pipe(trained) -> Pipeline:
+    return Pipeline.from_pretrained(trained)
+
+
+def test_an_edit_that_changes_nothing_changes_no_bit(pipe: Pipeline) -> None:
+    plain = pipe("a red circle", seed=4)
+    seen: set[AttentionSite] = set()
+
+    def watched(site: AttentionSite, probs: Tensor) -> Tensor:
+        seen.add(site)
+        return probs
+
+    assert torch.equal(pipe("a red circle", seed=4, edit=watched).latents, plain.latents)
+    assert {site.kind for site in seen} == {"cross"}
+    words = pipe.tokenizer.words("a red circle")
+    assert not torch.equal(pipe("a red circle", seed=4, edit=silenced(words, "red")).latents, plain.latents)
+
+
+def test_edits_compose_and_hold_for_their_part_of_the_way(pipe: Pipeline) -> None:
+    words = pipe.tokenizer.words("a red circle")
+    heavier, lighter = reweighted(words, {"red": 4}), reweighted(words, {"red": 0.25})
+    plain = pipe("a red circle", steps=4).latents
+    both = pipe("a red circle", steps=4, edit=[heavier, lighter]).latents
+    assert torch.allclose(both, plain, atol=1e-4)
+    late = regional(words, [Region.box("red", 0, 0, 0.5, 1)], pipe.latent_size(), until=0.0)
+    assert not torch.equal(pipe("a red circle", steps=4, edit=late).latents, plain)  # the first step is at 0
+
+
+def test_prompt_to_prompt_starts_from_one_noise_and_keeps_the_first_picture(pipe: Pipeline) -> None:
+    result = pipe.edit("a red circle", "a blue circle", seed=5, steps=4)
+    assert [settings["seed"] for settings in result.settings] == [5, 5]
+    alone = pipe("a red circle", seed=5, steps=4)
+    assert torch.allclose(result.latents[:1], alone.latents, atol=1e-4)
+    same = pipe.edit("a red circle", "a red circle", seed=5, steps=4)
+    assert torch.allclose(same.latents[1], same.latents[0], atol=1e-4)
+    blue = pipe.edit("a red circle", "a blue circle", seed=5, steps=4, blend=["red", "blue"], weights={"blue": 2})
+    assert not torch.equal(blue.latents[0], blue.latents[1])
+
+
+def test_a_blend_leaves_the_rest_of_the_picture_as_it_was(pipe: Pipeline) -> None:
+    source, target = pipe.tokenizer.words("a red circle"), pipe.tokenizer.words("a blue circle")
+    blend = replace(blended(source, target, ["red", "blue"], pipe.latent_size()), threshold=0.98)
+    latents = pipe(["a red circle", "a blue circle"], seed=[5, 5], steps=4, edit=blend).latents
+    kept = torch.eq(latents[0], latents[1]).all(dim=0)
+    assert 0 < kept.sum() < kept.numel()
+
+
+def test_a_wish_moves_the_latents_before_each_step(pipe: Pipeline) -> None:
+    words = pipe.tokenizer.words("a red circle")
+    plain = pipe("a red circle", count=2, height=32, width=48, trace=True)
+    wish = excited(words, "red", "circle", latent_size=pipe.latent_size(32, 48), strength=0.05)
+    moved = pipe("a red circle", count=2, height=32, width=48, edit=wish, trace=True)
+    finest = min(site.downscale for site in plain.heatmaps[0].maps)
+
+    def loss(result) -> float:
+        maps = {
+            site: torch.stack([heatmaps.maps[site][0, 0] for heatmaps in result.heatmaps])
+            for site in result.heatmaps[0].maps
+            if site.downscale == finest
+        }
+        return wish.loss(maps).mean().item()
+
+    assert loss(moved) < loss(plain)
+    still = excited(words, "red", latent_size=pipe.latent_size(32, 48), strength=0.0)
+    assert torch.equal(pipe("a red circle", count=2, height=32, width=48, edit=still).latents, plain.latents)
