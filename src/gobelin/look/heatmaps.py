@@ -4,7 +4,7 @@ The maps of many sites, steps and heads become one picture's heat maps. Tang et 
 sum them over steps and average them over layers and heads; so does Gobelin.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -123,6 +123,15 @@ class HeatMaps:
         for axis, name, chosen in ((0, "step", steps), (1, "head", heads)):
             if chosen is not None:
                 maps = {site: _chosen(probs, axis, name, chosen) for site, probs in maps.items()}
+        return replace(self, maps=maps)
+
+    def picked(self, heads: Mapping[AttentionSite, Sequence[int]]) -> "HeatMaps":
+        """The same of some heads of some sites, each head counting as much, whatever its site."""
+        maps = {}
+        for site, chosen in heads.items():
+            for head in chosen:
+                alone = replace(site, name=f"{site.name}.{head}", heads=1)
+                maps[alone] = _chosen(self.maps[site], 1, "head", [head])
         return replace(self, maps=maps)
 
     def without(self, *parts: str) -> "HeatMaps":

@@ -1,0 +1,292 @@
+"""Whether words light up what they painted: heat maps against masks that are known.
+
+Two kinds of pictures: what the model paints itself, where the grader found just what the caption asks for, with the
+grader's masks; and true renders, noised to several timesteps, with exact masks. By DAAM's protocol (Tang et al. 2022,
+arXiv 2210.04885, section 4.1) a word's map, above a threshold τ of its range, is intersected with the mask.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor
+
+from gobelin.attention import AttentionSite, Trace
+from gobelin.evaluate.shares import Z
+from gobelin.look.edits import silenced
+from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps
+from gobelin.pipeline import Pipeline, to_pil
+from gobelin.scenes import Sample, Seen, World, grade, sample
+from gobelin.scenes.captions import NOUNS, NUMBERS, pluralised
+from gobelin.scenes.colours import COLOURS
+from gobelin.scenes.relations import answers, found_in
+
+SEED = 77  # of the scenes, apart from training's
+TIMESTEPS = (100, 300, 500, 700, 900)
+THRESHOLDS = (0.3, 0.4, 0.5)
+BATCH = 16
+KINDS = ("noun", "colour", "relation", "place", "number")
+
+Heads = Mapping[AttentionSite, Sequence[int]]
+Protocol = Callable[[HeatMaps, int], HeatMap]
+"""(heat maps, number of the word) -> its map."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """A word by its number in the caption, of what kind it is, and the pixels that it speaks of, bool [H, W]."""
+
+    number: int
+    kind: str
+    mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One picture with its heat maps, heads apart, and what its words speak of; ``settings`` repeat one of its own."""
+
+    heatmaps: HeatMaps
+    truths: tuple[Truth, ...]
+    settings: dict | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A mean over ``n`` words in pictures with half of its 95 % interval, which knows which words share a picture."""
+
+    value: float
+    margin: float
+    n: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[float]]) -> "Mean":
+        """Of values in groups: the margin is that of a ratio of sums over independent groups, to first order."""
+        sums = np.array([sum(group) for group in groups if group])
+        sizes = np.array([len(group) for group in groups if group])
+        if not len(sizes):
+            return cls(value=float("nan"), margin=float("nan"), n=0)
+        value = sums.sum() / sizes.sum()
+        spread = (sums - value * sizes).std(ddof=1) if len(sizes) > 1 else float("nan")
+        return cls(value=float(value), margin=float(Z * spread * len(sizes) ** 0.5 / sizes.sum()), n=int(sizes.sum()))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.margin:.3f}"
+
+
+def own_samples(pipeline: Pipeline, world: World, count: int, split: str = "test") -> Iterator[Case]:
+    """The pictures of ``count`` captions in which the grader finds what is asked for, and nothing else."""
+    for indices in _batches(count):
+        samples = [sample(SEED, index, world, split) for index in indices]
+        result = pipeline([each.caption for each in samples], seed=SEED + indices[0], trace=Trace(per_head=True))
+        for each, heatmaps, settings in zip(samples, result.heatmaps, result.settings, strict=True):
+            masks = found_masks(each, grade(heatmaps.picture, world))
+            if masks is not None:
+                yield Case(heatmaps=heatmaps, truths=truths(each, heatmaps, masks), settings=settings)
+
+
+@torch.no_grad()
+def renders(pipeline: Pipeline, world: World, count: int, split: str = "test") -> Iterator[Case]:
+    """``count`` true scenes, looked at while they are denoised from several timesteps, one U-Net pass each."""
+    for indices in _batches(count):
+        samples = [sample(SEED, index, world, split) for index in indices]
+        images = torch.from_numpy(np.stack([each.image for each in samples])).permute(0, 3, 1, 2) / 127.5 - 1
+        vae, unet = pipeline.vae, pipeline.unet
+        latents = vae.images_to_latents(images.to(vae.device, vae.dtype)).float().cpu()
+        text_embeddings = pipeline.encode_text([each.caption for each in samples])
+        noise = torch.randn(latents.shape, generator=Generator().manual_seed(SEED + indices[0]))
+        collector = Collector(Trace(per_head=True))
+        for timestep in TIMESTEPS:
+            timesteps = torch.full((len(samples),), timestep)
+            noisy_latents = pipeline.schedule.add_noise(latents, noise, timesteps).to(unet.device, unet.dtype)
+            _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text_embeddings, reduce="none")
+            collector.add(maps)
+        for place, (each, picture) in enumerate(zip(samples, to_pil(images), strict=True)):
+            heatmaps = HeatMaps(
+                words=pipeline.tokenizer.words(each.caption),
+                maps=collector.maps(place),
+                latent_size=(latents.shape[2], latents.shape[3]),
+                picture=picture,
+            )
+            yield Case(heatmaps=heatmaps, truths=truths(each, heatmaps, torch.from_numpy(each.masks)))
+
+
+def found_masks(each: Sample, seen: Sequence[Seen]) -> Tensor | None:
+    """The masks [n, H, W] of a caption's objects among what was seen; None where they are not all there, or others are.
+
+    None too where two things answer to what is said of one: whose word lit up could not be told.
+    """
+    phrasing = each.phrasing
+    things = [thing for mention in phrasing.mentions for thing in mention.things]
+    if len(seen) != len(things) or not found_in(phrasing.wanted, phrasing.relation, seen, count=phrasing.count):
+        return None
+    masks = torch.zeros(len(things), *seen[0].mask.shape, dtype=torch.bool)
+    for mention in phrasing.mentions:
+        answering = [thing for thing in seen if answers(mention.wanted, thing)]
+        if len(answering) != len(mention.things):
+            return None
+        for place, thing in zip(mention.things, answering, strict=True):
+            masks[place] = torch.from_numpy(thing.mask)
+    return masks
+
+
+def truths(each: Sample, heatmaps: HeatMaps, masks: Tensor) -> tuple[Truth, ...]:
+    """What the caption's words speak of, for those that speak of any object and were not cut off."""
+    spoken = [(word.strip(","), things) for word, things in each.words]
+    found = []
+    for number, (span, (word, things)) in enumerate(zip(heatmaps.words.spans, spoken, strict=False)):
+        assert span.word == word, "the tokenizer's words are not the caption's"
+        if things:
+            found.append(Truth(number=number, kind=kind_of(word, len(things)), mask=masks[list(things)].any(dim=0)))
+    return tuple(found)
+
+
+def kind_of(word: str, things: int) -> str:
+    """The kind of a word that speaks of so many objects."""
+    if word in _NOUNS:
+        return "noun"
+    if word in COLOURS:
+        return "colour"
+    if word.isdigit() or word in NUMBERS.values():
+        return "number"
+    return "relation" if things > 1 else "place"
+
+
+def daam(heatmaps: HeatMaps, number: int) -> HeatMap:
+    """DAAM's own aggregation: every layer and head."""
+    return heatmaps.daam(number)
+
+
+def picked(heads: Heads, *left_out: str) -> Protocol:
+    """The mean over some heads of some sites, with "bos" and the like left out and the rest made to sum to 1."""
+
+    def protocol(heatmaps: HeatMaps, number: int) -> HeatMap:
+        return heatmaps.picked(heads).without(*left_out)[number]
+
+    return protocol
+
+
+def intersections(
+    cases: Sequence[Case], protocol: Protocol, thresholds: Sequence[float] = THRESHOLDS
+) -> dict[tuple[str, float], Mean]:
+    """Mean intersection over union by kind of word and threshold."""
+    values: dict[tuple[str, float], list[list[float]]] = {}
+    for case in cases:
+        for groups in values.values():
+            groups.append([])
+        for truth in case.truths:
+            heatmap = protocol(case.heatmaps, truth.number)
+            for threshold in thresholds:
+                groups = values.setdefault((truth.kind, threshold), [[]])
+                groups[-1].append(overlap(heatmap.mask(threshold).cpu(), truth.mask))
+    return {key: Mean.of(groups) for key, groups in values.items()}
+
+
+def argmax_intersection(cases: Sequence[Case], protocol: Protocol, threshold: float = 0.4) -> Mean:
+    """Mean intersection over union where every pixel goes to one noun, or to none where no map exceeds the threshold.
+
+    Of captions with nouns for different objects.
+    """
+    groups = []
+    for case in cases:
+        nouns = [truth for truth in case.truths if truth.kind == "noun"]
+        if len({truth.mask.numpy().tobytes() for truth in nouns}) < 2:
+            continue
+        values = torch.stack([protocol(case.heatmaps, truth.number).values.cpu() for truth in nouns])
+        most, winner = values.max(dim=0)
+        groups.append(
+            [overlap((winner == place) & (most > threshold), truth.mask) for place, truth in enumerate(nouns)]
+        )
+    return Mean.of(groups)
+
+
+def ceiling(cases: Sequence[Case], downscale: int, threshold: float = 0.4) -> Mean:
+    """What a perfect map of a resolution would reach for nouns: the masks themselves, averaged over its patches."""
+    groups = []
+    for case in cases:
+        height, width = case.heatmaps.latent_size
+        grid = -(-height // downscale), -(-width // downscale)
+        group = []
+        for truth in case.truths:
+            if truth.kind == "noun":
+                small = F.interpolate(truth.mask[None, None].float(), size=grid, mode="area")
+                large = F.interpolate(small, size=truth.mask.shape, mode="bicubic")[0, 0].clamp(0, 1)
+                shown = HeatMap(label="", raw=large, picture=case.heatmaps.picture)
+                group.append(overlap(shown.mask(threshold), truth.mask))
+        groups.append(group)
+    return Mean.of(groups)
+
+
+def whole_image(cases: Sequence[Case]) -> Mean:
+    """What a map that lights up everywhere reaches for nouns: the share of the picture that they fill."""
+    return Mean.of([[t.mask.float().mean().item() for t in case.truths if t.kind == "noun"] for case in cases])
+
+
+def choose_heads(cases: Sequence[Case], *left_out: str, threshold: float = 0.4) -> tuple[Heads, float]:
+    """The heads whose mean map overlaps nouns best, and how much: best alone first, added while it rises."""
+    ranked = sorted(
+        (
+            (_nouns(cases, picked({site: [head]}, *left_out), threshold), site, head)
+            for site in cases[0].heatmaps.maps
+            for head in range(site.heads)
+        ),
+        key=lambda row: -row[0],
+    )
+    chosen: dict[AttentionSite, list[int]] = {}
+    best = 0.0
+    for _, site, head in ranked[:12]:
+        trial = {known: list(heads) for known, heads in chosen.items()}
+        trial.setdefault(site, []).append(head)
+        value = _nouns(cases, picked(trial, *left_out), threshold)
+        if value > best:
+            chosen, best = trial, value
+    return chosen, best
+
+
+def causality(pipeline: Pipeline, cases: Sequence[Case], protocol: Protocol) -> dict[str, Mean]:
+    """How the change of the picture, where a word is not looked at, correlates with the word's map, by kind of word.
+
+    Pearson's correlation over pixels of the map with the greatest change of a channel, for words that change any.
+    """
+    groups: dict[str, list[list[float]]] = {}
+    for case in cases:
+        assert case.settings is not None
+        settings = {name: value for name, value in case.settings.items() if name not in ("prompt", "model")}
+        for truth in case.truths:
+            without = pipeline(
+                case.heatmaps.words.text, **settings, edit=silenced(case.heatmaps.words, truth.number)
+            ).images[0]
+            change = _difference(case.heatmaps.picture, without)
+            if change.max() > 0:
+                heat = protocol(case.heatmaps, truth.number).raw.cpu().flatten()
+                correlation = torch.corrcoef(torch.stack([heat, change.flatten()]))[0, 1].item()
+                groups.setdefault(truth.kind, []).append([correlation])
+    return {kind: Mean.of(values) for kind, values in groups.items()}
+
+
+def overlap(found: Tensor, truth: Tensor) -> float:
+    """Intersection over union of two bool masks; 1 where both are empty."""
+    union = (found | truth).sum().item()
+    return (found & truth).sum().item() / union if union else 1.0
+
+
+def _nouns(cases: Sequence[Case], protocol: Protocol, threshold: float) -> float:
+    only = [Case(heatmaps=c.heatmaps, truths=tuple(t for t in c.truths if t.kind == "noun")) for c in cases]
+    return intersections(only, protocol, [threshold])["noun", threshold].value
+
+
+def _difference(one: Image.Image, other: Image.Image) -> Tensor:
+    """The greatest change of a channel at each pixel, [H, W] in [0, 1]."""
+    levels = [torch.from_numpy(np.asarray(image, dtype=np.float32)) / 255 for image in (one, other)]
+    return (levels[0] - levels[1]).abs().amax(dim=-1)
+
+
+def _batches(count: int) -> Iterator[range]:
+    return (range(start, min(count, start + BATCH)) for start in range(0, count, BATCH))
+
+
+_NOUNS = frozenset(
+    word for nouns in NOUNS.values() for noun in nouns for form in (noun, pluralised(noun)) for word in form.split()
+)
