@@ -212,7 +212,7 @@ def ceiling(cases: Sequence[Case], downscale: int, threshold: float = 0.4) -> Me
         for truth in case.truths:
             if truth.kind == "noun":
                 small = F.interpolate(truth.mask[None, None].float(), size=grid, mode="area")
-                large = F.interpolate(small, size=truth.mask.shape, mode="bicubic")[0, 0].clamp(0, 1)
+                large = F.interpolate(small, size=truth.mask.shape, mode="bicubic")[0, 0].clamp(min=0)
                 shown = HeatMap(label="", raw=large, picture=case.heatmaps.picture)
                 group.append(overlap(shown.mask(threshold), truth.mask))
         groups.append(group)
