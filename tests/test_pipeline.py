@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gobelin
+from gobelin.attention import Edit, Trace
 from gobelin.errors import ModelError, UsageError
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.samplers import SAMPLERS
@@ -48,6 +49,76 @@ def test_every_sampler_streams_its_steps(pipe, sampler):
     assert steps[1].preview().size == (64, 64)
     final = pipe("a red circle", sampler=sampler, steps=3)
     assert torch.equal(final.latents, steps[-1].latents)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_tracing_changes_no_bit_and_yields_each_steps_maps(pipe, sampler, guidance):
+    options = {"sampler": sampler, "steps": 3, "guidance": guidance, "count": 2, "height": 32, "width": 48}
+    plain = pipe(["a red circle", "a blue ring"], **options)
+    traced = pipe(["a red circle", "a blue ring"], **options, trace=True)
+    assert torch.equal(traced.latents, plain.latents)
+    steps = list(pipe.stream(["a red circle", "a blue ring"], **options, trace=True))
+    for site in steps[0].maps:
+        rows, columns = site.grid(8, 12)
+        assert steps[0].maps[site].shape == (4, rows * columns, pipe.tokenizer.max_length), "the text's half alone"
+        mean = torch.stack([step.maps[site][2] for step in steps]).mean(dim=0)
+        torch.testing.assert_close(traced.heatmaps[2].maps[site][0, 0], mean)
+    assert traced.heatmaps[2].words.text == "a blue ring"
+    assert traced.heatmaps[2]["ring"].raw.shape == (32, 48)
+    assert all(step.maps == {} for step in pipe.stream("a red circle", steps=1))
+
+
+def test_tracing_changes_no_bit_in_bfloat16(trained):
+    pipe = Pipeline.from_pretrained(trained, dtype=torch.bfloat16)
+    plain, traced = (pipe("a red circle", steps=2, trace=trace) for trace in (False, True))
+    assert torch.equal(traced.latents, plain.latents)
+    assert traced.heatmaps[0].shares()["bos"] > 0
+
+
+def test_heatmaps_agree_with_attention_computed_by_hand(pipe):
+    result = pipe("a red circle", seed=2, steps=1, guidance=1.0, trace=Trace(sites="down*attn2", per_head=True))
+    (site,) = {site for site in result.heatmaps[0].maps if site.downscale == 1}
+    block = pipe.unet.get_submodule(site.name)
+    seen = []
+    hook = block.register_forward_hook(lambda _, inputs, __: seen.append(inputs[:2]))
+    pipe("a red circle", seed=2, steps=1, guidance=1.0)
+    hook.remove()
+    hidden, words = seen[0]
+    heads = site.heads
+    query, key = block.to_q(hidden), block.to_k(words)
+    width = query.shape[-1] // heads
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        probs = torch.softmax(query[0, :, part] @ key[0, :, part].T / width**0.5, dim=-1)
+        torch.testing.assert_close(result.heatmaps[0].maps[site][0, head], probs, rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_not_traced_cannot_be_looked_at(pipe):
+    result = pipe("a red circle", steps=1)
+    with pytest.raises(UsageError, match="painted without a trace: paint with trace=True"):
+        _ = result.heatmaps
+    with pytest.raises(UsageError, match=r"'attn3' matches no attention.*attn2"):
+        pipe("a red circle", trace=Trace(sites="attn3"))
+    with pytest.raises(UsageError, match="matches no attention"):
+        pipe("a red circle", edit=Edit(change=lambda site, probs: probs, sites="attn3"))
+
+
+def test_a_notebook_shows_pictures_and_words_that_light_up(pipe):
+    plain, traced = (pipe('a "red" circle', count=2, steps=1, trace=trace) for trace in (False, True))
+    assert plain._repr_html_().count('<img src="data:image/png;base64,') == 2
+    assert 'alt="a &quot;red&quot; circle"' in plain._repr_html_()
+    assert traced._repr_html_().count("<iframe srcdoc=") == 2
+    assert traced.heatmaps[0]._repr_html_() in traced._repr_html_()
+    assert "tensor" not in repr(traced.heatmaps[0])
+
+
+def test_each_picture_may_have_a_seed_of_its_own(pipe):
+    own = pipe(["a red circle", "a blue ring"], seed=[7, 3], steps=2)
+    assert [settings["seed"] for settings in own.settings] == [7, 3]
+    torch.testing.assert_close(own.latents[1:], pipe("a blue ring", seed=3, steps=2).latents, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="3 seeds given for 2 pictures"):
+        pipe(["a red circle", "a blue ring"], seed=[1, 2, 3])
 
 
 def test_the_prompt_and_the_guidance_change_the_picture(pipe):

@@ -1,6 +1,7 @@
 """A prompt in, a stream of steps and then pictures out: everything put together."""
 
 import dataclasses
+import html
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from gobelin.formats.files import read_json, write_json
 from gobelin.formats.png import write_png
 from gobelin.look.edits import Blend, Blending, Wish, blended, followed, reweighted
 from gobelin.look.heatmaps import Collector, HeatMaps
+from gobelin.look.page import framed_page, picture_url
 from gobelin.samplers import NoiseSource, Step, find_sampler, sample
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer, Word
@@ -78,6 +80,12 @@ class Result:
         if self.traced is None:
             raise UsageError("these pictures were painted without a trace: paint with trace=True")
         return self.traced
+
+    def _repr_html_(self) -> str:
+        if self.traced is not None:
+            return "".join(framed_page(heatmaps) for heatmaps in self.traced)
+        pairs = zip(self.images, self.settings, strict=True)
+        return "".join(f'<img src="{picture_url(image)}" alt="{html.escape(made["prompt"])}">' for image, made in pairs)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write PNGs that carry their settings, never over an existing file; returns their paths."""

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gobelin.cli.main import COMMANDS, main
-from gobelin.formats.png import read_png_settings
+from gobelin.formats.png import read_png_settings, write_png
 from gobelin.training import find_preset
 
 
@@ -80,6 +80,78 @@ def test_generate_paints_pictures_that_remember(gobelin, trained, tmp_path):
     assert (again / "a-blue-ring-8-2.png").exists(), "pictures are never overwritten"
 
 
+def test_generate_writes_the_words_maps_beside_the_picture(gobelin, trained, tmp_path):
+    options = ("--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 2)
+    status, out, err = gobelin("generate", "a red circle", *options, "--maps")
+    assert status == 0, err
+    picture, sheet = out.split()
+    assert sheet == str(tmp_path / "a-red-circle-5-words.png")
+    with Image.open(sheet) as image, Image.open(picture) as painted:
+        assert image.width > 3 * painted.width
+
+
+def test_look_writes_sheets_a_page_an_animation_and_numbers(gobelin, trained, tmp_path):
+    files = {"json": tmp_path / "words.json", "npz": tmp_path / "maps.npz"}
+    status, out, err = gobelin(
+        *("look", "a red circle", "--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 3),
+        *("--per", "head", "--at", 20, 31, "--animation", "--json", files["json"], "--npz", files["npz"]),
+    )
+    assert status == 0, err
+    stem = "a-red-circle-5"
+    for name in ("-words.png", "-per-head.png", "-at-20-31.png", ".html", ".webp"):
+        assert str(tmp_path / f"{stem}{name}") in out
+    with Image.open(tmp_path / f"{stem}.webp") as animation:
+        assert animation.n_frames == 3
+    assert "http" not in (tmp_path / f"{stem}.html").read_text().replace("http-equiv", "")
+    said = json.loads(files["json"].read_text())
+    assert [row["word"] for row in said["words"]] == ["a", "red", "circle"]
+    assert all(0 <= row["mean"] <= row["most"] <= 1 for row in said["words"])
+    assert said["shares"]["bos"] == 0, "the shares are of attention without BOS"
+    assert sum(said["shares"].values()) == pytest.approx(1)
+    maps = np.load(files["npz"])
+    assert maps["words"].tolist() == ["a", "red", "circle"]
+    assert maps["maps"].shape == (3, 64, 64)
+    row, column = np.unravel_index(maps["maps"][2].argmax(), (64, 64))
+    assert said["words"][2]["most_at"] == [column, row]
+
+
+def test_look_paints_a_picture_again_and_says_when_it_is_another(gobelin, trained, tmp_path):
+    gobelin("generate", "a red circle", "--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 2)
+    picture = tmp_path / "a-red-circle-5.png"
+    out = tmp_path / "maps"
+    status, printed, err = gobelin("look", picture, "--model", trained, "--out", out, "--words", "circle", "red circle")
+    assert (status, err) == (0, "")
+    assert printed.split() == [str(out / "a-red-circle-5-words.png"), str(out / "a-red-circle-5.html")]
+    for per in ("step", "layer"):
+        status, printed, _ = gobelin("look", picture, "--model", trained, "--out", out, "--per", per)
+        assert f"a-red-circle-5-per-{per}.png" in printed
+
+    settings = read_png_settings(picture)
+    write_png(picture, Image.new("RGB", (64, 64)), settings)
+    status, _, err = gobelin("look", picture, "--model", trained, "--out", out)
+    assert status == 0
+    assert "painted again" in err
+    Image.new("RGB", (64, 64)).save(picture)
+    status, _, err = gobelin("look", picture, "--model", trained, "--out", out)
+    assert status == 1
+    assert is_one_sentence(err)
+    assert "carries no settings" in err
+
+
+def test_edit_keeps_the_picture_and_shows_what_changed(gobelin, trained, tmp_path):
+    options = ("--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 2)
+    status, out, err = gobelin(
+        "edit", "a red circle", "--to", "a blue circle", *options, "--weights", "blue=2", "--blend", "red", "blue"
+    )
+    assert status == 0, err
+    assert [path.rpartition("/")[2] for path in out.split()] == [
+        "a-red-circle-5.png",
+        "a-blue-circle-5.png",
+        "a-red-circle-5-edit.png",
+    ]
+    assert all(Image.open(path).width >= 64 for path in out.split())
+
+
 def test_the_shipped_model_paints(gobelin, tmp_path):
     status, out, err = gobelin("generate", "a red circle", "--out", tmp_path, "--seed", 1)
     assert status == 0, err
@@ -99,7 +171,7 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["paint"], 2, "unknown command 'paint': the choices are generate, train, evaluate, show, data"),
+        (["paint"], 2, "unknown command 'paint': the choices are generate, look, edit, train"),
         (["generate"], 2, "no prompt given"),
         (["generate", "  "], 2, "the prompt is empty"),
         (["generate", "x", "--sampler", "magic"], 2, "unknown sampler 'magic': the choices are ddpm, ddim, euler"),
@@ -122,6 +194,12 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["train", "--out", "x", "late.toml"], 2, "late.toml comes too late"),
         (["generate", "x", "--device", "cpu:x"], 2, "unknown device 'cpu:x'"),
         (["generate", "x", "--height", "0"], 2, "64×0 pixels asked for"),
+        (["look", "a red circle", "--words", "cat"], 2, "'cat' is not in the prompt, whose words are a, red, circle"),
+        (["look", "a red circle", "--at", "64", "0"], 2, "is not in the picture of 64×64 pixels"),
+        (["look", "a red circle", "--sites", "attn3"], 2, "'attn3' matches no attention"),
+        (["look", "nowhere.png"], 2, "there is no picture at nowhere.png"),
+        (["edit", "a red circle", "--to", "a ring", "--weights", "red"], 2, "--weights has 'red': give WORD=NUMBER"),
+        (["edit", "a red circle", "--to", "a ring", "--cross", "2"], 2, "cross is 2.0: give a share of the way"),
         (["evaluate", "--sheet", "sheet"], 2, "--sheet is sheet: give a name that ends in .png or .jpg"),
         (["data", "scenes", "--out", "x", "--split", "all"], 2, "unknown split 'all': the choices are train"),
         (["data", "scenes", "--out", "x", "--count", "0"], 2, "0 scenes asked for: give 1 or more"),
@@ -250,6 +328,19 @@ def test_evaluate_reports_scores_with_intervals(gobelin, trained, tmp_path):
     assert "| colours | held out |" in files["scores.md"].read_text()
     with Image.open(files["sheet.png"]) as sheet:
         assert sheet.width > 500
+
+
+def test_evaluate_measures_attribution(gobelin, trained, tmp_path):
+    file, report = tmp_path / "attribution.json", tmp_path / "attribution.md"
+    options = ("--world", "nano", "--limit", 3, "--json", file, "--report", report)
+    status, out, err = gobelin("evaluate", trained, "--attribution", *options)
+    assert status == 0, err
+    found = json.loads(file.read_text())["attribution"]
+    assert found["renders"]["pictures"] == 3
+    assert 0 < found["renders"]["whole_image"]["value"] < 0.3
+    assert found["renders"]["protocols"].keys() == {"DAAM", "chosen heads"}
+    assert "True scenes, noised".lower() in out.lower()
+    assert "a perfect map reaches" in report.read_text()
 
 
 def test_evaluate_judges_what_another_program_painted(gobelin, trained, tmp_path):

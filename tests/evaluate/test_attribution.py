@@ -162,7 +162,8 @@ def test_a_model_is_looked_into_by_true_renders_and_by_its_own_pictures(pipe: Pi
     monkeypatch.setattr(attribution, "grade", seen)
     own = list(own_samples(pipe, CORE, 1))
     assert len(own) == 1
-    correlations = causality(pipe, own, daam)
+    correlations = causality(pipe, own, {"DAAM": daam})["DAAM"]
+    assert correlations.keys() == {truth.kind for truth in own[0].truths}
     assert all(-1 <= mean.value <= 1 for mean in correlations.values())
 
 

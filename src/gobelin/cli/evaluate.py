@@ -18,6 +18,7 @@ from gobelin.cli.options import parse, write_report
 from gobelin.clip import ImageEncoder
 from gobelin.data import find_world
 from gobelin.errors import UsageError
+from gobelin.evaluate.attribution import measure
 from gobelin.evaluate.faithfulness import Painted, Painting, judged, paint
 from gobelin.evaluate.folder import read_gallery, write_list
 from gobelin.evaluate.instruments import check_instruments
@@ -47,6 +48,7 @@ class Evaluate:
       gobelin evaluate
       gobelin evaluate runs/mine --limit 25 --json scores.json --report scores.md --sheet sheet.png
       gobelin evaluate runs/mine --splits test heldout --json final.json
+      gobelin evaluate --attribution --json attribution.json
       gobelin evaluate --world core --write-prompts elsewhere
       gobelin evaluate --pictures elsewhere
     """
@@ -82,6 +84,8 @@ class Evaluate:
     """Judge the pictures of this folder, painted by any program, in place of a model's."""
     write_prompts: Path | None = None
     """Write what to paint to this folder's metadata.jsonl (file_name, text, seed), for any program, and stop."""
+    attribution: bool = False
+    """Measure word maps in place of faithfulness: whether words light up what they painted."""
     json: Path | None = None
     """Write the scores here."""
     report: Path | None = None
@@ -106,6 +110,13 @@ def run(arguments: Sequence[str]) -> None:
     if options.write_prompts is not None:
         write_prompts(options, options.write_prompts)
         return
+    if options.attribution:
+        content = of_words(options)
+        print_report(content)
+        write_report(options.json, content)
+        if options.report is not None:
+            write_text(options.report, markdown(content))
+        return
     measured = of_folder(options, options.pictures) if options.pictures is not None else of_model(options)
     print_report(measured.content)
     write_report(options.json, measured.content)
@@ -116,8 +127,8 @@ def run(arguments: Sequence[str]) -> None:
         write_sheet(options.sheet, contact_sheet(measured.pictures, title))
 
 
-def of_model(options: Evaluate) -> _Measured:
-    """Paint with a model, and judge what it painted."""
+def open_model(options: Evaluate) -> tuple[Pipeline, World]:
+    """The model that was asked for, and the world that it is measured by."""
     chosen = None if options.world is None else find_world(options.world)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     pipeline = Pipeline.from_pretrained(options.model, options.device, dtype)
@@ -125,6 +136,21 @@ def of_model(options: Evaluate) -> _Measured:
     size = pipeline.unet.config.sample_size * pipeline.vae.config.factor
     if size != world.size:
         raise UsageError(f"the model paints {size} pixels and the world {world.name} has {world.size}: not comparable")
+    return pipeline, world
+
+
+def of_words(options: Evaluate) -> dict[str, Any]:
+    """Look into a model's pictures and into true ones."""
+    pipeline, world = open_model(options)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("looking", total=None)
+        measured = measure(pipeline, world, options.limit, lambda: progress.advance(bar))
+    return {"model": pipeline.name, "world": world.name, "attribution": measured}
+
+
+def of_model(options: Evaluate) -> _Measured:
+    """Paint with a model, and judge what it painted."""
+    pipeline, world = open_model(options)
     if options.seed < 0:
         raise UsageError(f"the seed is {options.seed}: give 0 or more")
     asked = asked_for(world, options.splits, options.tasks, options.limit, options.count)

@@ -5,8 +5,10 @@ grader's masks; and true renders, noised to several timesteps, with exact masks.
 arXiv 2210.04885, section 4.1) a word's map, above a threshold τ of its range, is intersected with the mask.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ SEED = 77  # of the scenes, apart from training's
 TIMESTEPS = (100, 300, 500, 700, 900)
 THRESHOLDS = (0.3, 0.4, 0.5)
 BATCH = 16
+CAUSAL_PICTURES = 25  # each is painted again for every word
 KINDS = ("noun", "colour", "relation", "place", "number")
 
 Heads = Mapping[AttentionSite, Sequence[int]]
@@ -72,8 +75,55 @@ class Mean:
         spread = (sums - value * sizes).std(ddof=1) if len(sizes) > 1 else float("nan")
         return cls(value=float(value), margin=float(Z * spread * len(sizes) ** 0.5 / sizes.sum()), n=int(sizes.sum()))
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.margin:.3f}"
+    def to_json(self) -> dict[str, float | None]:
+        """The fields, None for what there was too little of."""
+        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
+
+
+def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Everything on ``count`` captions of the test list, as JSON; heads are chosen on as many of the dev list.
+
+    Where the grader finds no picture right, means are None. ``advance`` hears of each picture that is looked into.
+    """
+
+    def looked(cases: Iterator[Case]) -> list[Case]:
+        return [case for case in cases if advance() is None]
+
+    dev = [kind(pipeline, world, count, "dev") for kind in (own_samples, renders)]
+    chosen, on_dev = choose_heads([case for cases in dev for case in looked(cases)])
+    protocols: dict[str, Protocol] = {"DAAM": daam, "chosen heads": picked(chosen)}
+    content: dict[str, Any] = {
+        "heads": {site.name: sorted(heads) for site, heads in chosen.items()},
+        "heads_on_dev": on_dev,
+        "captions": count,
+    }
+    own, true = looked(own_samples(pipeline, world, count)), looked(renders(pipeline, world, count))
+    for name, cases in (("own", own), ("renders", true)):
+        content[name] = {
+            "pictures": len(cases),
+            "protocols": {
+                protocol: {
+                    "intersection": [
+                        {"kind": kind, "threshold": threshold, **mean.to_json()}
+                        for (kind, threshold), mean in sorted(intersections(cases, function).items())
+                    ],
+                    "argmax": argmax_intersection(cases, function).to_json(),
+                }
+                for protocol, function in protocols.items()
+            },
+            "ceilings": {
+                str(downscale): ceiling(cases, downscale).to_json()
+                for downscale in sorted({site.downscale for site in pipeline.unet.attention_sites})
+            },
+            "whole_image": whole_image(cases).to_json(),
+            "shares": _average([case.heatmaps.shares() for case in cases]),
+            **_average([{"entropy": case.heatmaps.entropy()} for case in cases]),
+        }
+    content["causality"] = {
+        protocol: {kind: mean.to_json() for kind, mean in kinds.items()}
+        for protocol, kinds in causality(pipeline, own[:CAUSAL_PICTURES], protocols).items()
+    }
+    return content
 
 
 def own_samples(pipeline: Pipeline, world: World, count: int, split: str = "test") -> Iterator[Case]:
@@ -245,25 +295,27 @@ def choose_heads(cases: Sequence[Case], *left_out: str, threshold: float = 0.4) 
     return chosen, best
 
 
-def causality(pipeline: Pipeline, cases: Sequence[Case], protocol: Protocol) -> dict[str, Mean]:
-    """How the change of the picture, where a word is not looked at, correlates with the word's map, by kind of word.
+def causality(
+    pipeline: Pipeline, cases: Sequence[Case], protocols: Mapping[str, Protocol]
+) -> dict[str, dict[str, Mean]]:
+    """How the change of a picture, where a word is not looked at, correlates with the word's map: by kind of word.
 
     Pearson's correlation over pixels of the map with the greatest change of a channel, for words that change any.
     """
-    groups: dict[str, list[list[float]]] = {}
+    groups: dict[str, dict[str, list[list[float]]]] = {name: {} for name in protocols}
     for case in cases:
         assert case.settings is not None
         settings = {name: value for name, value in case.settings.items() if name not in ("prompt", "model")}
         for truth in case.truths:
-            without = pipeline(
-                case.heatmaps.words.text, **settings, edit=silenced(case.heatmaps.words, truth.number)
-            ).images[0]
+            edit = silenced(case.heatmaps.words, truth.number)
+            without = pipeline(case.heatmaps.words.text, **settings, edit=edit).images[0]
             change = _difference(case.heatmaps.picture, without)
-            if change.max() > 0:
-                heat = protocol(case.heatmaps, truth.number).raw.cpu().flatten()
-                correlation = torch.corrcoef(torch.stack([heat, change.flatten()]))[0, 1].item()
-                groups.setdefault(truth.kind, []).append([correlation])
-    return {kind: Mean.of(values) for kind, values in groups.items()}
+            for name, protocol in protocols.items():
+                heat = protocol(case.heatmaps, truth.number).raw.cpu()
+                if change.std() > 0 and heat.std() > 0:
+                    correlation = torch.corrcoef(torch.stack([heat.flatten(), change.flatten()]))[0, 1].item()
+                    groups[name].setdefault(truth.kind, []).append([correlation])
+    return {name: {kind: Mean.of(values) for kind, values in sorted(kinds.items())} for name, kinds in groups.items()}
 
 
 def overlap(found: Tensor, truth: Tensor) -> float:
@@ -281,6 +333,10 @@ def _difference(one: Image.Image, other: Image.Image) -> Tensor:
     """The greatest change of a channel at each pixel, [H, W] in [0, 1]."""
     levels = [torch.from_numpy(np.asarray(image, dtype=np.float32)) / 255 for image in (one, other)]
     return (levels[0] - levels[1]).abs().amax(dim=-1)
+
+
+def _average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
 
 def _batches(count: int) -> Iterator[range]:

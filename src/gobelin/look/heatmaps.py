@@ -92,6 +92,14 @@ class HeatMaps:
     latent_size: tuple[int, int]
     picture: Image.Image
 
+    def __repr__(self) -> str:
+        return f"HeatMaps(words={self.words.text!r}, sites={len(self.maps)}, size={self.picture.size})"
+
+    def _repr_html_(self) -> str:
+        from gobelin.look.page import framed_page  # which is made of heat maps
+
+        return framed_page(self)
+
     def __getitem__(self, key: Word) -> HeatMap:
         """A word or a phrase, wherever it stands; a pair for one of its occurrences, 0 the first; a word by its number.
 

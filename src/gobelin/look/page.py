@@ -1,6 +1,7 @@
 """One HTML file in which words light up what they painted, and patches rank their words; it needs no network."""
 
 import base64
+import html
 import io
 import json
 from importlib.resources import files
@@ -8,6 +9,7 @@ from string import Template
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gobelin.look.colours import colour_map
@@ -20,7 +22,12 @@ def page(heatmaps: HeatMaps) -> str:
     """The page. Where steps were kept apart, a slider goes through them; its first place is their mean."""
     template = Template(files("gobelin.look").joinpath("page.html").read_text(encoding="utf-8"))
     data = json.dumps(page_data(heatmaps), ensure_ascii=False).replace("</", "<\\/")
-    return template.substitute(title=_escaped(heatmaps.words.text), data=data)
+    return template.substitute(title=html.escape(heatmaps.words.text), data=data)
+
+
+def framed_page(heatmaps: HeatMaps) -> str:
+    """The page as a frame, for a notebook."""
+    return f'<iframe srcdoc="{html.escape(page(heatmaps))}" width="100%" height="640" style="border: 0"></iframe>'
 
 
 def page_data(heatmaps: HeatMaps) -> dict[str, Any]:
@@ -30,8 +37,6 @@ def page_data(heatmaps: HeatMaps) -> dict[str, Any]:
     shares = torch.stack([_on_grid(part) for part in parts])
     tops = shares.amax(dim=(0, 2, 3)).clamp(min=1e-9)
     levels = (shares / tops[:, None, None] * 255).round().byte()
-    buffer = io.BytesIO()
-    heatmaps.picture.save(buffer, format="PNG")
     return {
         "text": _pieces(heatmaps),
         "words": [span.word for span in heatmaps.words.spans],
@@ -41,8 +46,15 @@ def page_data(heatmaps: HeatMaps) -> dict[str, Any]:
         "tops": [round(top, 6) for top in tops.tolist()],
         "shares": _base64(levels.numpy().tobytes()),
         "colours": _base64(colour_map().tobytes()),
-        "picture": "data:image/png;base64," + _base64(buffer.getvalue()),
+        "picture": picture_url(heatmaps.picture),
     }
+
+
+def picture_url(picture: Image.Image) -> str:
+    """A picture as a data URL."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return "data:image/png;base64," + _base64(buffer.getvalue())
 
 
 def _on_grid(heatmaps: HeatMaps) -> Tensor:
@@ -61,10 +73,6 @@ def _pieces(heatmaps: HeatMaps) -> list[tuple[str, int | None]]:
         pieces += [(heatmaps.words.text[end : span.start], None), (heatmaps.words.text[span.start : span.end], number)]
         end = span.end
     return [piece for piece in [*pieces, (heatmaps.words.text[end:], None)] if piece[0]]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _base64(content: bytes) -> str:
