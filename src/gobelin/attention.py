@@ -71,7 +71,7 @@ AttentionMaps = dict[AttentionSite, Tensor]
 """Probabilities by site: [B, patches, keys], a mean over heads, or [B, heads, patches, keys]."""
 
 Change = Callable[[AttentionSite, Tensor], Tensor]
-"""``change(site, probs) -> probs``, [B, heads, patches, keys] both; giving back ``probs`` itself changes nothing."""
+"""``change(site, probs) -> probs``, [B, heads, patches, keys] both; giving back equal ones changes nothing."""
 
 Sites = str | Callable[[AttentionSite], bool] | Sequence[AttentionSite] | None
 """A choice of sites: a pattern of names, a question about each, the sites themselves, or None: all that see words."""
@@ -117,15 +117,18 @@ class Trace:
 class Edit:
     """A change of what attentions look at. Where it gives back what it got, nothing changes, bit for bit.
 
-    ``sites`` are those it concerns, as in
-    :func:`choose_sites`. It holds from the share ``start`` of the way from noise to picture to the share ``end``, in
-    timesteps.
+    ``sites`` are those it concerns, as in :func:`choose_sites`. It holds from the share ``start`` of the way from noise
+    to picture, in timesteps, until the share ``end``: 0 is never, 1 until the picture is done.
     """
 
     change: Change
     sites: Sites = None
     start: float = 0.0
     end: float = 1.0
+
+    def holds(self, way: float) -> bool:
+        """Whether it holds at this share of the way."""
+        return self.start <= way and (way < self.end or self.end >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +152,11 @@ class Probe:
             return attended
         probs = seen = attention_probs(query[self.rows], key[self.rows], None if mask is None else mask[self.rows])
         for change in self.changes.get(site, ()):
-            probs = change(site, probs)
-        if probs is not seen:
+            probs = change(site, probs.clone())
+            if not isinstance(probs, Tensor) or probs.shape != seen.shape:
+                what = list(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
+                raise UsageError(f"an edit gave back {what} at {site.name}: expected probabilities {list(seen.shape)}")
+        if probs is not seen and not torch.equal(probs, seen):
             attended = attended.clone()
             attended[self.rows] = probs.to(value.dtype) @ value[self.rows]
         if site in self.sites:

@@ -42,7 +42,7 @@ class Denoiser:
         """What is seen in ``noisy_latents``, which stand at ``timestep`` and noise level ᾱ."""
         noisy_latents = self.adjust(noisy_latents, self._way(timestep))
         for wish in self.wishes:
-            if self._way(timestep) <= wish.end:
+            if self._way(timestep) < wish.end:
                 noisy_latents = self._wished(wish, noisy_latents, timestep)
         prediction, maps = self._predict(noisy_latents.to(self.unet.dtype), timestep)
         denoised, noise = self.schedule.split(prediction.to(noisy_latents.dtype), noisy_latents, alpha_cumprod)
@@ -51,16 +51,18 @@ class Denoiser:
     def _predict(self, noisy_latents: Tensor, timestep: float) -> tuple[Tensor, AttentionMaps]:
         timesteps = torch.full((len(noisy_latents),), timestep, dtype=torch.float32, device=noisy_latents.device)
         if self.guidance <= 1:
-            return self._look(noisy_latents, timesteps, self.text_embeddings)
+            return self._look(noisy_latents, timesteps, self.text_embeddings, timestep)
         both = torch.cat([self.negative_embeddings, self.text_embeddings])
-        predictions, maps = self._look(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+        predictions, maps = self._look(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both, timestep)
         negative, positive = predictions.chunk(2)
         guided = negative + self.guidance * (positive - negative)
         return rescale_guidance(guided, positive, self.guidance_rescale), maps
 
-    def _look(self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor) -> tuple[Tensor, AttentionMaps]:
+    def _look(
+        self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor, timestep: float
+    ) -> tuple[Tensor, AttentionMaps]:
         """One run of the U-Net; what is looked at in it are its last rows, the text's."""
-        edits = [edit for edit in self.edits if edit.start <= self._way(float(timesteps[0])) <= edit.end]
+        edits = self._edits_at(timestep)
         if self.trace is None and not edits:
             return self.unet(noisy_latents, timesteps, text_embeddings), {}
         return self.unet.trace(
@@ -78,11 +80,22 @@ class Denoiser:
         """The latents, moved down the wish's gradient."""
         latents = noisy_latents.detach().requires_grad_()
         timesteps = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)
-        _, maps = self.unet.trace(latents.to(self.unet.dtype), timesteps, self.text_embeddings, sites=wish.sites)
-        loss = wish.loss(maps)
+        _, maps = self.unet.trace(
+            latents.to(self.unet.dtype),
+            timesteps,
+            self.text_embeddings,
+            sites=wish.sites,
+            edits=self._edits_at(timestep),
+        )
+        wished = torch.zeros(len(latents), device=latents.device)
+        wished[slice(None) if wish.rows is None else list(wish.rows)] = 1
+        loss = wished * wish.loss(maps)
         (gradient,) = torch.autograd.grad(loss.sum(), latents)
         size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
         return (latents - wish.strength * loss.reshape(-1, 1, 1, 1) * gradient / size).detach()
+
+    def _edits_at(self, timestep: float) -> list[Edit]:
+        return [edit for edit in self.edits if edit.holds(self._way(timestep))]
 
     def _way(self, timestep: float) -> float:
         """The share of the way from noise (0) to picture (1)."""

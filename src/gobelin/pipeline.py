@@ -38,6 +38,8 @@ SHIPPED = "tiny"
 MAX_SEED = 2**63 - 1
 MODEL_INDEX = "model_index.json"
 OURS = "gobelin.json"
+EDITED = "edited"
+"""In a picture's settings where it was painted with edits, which they do not hold: they do not repeat it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,16 +221,20 @@ class Pipeline:
 
         ``cross`` and ``own`` are those of :func:`gobelin.look.edits.followed`; ``weights`` say how many times as much
         words of ``to`` are looked at; outside of the pixels of the ``blend`` words, of either prompt, nothing changes.
-        The other options are those of :meth:`stream`.
+        The other options are those of :meth:`stream`, without ``count``; an ``edit`` comes after these.
         """
+        if options.pop("count", 1) != 1:
+            raise UsageError("an edit paints two pictures: leave out count")
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
+        size = self.latent_size(options.get("height"), options.get("width"))
         source, target = self.tokenizer.words(prompt), self.tokenizer.words(to)
-        edits: list[AnyEdit] = [*followed(source, target, cross, own)]
+        edits: list[AnyEdit] = [*followed(source, target, size, cross, own)]
         if weights:
             edits.append(reweighted(target, weights, rows=[1]))
         if blend:
-            edits.append(blended(source, target, blend, self.latent_size(options.get("height"), options.get("width"))))
+            edits.append(blended(source, target, blend, size))
+        edits += _listed(options.pop("edit", ()))
         return self([prompt, to], seed=[seed, seed], edit=edits, **options)
 
     def _request(
@@ -283,6 +289,13 @@ class Pipeline:
             raise UsageError(
                 f"clip_skip is {clip_skip}: give a number from 0 to {self.text_encoder.config.num_hidden_layers - 1}"
             )
+        traced = trace if isinstance(trace, Trace) else Trace() if trace else None
+        edits = [asked if isinstance(asked, Edit | Wish | Blend) else Edit(change=asked) for asked in _listed(edit)]
+        for asked in (traced, *edits):
+            if isinstance(asked, Trace | Edit | Wish):
+                choose_sites(self.unet.attention_sites, asked.sites)
+            if isinstance(asked, Wish | Blend) and asked.rows is not None and max(asked.rows, default=0) >= total:
+                raise UsageError(f"an edit is about picture {max(asked.rows)} of a batch of {total}: the first is 0")
         common = {
             "negative_prompt": negative_prompt,
             "steps": steps,
@@ -293,17 +306,10 @@ class Pipeline:
             "width": width,
             "clip_skip": clip_skip,
             "model": self.name,
+            **({EDITED: True} if edits else {}),
         }
         repeated = [text for text in prompts for _ in range(count)]
         settings = [{"prompt": text, "seed": seed, **common} for text, seed in zip(repeated, seeds, strict=True)]
-        traced = trace if isinstance(trace, Trace) else Trace() if trace else None
-        edits = [
-            asked if isinstance(asked, Edit | Wish | Blend) else Edit(change=asked)
-            for asked in (edit if isinstance(edit, Sequence) else [edit])
-        ]
-        for asked in (traced, *edits):
-            if isinstance(asked, Trace | Edit | Wish):
-                choose_sites(self.unet.attention_sites, asked.sites)
         return _Request(settings=settings, shape=shape, latents=latents, trace=traced, edits=tuple(edits))
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -455,6 +461,10 @@ MODEL_INDEX_JSON = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+
+def _listed(edit: AnyEdit | Sequence[AnyEdit]) -> list[AnyEdit]:
+    return list(edit) if isinstance(edit, Sequence) else [edit]
 
 
 def picture_name(settings: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from gobelin.formats.files import read_json, write_json, write_text
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD = re.compile(r"[^\W_](?:\S*[^\W_])?")
 UNLIMITED = 10**6  # transformers writes 10³⁰ where no length was set
 MIN_VOCABULARY = 2 * 256 + 2
 MERGES_HEADER = "#version: 0.2"
@@ -68,7 +69,7 @@ class Words:
                 raise UsageError(f"there is no word number {key}: the prompt has {len(self)}, {there}")
             return self.spans[key].tokens
         phrase, occurrence = (key, None) if isinstance(key, str) else key
-        wanted = phrase.lower().split()
+        wanted = [word.lower() for word in WORD.findall(phrase)]
         spoken = [span.word.lower() for span in self.spans]
         starts = [start for start in range(len(self)) if wanted and spoken[start : start + len(wanted)] == wanted]
         if not starts:
@@ -81,7 +82,7 @@ class Words:
                 )
             starts = [starts[occurrence]]
         found = [span for start in starts for span in self.spans[start : start + len(wanted)]]
-        return tuple(token for span in found for token in span.tokens)
+        return tuple(dict.fromkeys(token for span in found for token in span.tokens))
 
     def part(self, part: str) -> tuple[int, ...]:
         """The positions of "bos", "eos" or "padding"."""
@@ -183,7 +184,7 @@ class Tokenizer:
         encoding = self._engine.encode(text)
         kept = list(enumerate(encoding.offsets))[1 : self.max_length - 1]
         spans = []
-        for match in re.finditer(r"[^\W_](?:\S*[^\W_])?", text):
+        for match in WORD.finditer(text):
             start, end = match.span()
             tokens = tuple(index for index, (first, last) in kept if first < end and last > start)
             if tokens:

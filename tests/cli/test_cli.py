@@ -126,6 +126,10 @@ def test_look_paints_a_picture_again_and_says_when_it_is_another(gobelin, traine
         status, printed, _ = gobelin("look", picture, "--model", trained, "--out", out, "--per", per)
         assert f"a-red-circle-5-per-{per}.png" in printed
 
+    status, _, err = gobelin("look", picture, "--model", trained, "--out", out, "--steps", 3)
+    assert status == 2
+    assert "leave out --steps" in err
+
     settings = read_png_settings(picture)
     write_png(picture, Image.new("RGB", (64, 64)), settings)
     status, _, err = gobelin("look", picture, "--model", trained, "--out", out)
@@ -147,8 +151,11 @@ def test_edit_keeps_the_picture_and_shows_what_changed(gobelin, trained, tmp_pat
     assert [path.rpartition("/")[2] for path in out.split()] == [
         "a-red-circle-5.png",
         "a-blue-circle-5.png",
-        "a-red-circle-5-edit.png",
+        "a-blue-circle-5-edit.png",
     ]
+    status, _, err = gobelin("look", tmp_path / "a-blue-circle-5.png", "--model", trained, "--out", tmp_path)
+    assert status == 2
+    assert "was painted with an edit" in err
     assert all(Image.open(path).width >= 64 for path in out.split())
 
 
@@ -197,6 +204,10 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["look", "a red circle", "--words", "cat"], 2, "'cat' is not in the prompt, whose words are a, red, circle"),
         (["look", "a red circle", "--at", "64", "0"], 2, "is not in the picture of 64×64 pixels"),
         (["look", "a red circle", "--sites", "attn3"], 2, "'attn3' matches no attention"),
+        (["look", "!?"], 2, "'!?' has no word to look at"),
+        (["edit", "a red circle", "--to", "a ring", "--weights", "a=nan"], 2, "the weight of 'a' is nan"),
+        (["evaluate", "--attribution", "--limit", "1"], 2, "limit is 1: give a number of captions from 2"),
+        (["evaluate", "--attribution", "--count", "2"], 2, "leave out --count"),
         (["look", "nowhere.png"], 2, "there is no picture at nowhere.png"),
         (["edit", "a red circle", "--to", "a ring", "--weights", "red"], 2, "--weights has 'red': give WORD=NUMBER"),
         (["edit", "a red circle", "--to", "a ring", "--cross", "2"], 2, "cross is 2.0: give a share of the way"),

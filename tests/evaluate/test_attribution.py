@@ -33,7 +33,7 @@ from gobelin.scenes import CORE, Sample, grade, sample
 from gobelin.tokenizer import Tokenizer
 
 SEEING = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=2)
-BLIND = AttentionSite(name="mid.attn2", kind="cross", downscale=2, heads=2)
+BLIND = AttentionSite(name="down.attn2", kind="cross", downscale=2, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def cases(tokenizer: Tokenizer) -> list[Case]:
 
 def test_maps_that_are_right_reach_the_ceiling_and_no_more(cases: list[Case]) -> None:
     right = intersections(cases, picked({SEEING: [1]}))
-    perfect = ceiling(cases, 1)
+    perfect = ceiling(cases, SEEING)
     assert right["noun", 0.4].value == pytest.approx(perfect.value, abs=0.01)
     assert right["noun", 0.4].n == perfect.n == sum(t.kind == "noun" for case in cases for t in case.truths)
     assert 0.75 < perfect.value < 0.95
-    assert ceiling(cases, 2).value < perfect.value - 0.05
+    assert ceiling(cases, BLIND).value < perfect.value - 0.05
     assert {kind for kind, _ in right} == {"noun", "colour", "relation", "place", "number"}
     assert argmax_intersection(cases, picked({SEEING: [1]})).value > 0.7
 
@@ -99,15 +99,16 @@ def test_daam_is_drawn_by_every_head_and_the_best_are_found(cases: list[Case]) -
 
 
 def test_the_graders_masks_are_the_scenes_own() -> None:
+    told = 0
     for index in range(30):
         each = sample(6, index, CORE)
         masks = found_masks(each, grade(each.image, CORE))
-        if masks is None:  # "a circle and a red thing", where the circle is red too
-            assert len({mention.wanted for mention in each.phrasing.mentions}) <= len(each.phrasing.mentions)
-            continue
-        for mention in each.phrasing.mentions:
-            things = list(mention.things)
-            assert overlap(masks[things].any(dim=0), torch.from_numpy(each.masks[things].any(axis=0))) > 0.85
+        if masks is not None:  # None for "a circle and a red shape" where the circle is red too
+            told += 1
+            for mention in each.phrasing.mentions:
+                things = list(mention.things)
+                assert overlap(masks[things].any(dim=0), torch.from_numpy(each.masks[things].any(axis=0))) > 0.85
+    assert told >= 25
 
 
 def test_pictures_that_are_not_right_have_no_masks() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gobelin.attention import AttentionSite
+from gobelin.attention import AttentionSite, Edit, choose_sites
 from gobelin.errors import UsageError
 from gobelin.look.edits import (
     Blend,
@@ -22,6 +22,7 @@ from gobelin.look.edits import (
 )
 from gobelin.pipeline import Pipeline
 from gobelin.tokenizer import Tokenizer
+from gobelin.unet import UNet, UNetConfig
 
 SITE = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=2)
 COARSE = AttentionSite(name="mid.attn2", kind="cross", downscale=2, heads=2)
@@ -90,25 +91,27 @@ def test_changed_words_stand_in_the_place_of_those_before_them(tokenizer: Tokeni
 
 
 def test_the_same_prompt_is_followed_word_for_word(tokenizer: Tokenizer) -> None:
-    words = tokenizer.words("a red ring of blue")
+    words = tokenizer.words("a red, ring of blue!")
     assert torch.equal(alignment(words, words), torch.eye(20))
     probs = probabilities()
-    changed = followed(words, words)[0].change(SITE, probs)
+    changed = followed(words, words, SIZE)[0].change(SITE, probs)
     assert torch.equal(changed[0], probs[0])
     assert torch.allclose(changed[1], probs[0])
 
 
 def test_new_words_look_for_themselves_and_patches_are_followed_where_they_are_few(tokenizer: Tokenizer) -> None:
     source, target = tokenizer.words("a ring"), tokenizer.words("a red ring")
-    cross, own = followed(source, target, cross=0.6, own=0.3)
+    cross, own = followed(source, target, (32, 32), cross=0.6, own=0.3)
     assert (cross.end, own.end) == (0.6, 0.3)
+    assert [cross.holds(way) for way in (0, 0.59, 0.6)] == [True, True, False]
     probs = probabilities()
     changed = cross.change(SITE, probs)
     assert torch.equal(changed[1][..., target.tokens("red")], probs[1][..., target.tokens("red")])
     assert torch.allclose(changed[1][..., target.tokens("ring")], probs[0][..., source.tokens("ring")])
-    few, many = torch.rand(2, 2, 256, 256), torch.rand(2, 1, 289, 289)
-    assert torch.equal(own.change(SITE, few)[1], few[0])
-    assert own.change(SITE, many) is many
+    patches = torch.rand(2, 2, 256, 256)
+    assert torch.equal(own.change(SITE, patches)[1], patches[0])
+    sites = UNet(UNetConfig.tiny()).attention_sites
+    assert {(site.kind, site.downscale) for site in choose_sites(sites, own.sites)} == {("self", 2), ("self", 4)}
 
 
 def test_the_most_neglected_word_decides_what_is_wished_for(tokenizer: Tokenizer) -> None:
@@ -124,19 +127,21 @@ def test_the_most_neglected_word_decides_what_is_wished_for(tokenizer: Tokenizer
 
 
 def test_outside_of_the_words_pixels_nothing_changes(tokenizer: Tokenizer) -> None:
-    blending = Blending(Blend(tokens=([3], [5]), latent_size=SIZE, threshold=0.5, start=0.2))
+    blend = Blend(tokens=([3], [5]), latent_size=SIZE, threshold=0.5, start=0.2)
+    blending = Blending(blend)
     probs = torch.zeros(3, 2, 24, 20)
     probs[0, :, 4, 3] = 1
-    probs[1, :, 9, 5] = 1
+    probs[1, :, 11, 5] = 1
     assert blending.edit.change(SITE, probs) is probs
     latents = torch.randn(3, 4, *SIZE)
     assert blending.applied(latents, 0.1) is latents
+    assert Blending(blend).applied(latents, 0.5) is latents
     result = blending.applied(latents, 0.5)
-    mask = torch.zeros(24, dtype=torch.bool)
-    mask[[4, 9]] = True
-    assert torch.equal(blending.mask(), mask.reshape(SIZE))
-    assert torch.equal(result[1][:, mask.reshape(SIZE)], latents[1][:, mask.reshape(SIZE)])
-    assert torch.equal(result[1][:, ~mask.reshape(SIZE)], latents[0][:, ~mask.reshape(SIZE)])
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[0:2, 3:6] = True  # around patch 4, row 0
+    mask[0:3, 4:6] = True  # around patch 11, at the end of row 1
+    assert torch.equal(result[1][:, mask], latents[1][:, mask])
+    assert torch.equal(result[1][:, ~mask], latents[0][:, ~mask])
     assert torch.equal(result[[0, 2]], latents[[0, 2]])
 
 
@@ -149,7 +154,13 @@ def test_outside_of_the_words_pixels_nothing_changes(tokenizer: Tokenizer) -> No
         (lambda words: Region.box("red", 0.5, 0, 0.5, 1), "the region 0.5, 0 to 0.5, 1 of 'red' is not in the picture"),
         (lambda words: Region.box("red", 0, 0, 1, 1.2), "is not in the picture"),
         (lambda words: regional(words, [], SIZE, strength=0), "the strength is 0"),
-        (lambda words: followed(words, words, cross=1.5), "cross is 1.5: give a share of the way"),
+        (lambda words: reweighted(words, {"red": float("nan")}), "the weight of 'red' is nan"),
+        (
+            lambda words: regional(words, [], (2, 2)).change(SITE, probabilities()),
+            "for latents of 2×2, but up.attn2 has 24",
+        ),
+        (lambda words: followed(words, words, SIZE)[0].change(SITE, probabilities(batch=1)), "of a batch of 1"),
+        (lambda words: followed(words, words, SIZE, cross=1.5), "cross is 1.5: give a share of the way"),
         (lambda words: excited(words, latent_size=SIZE), "no word given"),
         (lambda words: blended(words, words, ["cat"], SIZE), "'cat' is not in the prompt"),
     ],
@@ -178,14 +189,43 @@ def test_an_edit_that_changes_nothing_changes_no_bit(pipe: Pipeline) -> None:
     assert not torch.equal(pipe("a red circle", seed=4, edit=silenced(words, "red")).latents, plain.latents)
 
 
-def test_edits_compose_and_hold_for_their_part_of_the_way(pipe: Pipeline) -> None:
+def test_edits_compose_in_their_order_and_hold_for_their_part_of_the_way(pipe: Pipeline) -> None:
+    ways: dict[str, int] = {}
+
+    def counted(name: str, **part: float) -> Edit:
+        def change(site: AttentionSite, probs: Tensor) -> Tensor:
+            ways[name] = ways.get(name, 0) + 1
+            return probs
+
+        return Edit(change=change, sites="mid*attn2", **part)
+
+    edits = [counted("all"), counted("early", end=0.5), counted("late", start=0.5), counted("never", end=0.0)]
+    pipe("a red circle", steps=4, sampler="euler", edit=edits)
+    assert ways == {"all": 4, "early": 2, "late": 2}
+
     words = pipe.tokenizer.words("a red circle")
-    heavier, lighter = reweighted(words, {"red": 4}), reweighted(words, {"red": 0.25})
     plain = pipe("a red circle", steps=4).latents
-    both = pipe("a red circle", steps=4, edit=[heavier, lighter]).latents
-    assert torch.allclose(both, plain, atol=1e-4)
-    late = regional(words, [Region.box("red", 0, 0, 0.5, 1)], pipe.latent_size(), until=0.0)
-    assert not torch.equal(pipe("a red circle", steps=4, edit=late).latents, plain)  # the first step is at 0
+    heavier, lighter = reweighted(words, {"red": 4}), reweighted(words, {"red": 0.25})
+    assert not torch.equal(pipe("a red circle", steps=4, edit=heavier).latents, plain)
+    assert torch.equal(pipe("a red circle", steps=4, edit=[heavier, lighter]).latents, plain)
+
+
+def test_an_edit_in_place_is_an_edit_and_what_is_no_probability_is_refused(pipe: Pipeline) -> None:
+    def in_place(site: AttentionSite, probs: Tensor) -> Tensor:
+        probs[..., 0] = 0
+        return probs
+
+    plain, changed = (pipe("a red circle", edit=edit, trace=True) for edit in ((), in_place))
+    assert not torch.equal(changed.latents, plain.latents)
+    assert changed.heatmaps[0].shares()["bos"] == 0
+    assert changed.settings[0]["edited"] is True
+    assert "edited" not in plain.settings[0]
+    with pytest.raises(
+        UsageError, match=r"an edit gave back NoneType at down.*expected probabilities \[1, 2, 256, 32\]"
+    ):
+        pipe("a red circle", edit=lambda site, probs: None)
+    with pytest.raises(UsageError, match=r"an edit gave back \[1, 2, 256\]"):
+        pipe("a red circle", edit=lambda site, probs: probs.sum(dim=-1))
 
 
 def test_prompt_to_prompt_starts_from_one_noise_and_keeps_the_first_picture(pipe: Pipeline) -> None:
@@ -195,13 +235,32 @@ def test_prompt_to_prompt_starts_from_one_noise_and_keeps_the_first_picture(pipe
     assert torch.allclose(result.latents[:1], alone.latents, atol=1e-4)
     same = pipe.edit("a red circle", "a red circle", seed=5, steps=4)
     assert torch.allclose(same.latents[1], same.latents[0], atol=1e-4)
-    blue = pipe.edit("a red circle", "a blue circle", seed=5, steps=4, blend=["red", "blue"], weights={"blue": 2})
-    assert not torch.equal(blue.latents[0], blue.latents[1])
+    louder = pipe.edit(
+        "a red circle", "a blue circle", seed=5, steps=4, weights={"blue": 3}, edit=lambda _, probs: probs
+    )
+    assert not torch.equal(louder.latents[1], pipe.edit("a red circle", "a blue circle", seed=5, steps=4).latents[1])
+    assert torch.equal(louder.latents[0], pipe.edit("a red circle", "a blue circle", seed=5, steps=4).latents[0])
+    with pytest.raises(UsageError, match="an edit paints two pictures: leave out count"):
+        pipe.edit("a red circle", "a blue circle", count=2)
+    with pytest.raises(UsageError, match="about picture 1 of a batch of 1"):
+        pipe("a red circle", edit=Blend(tokens=([1], [1]), latent_size=(16, 16)))
+
+
+def test_a_changed_word_changes_less_of_the_picture_than_a_picture_by_itself() -> None:
+    shipped = Pipeline.from_pretrained()
+    before, after = "a red circle left of a blue square", "a green circle left of a blue square"
+    apart = {"followed": 0.0, "by itself": 0.0}
+    for seed in range(4):
+        pair = shipped.edit(before, after, seed=seed, steps=8).latents
+        itself = shipped(after, seed=seed, steps=8).latents[0]
+        apart["followed"] += (pair[1] - pair[0]).square().mean().item()
+        apart["by itself"] += (itself - pair[0]).square().mean().item()
+    assert 0 < apart["followed"] < 0.8 * apart["by itself"]
 
 
 def test_a_blend_leaves_the_rest_of_the_picture_as_it_was(pipe: Pipeline) -> None:
     source, target = pipe.tokenizer.words("a red circle"), pipe.tokenizer.words("a blue circle")
-    blend = replace(blended(source, target, ["red", "blue"], pipe.latent_size()), threshold=0.98)
+    blend = replace(blended(source, target, ["red", "blue"], pipe.latent_size()), threshold=0.99)
     latents = pipe(["a red circle", "a blue circle"], seed=[5, 5], steps=4, edit=blend).latents
     kept = torch.eq(latents[0], latents[1]).all(dim=0)
     assert 0 < kept.sum() < kept.numel()
@@ -223,5 +282,9 @@ def test_a_wish_moves_the_latents_before_each_step(pipe: Pipeline) -> None:
         return wish.loss(maps).mean().item()
 
     assert loss(moved) < loss(plain)
+    second = excited(words, "red", latent_size=pipe.latent_size(32, 48), strength=0.05, rows=[1])
+    one_moved = pipe("a red circle", count=2, height=32, width=48, edit=second).latents
+    assert torch.allclose(one_moved[0], plain.latents[0], atol=1e-5)
+    assert not torch.allclose(one_moved[1], plain.latents[1], atol=1e-3)
     still = excited(words, "red", latent_size=pipe.latent_size(32, 48), strength=0.0)
     assert torch.equal(pipe("a red circle", count=2, height=32, width=48, edit=still).latents, plain.latents)

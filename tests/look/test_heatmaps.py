@@ -19,7 +19,7 @@ LENGTH = 14
 LATENT_SIZE = (6, 9)  # a picture that is not square, and sizes that do not halve evenly
 CROSS = [
     AttentionSite(name=f"{part}.attn2", kind="cross", downscale=scale, heads=3)
-    for part, scale in (("down", 1), ("mid", 2), ("up", 1))
+    for part, scale in (("down", 1), ("mid_block", 2), ("up", 1))
 ]
 SELF = AttentionSite(name="up.attn1", kind="self", downscale=1, heads=3)
 
@@ -85,6 +85,7 @@ def test_a_word_is_all_its_tokens_wherever_it_stands(tokenizer: Tokenizer, heatm
         ("Circle", 1): [7],
         ("circle", -1): [7],
         "BLUE circle": [6, 7],
+        "circle, left": [2, 3],
         "a": [0, 5],
         3: [3],
         -1: [7],
@@ -147,6 +148,8 @@ def daams_own(maps: list[AttentionMaps], tokens: list[int]) -> Tensor:
     totals: dict[tuple[str, int], Tensor] = {}
     for step in maps:
         for site in CROSS:
+            if site.name.startswith("mid_block"):  # locate_middle_block is off
+                continue
             for head in range(site.heads):
                 heat = step[site][1, head].T.reshape(-1, *site.grid(*LATENT_SIZE))
                 totals[site.name, head] = totals.get((site.name, head), 0) + heat

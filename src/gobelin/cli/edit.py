@@ -10,7 +10,6 @@ from gobelin.cli.painting import PaintingOptions
 from gobelin.errors import UsageError
 from gobelin.formats.png import save_picture
 from gobelin.look.sheet import comparison_sheet
-from gobelin.pipeline import picture_name
 from gobelin.tokenizer import Word
 
 
@@ -57,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     plain = pipeline(options.to, **{**options.settings(), "seed": result.settings[0]["seed"]})
     paths = result.save(options.out)
-    sheet = options.out / f"{picture_name(result.settings[0])}-edit.png"
+    sheet = paths[1].with_name(f"{paths[1].stem}-edit.png")
     pictures = [(options.prompt, result.images[0]), (options.to, result.images[1])]
     save_picture(sheet, comparison_sheet([*pictures, ("by itself", plain.images[0])]))
     for path in (*paths, sheet):

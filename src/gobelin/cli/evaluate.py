@@ -23,7 +23,7 @@ from gobelin.evaluate.faithfulness import Painted, Painting, judged, paint
 from gobelin.evaluate.folder import read_gallery, write_list
 from gobelin.evaluate.instruments import check_instruments
 from gobelin.evaluate.listening import listening
-from gobelin.evaluate.prompts import ALL_TASKS, asked_for
+from gobelin.evaluate.prompts import ALL_TASKS, MAX_PROMPTS, asked_for
 from gobelin.evaluate.report import describe, markdown, report, tables
 from gobelin.evaluate.retrieval import Retrieval, retrieval
 from gobelin.evaluate.sheet import contact_sheet
@@ -141,6 +141,12 @@ def open_model(options: Evaluate) -> tuple[Pipeline, World]:
 
 def of_words(options: Evaluate) -> dict[str, Any]:
     """Look into a model's pictures and into true ones."""
+    if not 2 <= options.limit <= MAX_PROMPTS:
+        raise UsageError(f"limit is {options.limit}: give a number of captions from 2 to {MAX_PROMPTS}")
+    plain = Evaluate()
+    for name in ("tasks", "splits", "count", "sampler", "steps", "guidance", "seed", "pictures", "sheet"):
+        if getattr(options, name) != getattr(plain, name):
+            raise UsageError(f"--attribution paints as the model recommends, on a list of its own: leave out --{name}")
     pipeline, world = open_model(options)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("looking", total=None)

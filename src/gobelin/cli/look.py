@@ -1,5 +1,7 @@
 """``gobelin look``: which word painted which pixel."""
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +13,20 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from gobelin.attention import AttentionSite, Trace
+from gobelin.attention import AttentionSite, Trace, choose_sites
 from gobelin.cli.options import parse, write_report
 from gobelin.cli.painting import PaintingOptions, paint
-from gobelin.errors import UsageError
+from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
 from gobelin.formats.png import read_png_settings, save_picture
 from gobelin.look.heatmaps import HeatMap, HeatMaps
 from gobelin.look.page import page
 from gobelin.look.sheet import grid_sheet, save_animation, word_sheet
-from gobelin.pipeline import Pipeline, Result, picture_name
+from gobelin.pipeline import EDITED, Pipeline, picture_name
 from gobelin.tokenizer import Word
 
 MOST_COLUMNS = 12  # steps in a grid
+MOST_PATCHES = 32 * 32  # of a site whose self-attention is kept: at 512 pixels the finest have four times as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,81 +58,125 @@ class Look(PaintingOptions):
     json: Path | None = None
     """Write each word's shares here, and where they are greatest."""
     npz: Path | None = None
-    """Write the maps here: words [W, H, W'], and every site's [steps, heads, patches, tokens]."""
+    """Write the maps here: "words", their "maps" [words, height, width], and every site's under its name
+    [steps, heads, patches, tokens]."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """The command."""
     options = parse(Look, "look", arguments)
+    prompt, settings = what_to_paint(options)
     pipeline = options.open()
+    size = pipeline.latent_size(settings["height"], settings["width"])
+    require_sense(options, pipeline, prompt, size)
+
     previews: list[Image.Image] = []
-    result = painted(options, pipeline, previews)
+    result = paint(
+        pipeline,
+        [prompt],
+        {**settings, "trace": trace_for(options, pipeline, size)},
+        (lambda step: previews.append(step.preview())) if options.animation else (lambda step: None),
+    )
+    if is_picture(options.source):
+        say_what_differs(Path(options.source), result.images[0])
     whole = result.heatmaps[0]
-    heatmaps = (whole if options.sites is None else whole.select(sites=options.sites)).without("bos")
+    heatmaps = whole.select(sites=lambda site: site.kind == "cross").without("bos")
     words: list[Word] = list(options.words or range(len(heatmaps.words)))
-    name = picture_name(result.settings[0])
-    files = {f"{name}-words.png": word_sheet(heatmaps, words)}
+    stem = options.out / picture_name(result.settings[0])
+
+    sheets = {f"{stem}-words.png": word_sheet(heatmaps, words)}
     if options.per is not None:
-        files[f"{name}-per-{options.per}.png"] = grid(heatmaps, words, options.per)
+        sheets[f"{stem}-per-{options.per}.png"] = grid(heatmaps, words, options.per)
     if options.at is not None:
-        ranked = heatmaps.words_at(*options.at)
-        table = Table(title=f"Words behind the pixel at {options.at[0]}, {options.at[1]}")
-        for column in ("word", "share"):
-            table.add_column(column)
-        for span, share in ranked:
-            table.add_row(span.word, f"{share:.1%}")
-        Console().print(table)
-        drawn = whole.patches_for(*options.at)
-        files[f"{name}-at-{options.at[0]}-{options.at[1]}.png"] = drawn.overlay(512)
-    for file, sheet in files.items():
-        save_picture(options.out / file, sheet)
-        print(options.out / file)
-    write_text(options.out / f"{name}.html", page(heatmaps))
-    print(options.out / f"{name}.html")
+        print_words_at(heatmaps, *options.at)
+        sheets[f"{stem}-at-{options.at[0]}-{options.at[1]}.png"] = whole.patches_for(*options.at).overlay(512)
+    for file, sheet in sheets.items():
+        save_picture(Path(file), sheet)
+        print(file)
+    write_text(Path(f"{stem}.html"), page(heatmaps))
+    print(f"{stem}.html")
     if options.animation:
         frames = [
             word_sheet(replace(heatmaps.select(steps=[step]), picture=preview), words)
             for step, preview in enumerate(previews)
         ]
-        save_animation(options.out / f"{name}.webp", frames)
-        print(options.out / f"{name}.webp")
+        save_animation(Path(f"{stem}.webp"), frames)
+        print(f"{stem}.webp")
     write_report(options.json, {**summary(heatmaps, words), "settings": result.settings[0]})
     if options.npz is not None:
         write_npz(options.npz, heatmaps, words)
 
 
-def painted(options: Look, pipeline: Pipeline, previews: list[Image.Image]) -> Result:
-    """The picture with its maps: painted from the prompt, or again from what a PNG says of itself."""
+def is_picture(source: str) -> bool:
+    """Whether a file is meant, and not a prompt."""
+    return Path(source).suffix.lower() == ".png"
+
+
+def what_to_paint(options: Look) -> tuple[str, dict[str, Any]]:
+    """The prompt and its settings, as given or as a PNG says of itself."""
+    if not is_picture(options.source):
+        return options.source, options.settings()
     file = Path(options.source)
-    again = file.suffix.lower() == ".png" and file.is_file()
-    if file.suffix.lower() == ".png" and not again:
+    if not file.is_file():
         raise UsageError(f"there is no picture at {file}: give a PNG that Gobelin painted, or a prompt")
-    settings = options.settings()
-    prompt = options.source
-    if again:
-        settings = read_png_settings(file)
-        prompt = settings.pop("prompt")
-        settings.pop("model")
-    per_step = options.per == "step" or options.animation
-    trace = Trace(sites=seen_by(options), per_head=options.per == "head", per_step=per_step)
-    show = (lambda step: previews.append(step.preview())) if options.animation else lambda step: None
-    result = paint(pipeline, [prompt], {**settings, "trace": trace}, show)
-    if again:
-        with Image.open(file) as before:
-            most = int(np.asarray(ImageChops.difference(before.convert("RGB"), result.images[0])).max())
-        if most:
-            Console(stderr=True).print(
-                f"gobelin: painted again, {file} differs by up to {most} of 255 levels: another model or machine made "
-                "it, and the maps are of the new picture"
-            )
-    return result
+    for name, value in PaintingOptions().settings().items():
+        if options.settings()[name] != value:
+            raise UsageError(f"{file} says itself how it was painted: leave out --{name.partition('_prompt')[0]}")
+    settings = read_png_settings(file)
+    if settings.pop(EDITED, False):
+        raise UsageError(f"{file} was painted with an edit, which a picture does not remember: look at a plain one")
+    settings.pop("model", None)
+    expected = {"prompt", "clip_skip", *PaintingOptions().settings()}
+    if settings.keys() != expected:
+        raise DataError(f"{file}: its settings name {', '.join(settings) or 'nothing'}, expected {', '.join(expected)}")
+    return settings.pop("prompt"), settings
 
 
-def seen_by(options: Look) -> Any:
-    """The sites to trace: what sees words, and what sees patches where a pixel's are asked for."""
+def require_sense(options: Look, pipeline: Pipeline, prompt: str, size: tuple[int, int]) -> None:
+    """Refuse, before anything is painted, what could not be shown afterwards."""
+    words = pipeline.tokenizer.words(prompt)
+    if not words.spans:
+        raise UsageError(f"{prompt!r} has no word to look at: say in a few words what to paint")
+    for word in options.words:
+        words.tokens(word)
+    cross = [site for site in pipeline.unet.attention_sites if site.kind == "cross"]
+    choose_sites(cross, options.sites)
+    height, width = (side * pipeline.vae.config.factor for side in size)
+    if options.at is not None and not (0 <= options.at[0] < width and 0 <= options.at[1] < height):
+        raise UsageError(f"the pixel {options.at[0]}, {options.at[1]} is not in the picture of {width}×{height} pixels")
+
+
+def trace_for(options: Look, pipeline: Pipeline, size: tuple[int, int]) -> Trace:
+    """What to keep: what sees words, and where a pixel's patches are asked for what sees patches, if not too many."""
+    cross = [site for site in pipeline.unet.attention_sites if site.kind == "cross"]
+    chosen = choose_sites(cross, options.sites)
     if options.at is not None:
-        return "*"
-    return options.sites
+        own = [site for site in pipeline.unet.attention_sites if site.kind == "self"]
+        chosen += tuple(site for site in own if math.prod(site.grid(*size)) <= MOST_PATCHES)
+    per_step = options.per == "step" or options.animation
+    return Trace(sites=chosen, per_head=options.per == "head", per_step=per_step)
+
+
+def say_what_differs(file: Path, painted: Image.Image) -> None:
+    """Warn where a picture that was painted again is not the one in the file."""
+    with Image.open(file) as before:
+        if before.size != painted.size:
+            raise DataError(f"{file} is {before.size} pixels, but its settings paint {painted.size}")
+        most = int(np.asarray(ImageChops.difference(before.convert("RGB"), painted)).max())
+    if most:
+        print(
+            f"gobelin: painted again, {file} differs by up to {most} of 255 levels: another model, precision, batch or "
+            "machine made it, and the maps are of the new picture",
+            file=sys.stderr,
+        )
+
+
+def print_words_at(heatmaps: HeatMaps, x: int, y: int) -> None:
+    """The words behind a pixel, as a table."""
+    table = Table("word", "share", title=f"Words behind the pixel at {x}, {y}")
+    for span, share in heatmaps.words_at(x, y):
+        table.add_row(span.word, f"{share:.1%}")
+    Console().print(table)
 
 
 def grid(heatmaps: HeatMaps, words: Sequence[Word], per: str) -> Image.Image:

@@ -112,8 +112,8 @@ def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], 
                 for protocol, function in protocols.items()
             },
             "ceilings": {
-                str(downscale): ceiling(cases, downscale).to_json()
-                for downscale in sorted({site.downscale for site in pipeline.unet.attention_sites})
+                str(downscale): ceiling(cases, site).to_json()
+                for downscale, site in sorted({site.downscale: site for site in pipeline.unet.attention_sites}.items())
             },
             "whole_image": whole_image(cases).to_json(),
             "shares": _average([case.heatmaps.shares() for case in cases]),
@@ -230,7 +230,7 @@ def intersections(
             heatmap = protocol(case.heatmaps, truth.number)
             for threshold in thresholds:
                 groups = values.setdefault((truth.kind, threshold), [[]])
-                groups[-1].append(overlap(heatmap.mask(threshold).cpu(), truth.mask))
+                groups[-1].append(overlap(heatmap.mask(threshold), truth.mask))
     return {key: Mean.of(groups) for key, groups in values.items()}
 
 
@@ -244,7 +244,7 @@ def argmax_intersection(cases: Sequence[Case], protocol: Protocol, threshold: fl
         nouns = [truth for truth in case.truths if truth.kind == "noun"]
         if len({truth.mask.numpy().tobytes() for truth in nouns}) < 2:
             continue
-        values = torch.stack([protocol(case.heatmaps, truth.number).values.cpu() for truth in nouns])
+        values = torch.stack([protocol(case.heatmaps, truth.number).values for truth in nouns])
         most, winner = values.max(dim=0)
         groups.append(
             [overlap((winner == place) & (most > threshold), truth.mask) for place, truth in enumerate(nouns)]
@@ -252,15 +252,14 @@ def argmax_intersection(cases: Sequence[Case], protocol: Protocol, threshold: fl
     return Mean.of(groups)
 
 
-def ceiling(cases: Sequence[Case], downscale: int, threshold: float = 0.4) -> Mean:
-    """What a perfect map of a resolution would reach for nouns: the masks themselves, averaged over its patches."""
+def ceiling(cases: Sequence[Case], site: AttentionSite, threshold: float = 0.4) -> Mean:
+    """What a perfect map of a site's resolution would reach for nouns: the masks, averaged over its patches."""
     groups = []
     for case in cases:
-        height, width = case.heatmaps.latent_size
-        grid = -(-height // downscale), -(-width // downscale)
         group = []
         for truth in case.truths:
             if truth.kind == "noun":
+                grid = site.grid(*case.heatmaps.latent_size)
                 small = F.interpolate(truth.mask[None, None].float(), size=grid, mode="area")
                 large = F.interpolate(small, size=truth.mask.shape, mode="bicubic")[0, 0].clamp(min=0)
                 shown = HeatMap(label="", raw=large, picture=case.heatmaps.picture)
@@ -284,9 +283,9 @@ def choose_heads(cases: Sequence[Case], *left_out: str, threshold: float = 0.4) 
         ),
         key=lambda row: -row[0],
     )
-    chosen: dict[AttentionSite, list[int]] = {}
-    best = 0.0
-    for _, site, head in ranked[:12]:
+    best, site, head = ranked[0]
+    chosen: dict[AttentionSite, list[int]] = {site: [head]}
+    for _, site, head in ranked[1:12]:
         trial = {known: list(heads) for known, heads in chosen.items()}
         trial.setdefault(site, []).append(head)
         value = _nouns(cases, picked(trial, *left_out), threshold)
@@ -306,15 +305,18 @@ def causality(
     for case in cases:
         assert case.settings is not None
         settings = {name: value for name, value in case.settings.items() if name not in ("prompt", "model")}
+        before = pipeline(case.heatmaps.words.text, **settings).images[0]
+        found: dict[tuple[str, str], list[float]] = {}
         for truth in case.truths:
             edit = silenced(case.heatmaps.words, truth.number)
-            without = pipeline(case.heatmaps.words.text, **settings, edit=edit).images[0]
-            change = _difference(case.heatmaps.picture, without)
+            change = _difference(before, pipeline(case.heatmaps.words.text, **settings, edit=edit).images[0])
             for name, protocol in protocols.items():
-                heat = protocol(case.heatmaps, truth.number).raw.cpu()
+                heat = protocol(case.heatmaps, truth.number).raw
                 if change.std() > 0 and heat.std() > 0:
                     correlation = torch.corrcoef(torch.stack([heat.flatten(), change.flatten()]))[0, 1].item()
-                    groups[name].setdefault(truth.kind, []).append([correlation])
+                    found.setdefault((name, truth.kind), []).append(correlation)
+        for (name, kind), correlations in found.items():
+            groups[name].setdefault(kind, []).append(correlations)
     return {name: {kind: Mean.of(values) for kind, values in sorted(kinds.items())} for name, kinds in groups.items()}
 
 

@@ -14,8 +14,8 @@ from gobelin.evaluate.faithfulness import (
 from gobelin.evaluate.instruments import Instruments
 from gobelin.evaluate.listening import Heard
 from gobelin.evaluate.retrieval import Retrieval
+from gobelin.tokenizer import PARTS
 
-PARTS = ("text", "bos", "eos", "padding")
 SPLITS: dict[str, str] = {"dev": "held in (dev)", "test": "held in (test)", "heldout": "held out"}
 
 COMPARABLE = (
@@ -212,14 +212,15 @@ def _attribution(content: dict[str, Any]) -> list[Table]:
         ],
         note="Pearson's correlation over the pixels.",
     )
+    parts = ("text", *PARTS)
     shares = [
-        (title, *(f"{content[name]['shares'][part]:.3f}" for part in PARTS), f"{content[name]['entropy']:.2f}")
+        (title, *(f"{content[name]['shares'][part]:.3f}" for part in parts), f"{content[name]['entropy']:.2f}")
         for name, title in titles.items()
         if content[name]["pictures"]
     ]
     where = Table(
         title="Where attention goes",
-        columns=("pictures", *PARTS, "entropy (nats)"),
+        columns=("pictures", *parts, "entropy (nats)"),
         rows=shares,
         note=f"Chosen heads, {content['heads_on_dev']:.3f} on the dev list: {heads}.",
     )
@@ -235,9 +236,10 @@ def _overlaps(title: str, content: dict[str, Any]) -> Table:
         for kind in dict.fromkeys(kind for kind, _ in cells):
             row = [cells[kind, threshold] for threshold in thresholds]
             rows.append((kind, protocol, *map(_mean, row), f"{row[0]['n']:,} words"))
-        argmax = measured["argmax"]
-        blank = [""] * (len(thresholds) - 2)
-        rows.append(("nouns, each pixel to one", protocol, "", _mean(argmax), *blank, f"{argmax['n']:,} words"))
+        if argmax := measured["argmax"]["n"]:
+            blank = [""] * (len(thresholds) - 2)
+            cell = _mean(measured["argmax"])
+            rows.append(("nouns, each pixel to one", protocol, "", cell, *blank, f"{argmax:,} words"))
     ceilings = ", ".join(f"1/{scale} {_mean(mean)}" for scale, mean in content["ceilings"].items())
     return Table(
         title=title,

@@ -1,9 +1,11 @@
 """Painting by other attention: what changes when words are looked at more, less, elsewhere, or as in another picture.
 
-Every function makes :class:`gobelin.attention.Edit` s, which compose by standing in one list. Words are looked up in
-a prompt's :class:`gobelin.tokenizer.Words`. An edit concerns the pictures ``rows`` of a batch, None being all.
+What these functions make composes by standing in one list. Words are looked up in a prompt's
+:class:`gobelin.tokenizer.Words`. Edits concern the pictures ``rows`` of a batch, None being all; where places matter,
+``latent_size`` (h, w) is that of :meth:`gobelin.pipeline.Pipeline.latent_size`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from gobelin.attention import AttentionMaps, AttentionSite, Edit, Sites
 from gobelin.errors import UsageError
-from gobelin.tokenizer import Word, Words
+from gobelin.tokenizer import Word, Words, WordSpan
 
-SHARED_PATCHES = 16 * 16
-"""Self-attention is taken over from another picture where patches are at most this many, as in prompt-to-prompt."""
+COARSE_PATCHES = 16 * 16
+"""Prompt-to-prompt and attend-and-excite look where patches are this many: layout is settled there, at less cost."""
 
 
 def reweighted(words: Words, weights: Mapping[Word, float], rows: Sequence[int] | None = None) -> Edit:
@@ -29,7 +31,7 @@ def reweighted(words: Words, weights: Mapping[Word, float], rows: Sequence[int] 
     """
     scale = torch.ones(words.length)
     for word, weight in weights.items():
-        if weight < 0:
+        if not 0 <= weight < math.inf:
             raise UsageError(f"the weight of {word!r} is {weight}: give 0 (not at all) or more")
         scale[list(words.tokens(word))] = weight
     return Edit(change=lambda site, probs: _in_rows(probs, rows, probs * scale.to(probs)))
@@ -78,18 +80,22 @@ def regional(
 ) -> Edit:
     """Have words painted where they are wanted: inside looked at ``strength`` times as much, outside not at all.
 
-    It holds up to the share ``until`` of the way, when what goes where is settled. ``latent_size`` is (h, w).
+    A word with several regions may be in any of them. It holds until the share ``until`` of the way, when what goes
+    where is settled.
     """
-    if strength <= 0:
+    if not 0 < strength < math.inf:
         raise UsageError(f"the strength is {strength}: give more than 0")
-    wanted = [(list(words.tokens(region.word)), region.mask) for region in regions]
+    wanted = [(list(words.tokens(region.word)), region.mask.cpu().float()) for region in regions]
 
     def change(site: AttentionSite, probs: Tensor) -> Tensor:
-        grid = site.grid(*latent_size)
-        weights = torch.ones(grid[0] * grid[1], words.length)
+        grid = _grid(site, latent_size, probs)
+        inside = torch.zeros(grid[0] * grid[1], words.length)
         for tokens, mask in wanted:
-            inside = F.interpolate(mask[None, None].float(), size=grid, mode="area").flatten()
-            weights[:, tokens] = strength * inside[:, None]
+            covered = F.interpolate(mask[None, None], size=grid, mode="area").flatten()
+            inside[:, tokens] = torch.maximum(inside[:, tokens], covered[:, None])
+        placed = [token for tokens, _ in wanted for token in tokens]
+        weights = torch.ones_like(inside)
+        weights[:, placed] = strength * inside[:, placed]
         changed = probs * weights.to(probs)
         return _in_rows(probs, rows, changed / changed.sum(dim=-1, keepdim=True).clamp(min=1e-9))
 
@@ -99,15 +105,15 @@ def regional(
 def followed(
     source: Words,
     target: Words,
+    latent_size: tuple[int, int],
     cross: float = 0.8,
     own: float = 0.4,
-    latent_size: tuple[int, int] | None = None,
     rows: tuple[int, int] = (0, 1),
 ) -> list[Edit]:
     """Prompt-to-prompt (Hertz et al. 2022, arXiv 2208.01626): paint a changed prompt, keep the picture.
 
     The picture ``rows[1]``, painted from ``target``, looks at its words as ``rows[0]`` looks at the words of ``source``
-    that stand in their place, up to the share ``cross`` of the way; words that are new look for themselves. Up to the
+    that stand in their place, until the share ``cross`` of the way; words that are new look for themselves. Until the
     share ``own`` its patches look at each other as the other picture's do, where they are 16×16 at most.
     """
     for name, share in (("cross", cross), ("own", own)):
@@ -118,21 +124,23 @@ def followed(
     new = mapping.sum(dim=0) == 0
 
     def words_followed(site: AttentionSite, probs: Tensor) -> Tensor:
+        _require_rows(probs, rows)
         changed = probs.clone()
         taken = probs[first] @ mapping.to(probs)
         changed[second] = torch.where(new.to(probs.device), probs[second], taken)
         return changed
 
     def patches_followed(site: AttentionSite, probs: Tensor) -> Tensor:
-        if probs.shape[-1] > SHARED_PATCHES:
-            return probs
+        _require_rows(probs, rows)
         changed = probs.clone()
         changed[second] = probs[first]
         return changed
 
     return [
         Edit(change=words_followed, end=cross),
-        Edit(change=patches_followed, sites=lambda site: site.kind == "self", end=own),
+        Edit(
+            change=patches_followed, sites=lambda site: site.kind == "self" and _is_coarse(site, latent_size), end=own
+        ),
     ]
 
 
@@ -141,33 +149,42 @@ class Wish:
     """Something that attention maps should be like: latents are moved to lessen ``loss(maps)`` [B] before each step.
 
     They move by ``strength`` · loss in the direction of steepest descent, root mean square over a picture's latents,
-    up to the share ``end`` of the way.
+    until the share ``end`` of the way. Of a batch only the pictures ``rows`` wish for it, None being all.
     """
 
     loss: Callable[[AttentionMaps], Tensor]
     sites: Sites = None
     strength: float = 0.3
     end: float = 0.5
+    rows: Sequence[int] | None = None
 
 
-def excited(words: Words, *wanted: Word, latent_size: tuple[int, int], strength: float = 0.3, end: float = 0.5) -> Wish:
-    """Attend-and-excite (Chefer et al. 2023, arXiv 2301.13826): no word may be left out.
+def excited(
+    words: Words,
+    *wanted: Word,
+    latent_size: tuple[int, int],
+    strength: float = 0.3,
+    end: float = 0.5,
+    rows: Sequence[int] | None = None,
+) -> Wish:
+    """After attend-and-excite (Chefer et al. 2023, arXiv 2301.13826): no word may be left out.
 
     The loss is one minus the greatest attention that the most neglected of the wanted words has at any patch. As in
-    the paper it is shared out among the words alone, over the finest sites, and smoothed by a 3×3 Gaussian; but how far
-    latents move does not depend on the gradient's own size.
+    the paper it is shared out among the text's tokens by a softmax of 100 times itself, over the finest sites with at
+    most 16×16 patches, and smoothed by a 3×3 Gaussian of σ = 0.5. Unlike there, how far latents move does not depend on
+    the gradient's own size, and there are no extra rounds until a threshold is reached.
     """
     tokens = [list(words.tokens(word)) for word in wanted]
     if not tokens:
         raise UsageError("no word given: say which must not be left out")
-    kernel = torch.tensor([0.1065, 0.7870, 0.1065])  # σ = 0.5
+    kernel = torch.tensor([0.1065, 0.7870, 0.1065])
 
     def loss(maps: AttentionMaps) -> Tensor:
         finest = min(site.downscale for site in maps)
         shown = [(site, probs) for site, probs in maps.items() if site.downscale == finest]
         probs = torch.stack([probs for _, probs in shown]).mean(dim=0)[..., 1 : words.end]
         probs = torch.softmax(100 * probs, dim=-1)
-        grid = shown[0][0].grid(*latent_size)
+        grid = _grid(shown[0][0], latent_size, probs)
         peaks = []
         for places in tokens:
             share = probs[..., [place - 1 for place in places]].sum(dim=-1).reshape(-1, 1, *grid)
@@ -176,16 +193,19 @@ def excited(words: Words, *wanted: Word, latent_size: tuple[int, int], strength:
             peaks.append(smooth.amax(dim=(1, 2, 3)))
         return 1 - torch.stack(peaks).amin(dim=0)
 
-    return Wish(loss=loss, strength=strength, end=end)
+    def coarse(site: AttentionSite) -> bool:
+        return site.kind == "cross" and _is_coarse(site, latent_size)
+
+    return Wish(loss=loss, sites=coarse, strength=strength, end=end, rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
     """Prompt-to-prompt's local blend: outside of some words' pixels, one picture of a batch is another one.
 
-    ``tokens`` are those of the words in the pictures ``rows``, (source, target); their pixels are where either's map,
-    averaged over the steps so far, exceeds the share ``threshold`` of its maximum. It begins at the share ``start`` of
-    the way.
+    ``tokens`` are those of the words in the pictures ``rows``, (source, target); their pixels are where either's map, a
+    mean over the steps so far and over the sites with at most 16×16 patches, widened by a patch, exceeds the share
+    ``threshold`` of its maximum. It begins at the share ``start`` of the way.
     """
 
     tokens: tuple[Sequence[int], Sequence[int]]
@@ -217,13 +237,13 @@ class Blending:
     """A :class:`Blend` while it is painted: ``edit`` watches the words, :meth:`applied` puts the latents together."""
 
     def __init__(self, blend: Blend):
-        self.edit = Edit(change=self._watched)
+        self.edit = Edit(change=self._watched, sites=self._watches)
         self._blend = blend
         self._seen = torch.zeros(2, *blend.latent_size)
 
     def applied(self, latents: Float[Tensor, "batch channels h w"], way: float) -> Float[Tensor, "batch channels h w"]:
         """The latents at this share of the way, the target's being the source's outside of the words' pixels."""
-        if way < self._blend.start:
+        if way < self._blend.start or not self._seen.any():
             return latents
         source, target = self._blend.rows
         result = latents.clone()
@@ -232,11 +252,16 @@ class Blending:
 
     def mask(self) -> Tensor:
         """The words' pixels, bool [h, w]."""
-        most = self._seen.amax(dim=(1, 2), keepdim=True).clamp(min=1e-9)
-        return (self._seen / most > self._blend.threshold).any(dim=0)
+        wide = F.max_pool2d(self._seen, kernel_size=3, stride=1, padding=1)
+        most = wide.amax(dim=(1, 2), keepdim=True).clamp(min=1e-9)
+        return (wide / most > self._blend.threshold).any(dim=0)
+
+    def _watches(self, site: AttentionSite) -> bool:
+        return site.kind == "cross" and _is_coarse(site, self._blend.latent_size)
 
     def _watched(self, site: AttentionSite, probs: Tensor) -> Tensor:
-        grid = site.grid(*self._blend.latent_size)
+        _require_rows(probs, self._blend.rows)
+        grid = _grid(site, self._blend.latent_size, probs)
         for number, (row, tokens) in enumerate(zip(self._blend.rows, self._blend.tokens, strict=True)):
             share = probs[row].mean(dim=0)[:, list(tokens)].sum(dim=-1).reshape(1, 1, *grid)
             self._seen[number] += F.interpolate(share, size=self._blend.latent_size, mode="bilinear")[0, 0].cpu()
@@ -247,7 +272,8 @@ def alignment(source: Words, target: Words) -> Float[Tensor, "length length"]:
     """What each token of ``target`` takes over from the tokens of ``source``; nothing, where its word is new.
 
     Equal words in order are each other's; as many changed words in a row as there were are each other's in turn,
-    and share out evenly what they get where they have more or fewer tokens. BOS, EOS and padding are each other's.
+    and share out evenly what they get where they have more or fewer tokens; punctuation goes with the word before it.
+    BOS, EOS and padding are each other's.
     """
     mapping = torch.zeros(source.length, target.length)
     mapping[0, 0] = 1
@@ -265,7 +291,38 @@ def alignment(source: Words, target: Words) -> Float[Tensor, "length length"]:
                 else:
                     for token in now.tokens:
                         mapping[before.tokens, token] = 1 / len(now.tokens)
+                for one, other in zip(_marks_after(source, before), _marks_after(target, now), strict=False):
+                    mapping[one, other] = 1
     return mapping
+
+
+def _marks_after(words: Words, span: WordSpan) -> list[int]:
+    """The tokens between a word and the next: punctuation."""
+    later = [token for other in words.spans for token in other.tokens if token > span.tokens[-1]]
+    return list(range(span.tokens[-1] + 1, min(later, default=words.end)))
+
+
+def _is_coarse(site: AttentionSite, latent_size: tuple[int, int]) -> bool:
+    return math.prod(site.grid(*latent_size)) <= COARSE_PATCHES
+
+
+def _grid(site: AttentionSite, latent_size: tuple[int, int], probs: Tensor) -> tuple[int, int]:
+    """The rows and columns of a site's patches; :class:`UsageError` where its probabilities have other ones."""
+    grid = site.grid(*latent_size)
+    if math.prod(grid) != probs.shape[-2]:
+        raise UsageError(
+            f"the edit is for latents of {latent_size[0]}×{latent_size[1]}, but {site.name} has {probs.shape[-2]} "
+            "patches: give the latent_size of the picture that is painted"
+        )
+    return grid
+
+
+def _require_rows(probs: Tensor, rows: Sequence[int]) -> None:
+    if max(rows) >= len(probs):
+        raise UsageError(
+            f"the edit is about pictures {' and '.join(map(str, rows))} of a batch of {len(probs)}: paint the one that "
+            "is followed and the one that follows it together"
+        )
 
 
 def _in_rows(probs: Tensor, rows: Sequence[int] | None, changed: Tensor) -> Tensor:

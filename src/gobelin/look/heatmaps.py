@@ -47,7 +47,7 @@ class Collector:
         """Picture ``index``'s, [steps or 1, heads or 1, patches, keys]: means where steps were added up."""
         scale = 1 if self.trace.per_step else self._steps
         maps = {site: torch.stack([probs[index] for probs in kept]) / scale for site, kept in self._kept.items()}
-        return {site: probs if self.trace.per_head else probs[:, None] for site, probs in maps.items()}
+        return {site: (probs if self.trace.per_head else probs[:, None]).cpu() for site, probs in maps.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +187,13 @@ class HeatMaps:
         return HeatMap(label=f"patch at {x}, {y}", raw=raw, picture=self.picture)
 
     def shares(self) -> dict[str, float]:
-        """Where attention goes: the mean share of the text, of BOS, of EOS and of padding; they sum to 1."""
+        """Where attention goes: the mean share of the text, of BOS, of EOS and of padding.
+
+        They sum to 1, unless an edit changed that.
+        """
         mean = torch.stack([probs.mean(dim=(0, 1, 2)) for _, probs in self._stack("cross")]).mean(dim=0)
-        shares = {part: mean[list(self.words.part(part))].sum().item() for part in PARTS}
-        return {"text": 1 - sum(shares.values()), **shares}
+        places = {"text": tuple(range(1, self.words.end)), **{part: self.words.part(part) for part in PARTS}}
+        return {part: mean[list(tokens)].sum().item() for part, tokens in places.items()}
 
     def entropy(self) -> float:
         """The mean entropy of a patch's attention over tokens, in nats."""
@@ -201,11 +204,14 @@ class HeatMaps:
 
         Every head of every layer is enlarged to the latents' size by bicubic interpolation and clamped at 0; the mean
         is taken over heads and layers, then over the word's tokens; bicubic interpolation once more gives the
-        picture's size (``GlobalHeatMap.compute_word_heat_map`` and ``expand_as`` of the daam package).
+        picture's size (``GlobalHeatMap.compute_word_heat_map`` and ``expand_as`` of the daam package). The middle block
+        and patches of 8×8 latents are left out, as there.
         """
         tokens = list(self.words.tokens(key))
         layers = []
         for site, probs in self._stack("cross"):
+            if site.name.startswith("mid_block") or site.downscale == 8:
+                continue
             rows, columns = site.grid(*self.latent_size)
             heads = probs.sum(dim=0)[..., tokens].permute(0, 2, 1).reshape(-1, 1, rows, columns)
             large = F.interpolate(heads, size=self.latent_size, mode="bicubic").clamp(min=0)

@@ -21,7 +21,7 @@ GRID = 64  # patches at most, a side
 def page(heatmaps: HeatMaps) -> str:
     """The page. Where steps were kept apart, a slider goes through them; its first place is their mean."""
     template = Template(files("gobelin.look").joinpath("page.html").read_text(encoding="utf-8"))
-    data = json.dumps(page_data(heatmaps), ensure_ascii=False).replace("</", "<\\/")
+    data = json.dumps(page_data(heatmaps), ensure_ascii=False).replace("<", "\\u003c")
     return template.substitute(title=html.escape(heatmaps.words.text), data=data)
 
 
@@ -34,7 +34,7 @@ def page_data(heatmaps: HeatMaps) -> dict[str, Any]:
     """What the page shows, packed: a byte a patch, word and step, of the word's greatest share (``tops``)."""
     count = heatmaps.steps
     parts = [heatmaps, *(heatmaps.select(steps=[step]) for step in range(count))] if count > 1 else [heatmaps]
-    shares = torch.stack([_on_grid(part) for part in parts])
+    shares = torch.stack([_on_grid(part) for part in parts])  # [steps, words, rows, columns]
     tops = shares.amax(dim=(0, 2, 3)).clamp(min=1e-9)
     levels = (shares / tops[:, None, None] * 255).round().byte()
     return {
@@ -62,7 +62,8 @@ def _on_grid(heatmaps: HeatMaps) -> Tensor:
     height, width = heatmaps.latent_size
     scale = min(1.0, GRID / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    return torch.stack([heatmaps.raw(span.tokens, size) for span in heatmaps.words.spans])
+    shares = [heatmaps.raw(span.tokens, size) for span in heatmaps.words.spans]
+    return torch.stack(shares) if shares else torch.zeros(0, *size)
 
 
 def _pieces(heatmaps: HeatMaps) -> list[tuple[str, int | None]]:

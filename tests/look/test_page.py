@@ -1,0 +1,77 @@
+"""The page: what it is told, and that no prompt can break out of it."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gobelin.attention import AttentionSite
+from gobelin.look.heatmaps import HeatMaps
+from gobelin.look.page import framed_page, page, page_data
+from gobelin.tokenizer import Tokenizer
+
+SITE = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["a red ring"], vocab_size=530, max_length=40)
+
+
+def heatmaps(tokenizer: Tokenizer, prompt: str, steps: int = 1, size: tuple[int, int] = (3, 5)) -> HeatMaps:
+    maps = {SITE: torch.rand(steps, 1, size[0] * size[1], 40).softmax(dim=-1)}
+    picture = Image.new("RGB", (4 * size[1], 4 * size[0]))
+    return HeatMaps(words=tokenizer.words(prompt), maps=maps, latent_size=size, picture=picture)
+
+
+def shares(data: dict) -> np.ndarray:
+    """[steps, words, rows, columns], as the page reads them."""
+    levels = np.frombuffer(base64.b64decode(data["shares"]), np.uint8)
+    levels = levels.reshape(data["steps"], len(data["words"]), data["rows"], data["columns"])
+    return levels / 255 * np.array(data["tops"])[:, None, None]
+
+
+def test_it_packs_each_words_share_of_each_patch(tokenizer: Tokenizer) -> None:
+    maps = heatmaps(tokenizer, "a red, ring!")
+    data = page_data(maps)
+    assert data["text"] == [("a", 0), (" ", None), ("red", 1), (", ", None), ("ring", 2), ("!", None)]
+    assert (data["rows"], data["columns"], data["steps"]) == (3, 5, 1)
+    for number, span in enumerate(maps.words.spans):
+        expected = maps.maps[SITE][0, 0][:, list(span.tokens)].sum(dim=-1).reshape(3, 5)
+        assert np.abs(shares(data)[0, number] - expected.numpy()).max() <= expected.max() / 255
+    assert len(base64.b64decode(data["colours"])) == 3 * 256
+
+
+def test_a_slider_begins_with_the_mean_of_the_steps(tokenizer: Tokenizer) -> None:
+    maps = heatmaps(tokenizer, "a red ring", steps=4)
+    found = shares(page_data(maps))
+    assert found.shape == (5, 3, 3, 5)
+    assert np.abs(found[1:].mean(axis=0) - found[0]).max() < 0.01
+
+
+def test_large_grids_are_made_smaller(tokenizer: Tokenizer) -> None:
+    data = page_data(heatmaps(tokenizer, "a ring", size=(96, 128)))
+    assert (data["rows"], data["columns"]) == (48, 64)
+
+
+@pytest.mark.parametrize("prompt", ["</script><b>", "a<!--<script>b", 'say "$data" $title', "a & b <i>", "!!!"])
+def test_no_prompt_breaks_the_page(tokenizer: Tokenizer, prompt: str) -> None:
+    maps = heatmaps(tokenizer, prompt)
+    text = page(maps)
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == 2
+    assert text.count("<!--") == 0
+    told = json.loads(scripts[0])
+    assert "".join(piece for piece, _ in told["text"]) == prompt
+    assert "`“${words[word]}”" in scripts[1]
+    frame = framed_page(maps)
+    assert frame.count('"') == 8, "what is in the frame does not end its attributes"
+
+
+def test_it_needs_no_network(tokenizer: Tokenizer) -> None:
+    text = page(heatmaps(tokenizer, "a red ring"))
+    assert not re.search(r"https?:|src=\"(?!data:)|@import|url\(", text)
