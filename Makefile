@@ -8,14 +8,14 @@ PROMPTS := "a red circle to the left of a blue star" "a yellow star above a purp
 .PHONY: help run install test test-slow lint format clean
 
 help:
-	@echo "make run        install, then paint pictures with the shipped model into out/"
+	@echo "make run        install, then paint pictures with the shipped model, and what each word painted, into out/"
 	@echo "make test       install, then run the tests"
 	@echo "make test-slow  the tests that take minutes to hours"
 	@echo "make lint       formatting, lint, types, levels of the architecture"
 	@echo "make format     format the code"
 
 run: .venv/installed
-	$(BIN)/gobelin generate $(PROMPTS) --seed 1 --out out
+	$(BIN)/gobelin generate $(PROMPTS) --seed 1 --out out --maps
 
 test: .venv/installed-dev
 	$(BIN)/pytest
