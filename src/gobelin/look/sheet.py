@@ -16,7 +16,10 @@ COLUMNS = 5
 CELL = 220  # pixels, a picture's longer side
 SMALL_CELL = 104  # in a grid of many
 GAP, MARGIN = 18, 32
-TITLE, LABEL = 24, 15
+TITLE, LABEL, NOTE = 24, 15, 12
+WORD_SCALE = "a word's share of a patch's attention: its least", "its most"
+GRID_SCALE = "each picture from its least share of attention", "to its most"
+BAR = LEVELS // 2  # pixels
 
 
 def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
@@ -28,7 +31,7 @@ def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
         cells.append((heatmap.overlay(CELL), heatmap.label, f"up to {heatmap.raw.max().item():.0%}"))
     columns = min(COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
-    width = 2 * MARGIN + columns * picture.width + (columns - 1) * GAP
+    width = 2 * MARGIN + max(columns * picture.width + (columns - 1) * GAP, _scale_width(*WORD_SCALE))
     title = wrapped(heatmaps.words.text, width - 2 * MARGIN, TITLE, 3)
     top = MARGIN + len(title) * (TITLE + 8) + 8
     step = picture.height + LABEL + 24
@@ -42,7 +45,7 @@ def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
         draw.text((x, y + picture.height + 6), label, fill=INK, font=font(LABEL))
         beside = x + picture.width - font(LABEL).getlength(share)
         draw.text((beside, y + picture.height + 6), share, fill=PALE, font=font(LABEL))
-    _draw_scale(sheet, draw, MARGIN, top + rows * step, "a word's share of a patch's attention: its least", "its most")
+    _draw_scale(sheet, draw, MARGIN, top + rows * step, *WORD_SCALE)
     return sheet
 
 
@@ -51,7 +54,7 @@ def grid_sheet(title: str, rows: Sequence[tuple[str, Sequence[HeatMap]]]) -> Ima
     first = rows[0][1]
     cell = _fitted(first[0].picture, SMALL_CELL).size
     beside = int(max(font(LABEL).getlength(name) for name, _ in rows)) + 16
-    width = 2 * MARGIN + beside + len(first) * (cell[0] + 6)
+    width = 2 * MARGIN + max(beside + len(first) * (cell[0] + 6), _scale_width(*GRID_SCALE))
     above = max(len(_heading(heatmap.label, cell[0])) for heatmap in first) * 14 + 6
     lines = wrapped(title, width - 2 * MARGIN, TITLE, 3)
     top = MARGIN + len(lines) * (TITLE + 8) + 6 + above
@@ -69,7 +72,7 @@ def grid_sheet(title: str, rows: Sequence[tuple[str, Sequence[HeatMap]]]) -> Ima
                 for number, line in enumerate(_heading(heatmap.label, cell[0])):
                     draw.text((x, top - above + number * 14), line, fill=PALE, font=font(11))
     bottom = top + len(rows) * (cell[1] + 6) + 4
-    _draw_scale(sheet, draw, MARGIN, bottom, "each picture from its least share of attention", "to its most")
+    _draw_scale(sheet, draw, MARGIN, bottom, *GRID_SCALE)
     return sheet
 
 
@@ -110,8 +113,12 @@ def _fitted(picture: Image.Image, side: int) -> Image.Image:
 
 def _draw_scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, low: str, high: str) -> None:
     """The colours from low to high, and what they stand for."""
-    bar = Image.fromarray(np.repeat(colour_map()[None], 12, axis=0)).resize((LEVELS // 2, 12))
-    draw.text((x, y), low, fill=PALE, font=font(12))
-    x += int(font(12).getlength(low)) + 8
+    bar = Image.fromarray(np.repeat(colour_map()[None], 12, axis=0)).resize((BAR, 12))
+    draw.text((x, y), low, fill=PALE, font=font(NOTE))
+    x += int(font(NOTE).getlength(low)) + 8
     sheet.paste(bar, (x, y + 2))
-    draw.text((x + bar.width + 8, y), high, fill=PALE, font=font(12))
+    draw.text((x + BAR + 8, y), high, fill=PALE, font=font(NOTE))
+
+
+def _scale_width(low: str, high: str) -> int:
+    return int(font(NOTE).getlength(low) + font(NOTE).getlength(high)) + BAR + 20
