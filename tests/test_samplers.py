@@ -19,7 +19,7 @@ from tests.conftest import relative_error
 from torch import Tensor
 
 from gobelin.errors import UsageError
-from gobelin.samplers import SAMPLERS, Guess, NoiseSource, Step, sample
+from gobelin.samplers import SAMPLERS, Denoise, Guess, NoiseSource, Step, sample
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -54,14 +54,19 @@ def noises() -> Callable[[], Tensor]:
     return lambda: torch.randn(START.shape, generator=generator)
 
 
-def ours(name: str, config: ScheduleConfig, steps: int) -> list[Step]:
-    schedule = NoiseSchedule(config)
+def denoiser(schedule: NoiseSchedule) -> Denoise:
+    """The toy model as a sampler calls it."""
 
     def denoise(latents: Tensor, timestep: float, alpha_cumprod: float) -> Guess:
         denoised, noise = schedule.split(toy_model(latents, timestep), latents, alpha_cumprod)
         return Guess(latents=latents, denoised=denoised, noise=noise)
 
-    return list(sample(name, denoise, schedule, START, steps, noises()))
+    return denoise
+
+
+def ours(name: str, config: ScheduleConfig, steps: int) -> list[Step]:
+    schedule = NoiseSchedule(config)
+    return list(sample(name, denoiser(schedule), schedule, START, steps, noises()))
 
 
 def scheduler_of(name: str, config: ScheduleConfig, steps: int) -> Any:
@@ -197,8 +202,23 @@ def test_only_stochastic_samplers_draw_noise_and_none_draws_it_for_the_last_step
         drawn.append(1)
         return torch.randn(START.shape)
 
-    list(sample(name, lambda x, t, a: schedule.split(toy_model(x, t), x, a), schedule, START, 6, noise))
+    list(sample(name, denoiser(schedule), schedule, START, 6, noise))
     assert len(drawn) == (5 if name in STOCHASTIC else 0)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_sampler_goes_on_from_the_latents_that_its_denoiser_saw(name: str) -> None:
+    schedule = NoiseSchedule(ScheduleConfig(timestep_spacing="trailing"))
+    plain, moved = denoiser(schedule), torch.full_like(START, 0.1)
+
+    def moving(latents: Tensor, timestep: float, alpha_cumprod: float) -> Guess:
+        return plain(latents + moved, timestep, alpha_cumprod)
+
+    sampler = SAMPLERS[name]
+    scale = sampler.grid(schedule, 6, "trailing", sampler.karras).start_scale
+    starts = ((moving, START), (plain, START + moved / scale))
+    first, other = (next(iter(sample(name, denoise, schedule, start, 6, noises()))) for denoise, start in starts)
+    assert relative_error(first.latents, other.latents) < 1e-5
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
