@@ -1,6 +1,7 @@
 """Painting: seeds, batches, streams, sizes, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import gobelin
 from gobelin.attention import Edit, Trace
 from gobelin.errors import ModelError, UsageError
+from gobelin.look.heatmaps import sharp_trace
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.samplers import SAMPLERS
 
@@ -92,6 +94,20 @@ def test_heatmaps_agree_with_attention_computed_by_hand(pipe):
         part = slice(head * width, (head + 1) * width)
         probs = torch.softmax(query[0, :, part] @ key[0, :, part].T / width**0.5, dim=-1)
         torch.testing.assert_close(result.heatmaps[0].maps[site][0, head], probs, rtol=1e-4, atol=1e-6)
+
+
+def test_sharp_maps_are_of_the_second_half_of_the_way(pipe):
+    options = {"seed": 2, "steps": 4, "guidance": 3.0}
+    sharp, plain = (pipe("a red circle", **options, trace=trace) for trace in ("sharp", False))
+    assert torch.equal(sharp.latents, plain.latents)
+    sites = sharp_trace(pipe.unet.attention_sites, pipe.latent_size()).sites
+    steps = list(pipe.stream("a red circle", **options, trace="sharp"))
+    late = [step.maps for step in steps if pipe.schedule.way(step.timestep) >= 0.5]
+    assert [bool(step.maps) for step in steps] == [False, False, True, True]
+    assert set(late[0]) == set(sites)
+    means = {site: torch.stack([maps[site][0] for maps in late]).mean(dim=0) for site in sites}
+    found = replace(sharp.heatmaps[0], maps={site: mean[None, None] for site, mean in means.items()}).sharpened()
+    torch.testing.assert_close(sharp.heatmaps[0]["circle"].raw, found["circle"].raw)
 
 
 def test_what_was_not_traced_cannot_be_looked_at(pipe):

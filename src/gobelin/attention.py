@@ -105,12 +105,14 @@ def choose_sites(there: Sequence[AttentionSite], choice: Sites = None) -> tuple[
 class Trace:
     """What to keep of the attentions while painting: of which ``sites`` (:func:`choose_sites`), heads and steps.
 
-    A mean over heads, and over steps, unless ``per_head`` or ``per_step`` keeps each apart.
+    A mean over heads, and over steps, unless ``per_head`` or ``per_step`` keeps each apart. Steps count from the share
+    ``start`` of the way from noise to picture, in timesteps: 0 is all of them.
     """
 
     sites: Sites = None
     per_head: bool = False
     per_step: bool = False
+    start: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,9 +40,9 @@ class Denoiser:
         self, noisy_latents: Float[Tensor, "batch channels h w"], timestep: float, alpha_cumprod: float
     ) -> Guess:
         """What is seen in ``noisy_latents``, which stand at ``timestep`` and noise level ᾱ."""
-        noisy_latents = self.adjust(noisy_latents, self._way(timestep))
+        noisy_latents = self.adjust(noisy_latents, self.schedule.way(timestep))
         for wish in self.wishes:
-            if self._way(timestep) < wish.end:
+            if self.schedule.way(timestep) < wish.end:
                 noisy_latents = self._wished(wish, noisy_latents, timestep)
         prediction, maps = self._predict(noisy_latents.to(self.unet.dtype), timestep)
         denoised, noise = self.schedule.split(prediction.to(noisy_latents.dtype), noisy_latents, alpha_cumprod)
@@ -63,14 +63,15 @@ class Denoiser:
     ) -> tuple[Tensor, AttentionMaps]:
         """One run of the U-Net; what is looked at in it are its last rows, the text's."""
         edits = self._edits_at(timestep)
-        if self.trace is None and not edits:
+        trace = self.trace if self.trace is not None and self.schedule.way(timestep) >= self.trace.start else None
+        if trace is None and not edits:
             return self.unet(noisy_latents, timesteps, text_embeddings), {}
         return self.unet.trace(
             noisy_latents,
             timesteps,
             text_embeddings,
-            sites=() if self.trace is None else self.trace.sites,
-            reduce="none" if self.trace is not None and self.trace.per_head else "heads",
+            sites=() if trace is None else trace.sites,
+            reduce="none" if trace is not None and trace.per_head else "heads",
             rows=slice(-len(self.text_embeddings), None),
             edits=edits,
         )
@@ -95,11 +96,7 @@ class Denoiser:
         return (latents - wish.strength * loss.reshape(-1, 1, 1, 1) * gradient / size).detach()
 
     def _edits_at(self, timestep: float) -> list[Edit]:
-        return [edit for edit in self.edits if edit.holds(self._way(timestep))]
-
-    def _way(self, timestep: float) -> float:
-        """The share of the way from noise (0) to picture (1)."""
-        return 1 - timestep / (self.schedule.config.num_train_timesteps - 1)
+        return [edit for edit in self.edits if edit.holds(self.schedule.way(timestep))]
 
 
 def rescale_guidance(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
 from gobelin.formats.files import read_json, write_json
 from gobelin.formats.png import write_png
 from gobelin.look.edits import Blend, Blending, Wish, blended, followed, reweighted
-from gobelin.look.heatmaps import Collector, HeatMaps
+from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
 from gobelin.look.page import framed_page, picture_url
 from gobelin.samplers import NoiseSource, Step, find_sampler, sample
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
@@ -199,7 +199,8 @@ class Pipeline:
         ``guidance_rescale``, ``sampler``, None for what the model recommends; ``height`` and ``width`` in pixels,
         None for the model's own; ``count`` pictures a prompt; ``latents`` [B, 4, h, w], start noise of your own;
         ``clip_skip`` layers of the text encoder to leave out; ``trace`` True for every step's ``maps`` of what looked
-        at which word, or a :class:`gobelin.attention.Trace` that says more; ``edit`` one or several of
+        at which word, "sharp" for heat maps that point best (:meth:`gobelin.look.heatmaps.HeatMaps.sharpened`), or a
+        :class:`gobelin.attention.Trace` that says more; ``edit`` one or several of
         :mod:`gobelin.look.edits`, or a plain ``change(site, probs) -> probs``.
         Raises :class:`UsageError` for what cannot be painted.
         """
@@ -252,7 +253,7 @@ class Pipeline:
         count: int = 1,
         latents: Float[Tensor, "batch channels h w"] | None = None,
         clip_skip: int = 0,
-        trace: bool | Trace = False,
+        trace: bool | Literal["sharp"] | Trace = False,
         edit: AnyEdit | Sequence[AnyEdit] = (),
     ) -> "_Request":
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -289,7 +290,10 @@ class Pipeline:
             raise UsageError(
                 f"clip_skip is {clip_skip}: give a number from 0 to {self.text_encoder.config.num_hidden_layers - 1}"
             )
-        traced = trace if isinstance(trace, Trace) else Trace() if trace else None
+        if trace == "sharp":
+            traced = sharp_trace(self.unet.attention_sites, (shape[1], shape[2]))
+        else:
+            traced = trace if isinstance(trace, Trace) else Trace() if trace else None
         edits = [asked if isinstance(asked, Edit | Wish | Blend) else Edit(change=asked) for asked in _listed(edit)]
         for asked in (traced, *edits):
             if isinstance(asked, Trace | Edit | Wish):
@@ -310,7 +314,14 @@ class Pipeline:
         }
         repeated = [text for text in prompts for _ in range(count)]
         settings = [{"prompt": text, "seed": seed, **common} for text, seed in zip(repeated, seeds, strict=True)]
-        return _Request(settings=settings, shape=shape, latents=latents, trace=traced, edits=tuple(edits))
+        return _Request(
+            settings=settings,
+            shape=shape,
+            latents=latents,
+            trace=traced,
+            sharpen=trace == "sharp",
+            edits=tuple(edits),
+        )
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of the latents of a picture that is ``height`` × ``width`` pixels, None: the model's own.
@@ -331,7 +342,7 @@ class Pipeline:
         return self.unet.config.sample_size * self.vae.config.factor
 
     def _heatmaps(self, request: "_Request", collector: Collector, images: list[Image.Image]) -> list[HeatMaps]:
-        return [
+        found = [
             HeatMaps(
                 words=self.tokenizer.words(request.settings[index]["prompt"]),
                 maps=collector.maps(index),
@@ -340,6 +351,7 @@ class Pipeline:
             )
             for index, image in enumerate(images)
         ]
+        return [heatmaps.sharpened() for heatmaps in found] if request.sharpen else found
 
     @torch.no_grad()
     def _steps(self, request: "_Request") -> Iterator[PaintingStep]:
@@ -408,6 +420,7 @@ class _Request:
     shape: tuple[int, int, int]
     latents: Tensor | None
     trace: Trace | None
+    sharpen: bool
     edits: tuple[Edit | Wish | Blend, ...]
 
 

@@ -119,6 +119,10 @@ class NoiseSchedule:
             return (noisy_latents - sigma * prediction) / signal, prediction
         return signal * noisy_latents - sigma * prediction, signal * prediction + sigma * noisy_latents
 
+    def way(self, timestep: float) -> float:
+        """The share of the way from noise (0) to picture (1) at which a timestep stands."""
+        return 1 - timestep / (self.config.num_train_timesteps - 1)
+
     def _rates(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod.to(latents.device)[timesteps].to(latents.dtype)[:, None, None, None]
         return alphas.sqrt(), (1 - alphas).sqrt()

@@ -1,5 +1,6 @@
 """Attribution against maps that are known to be right, wrong or everywhere."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,20 @@ from torch import Tensor
 from gobelin.attention import AttentionSite
 from gobelin.evaluate import attribution
 from gobelin.evaluate.attribution import (
+    PROTOCOLS,
     Case,
     Mean,
     argmax_intersection,
     causality,
     ceiling,
-    choose_heads,
     daam,
     found_masks,
     intersections,
     kind_of,
     overlap,
     own_samples,
-    picked,
     renders,
+    sharpened,
     truths,
     whole_image,
 )
@@ -42,7 +43,7 @@ def tokenizer() -> Tokenizer:
 
 
 def heatmaps_of(each: Sample, tokenizer: Tokenizer) -> HeatMaps:
-    """Maps that are right in head 1 of one site, and even everywhere else."""
+    """Maps that are right in head 1 of one site, and even everywhere else, for DAAM to average."""
     words = tokenizer.words(each.caption)
     shares = torch.full((2, 16 * 16, 32), 1 / 32)
     shares[1] = 1e-3
@@ -63,38 +64,36 @@ def cases(tokenizer: Tokenizer) -> list[Case]:
     for index in range(24):
         each = sample(5, index, CORE)
         heatmaps = heatmaps_of(each, tokenizer)
-        found.append(Case(heatmaps=heatmaps, truths=truths(each, heatmaps, torch.from_numpy(each.masks))))
+        right = replace(heatmaps, maps={SEEING: heatmaps.maps[SEEING][:, 1:]})
+        found.append(Case(heatmaps=heatmaps, sharp=right, truths=truths(each, heatmaps, torch.from_numpy(each.masks))))
     return found
 
 
 def test_maps_that_are_right_reach_the_ceiling_and_no_more(cases: list[Case]) -> None:
-    right = intersections(cases, picked({SEEING: [1]}))
+    right = intersections(cases, sharpened)
     perfect = ceiling(cases, SEEING)
     assert right["noun", 0.4].value == pytest.approx(perfect.value, abs=0.01)
     assert right["noun", 0.4].n == perfect.n == sum(t.kind == "noun" for case in cases for t in case.truths)
     assert 0.75 < perfect.value < 0.95
     assert ceiling(cases, BLIND).value < perfect.value - 0.05
     assert {kind for kind, _ in right} == {"noun", "colour", "relation", "place", "number"}
-    assert argmax_intersection(cases, picked({SEEING: [1]})).value > 0.7
+    assert argmax_intersection(cases, sharpened).value > 0.7
 
 
 def test_maps_that_are_even_or_wrong_do_not(cases: list[Case]) -> None:
-    even = intersections(cases, picked({BLIND: [0]}))
-    assert even["noun", 0.4].value == 0
+    even = [replace(case, sharp=case.heatmaps.select(sites=[BLIND])) for case in cases]
+    assert intersections(even, sharpened)["noun", 0.4].value == 0
     everywhere = whole_image(cases)
     assert 0.02 < everywhere.value < 0.15
     exchanged = [
-        Case(heatmaps=other.heatmaps, truths=case.truths)
+        replace(other, truths=case.truths)
         for case, other in zip(cases, [*cases[1:], cases[0]], strict=True)
         if len(other.heatmaps.words) > max((t.number for t in case.truths), default=0)
     ]
-    assert intersections(exchanged, picked({SEEING: [1]}))["noun", 0.4].value < 0.15
+    assert intersections(exchanged, sharpened)["noun", 0.4].value < 0.15
 
 
-def test_daam_is_drawn_by_every_head_and_the_best_are_found(cases: list[Case]) -> None:
-    chosen, value = choose_heads(cases)
-    assert dict(chosen) == {SEEING: [1]}
-    assert value == pytest.approx(intersections(cases, picked({SEEING: [1]}))["noun", 0.4].value)
+def test_daam_is_drawn_by_every_head(cases: list[Case]) -> None:
     assert intersections(cases, daam)["noun", 0.4].value > 0.5  # even maps have no range, and do not harm it
 
 
@@ -154,7 +153,8 @@ def test_a_model_is_looked_into_by_true_renders_and_by_its_own_pictures(pipe: Pi
     cases = list(renders(pipe, CORE, 3))
     assert [len(case.heatmaps.maps) for case in cases] == [len(pipe.unet.attention_sites) // 2] * 3
     assert all(probs.shape[:2] == (1, 2) for probs in cases[0].heatmaps.maps.values())
-    assert all(0 <= mean.value <= 1 for mean in intersections(cases, daam).values())
+    for protocol in PROTOCOLS.values():
+        assert all(0 <= mean.value <= 1 for mean in intersections(cases, protocol).values())
 
     def seen(image, world) -> list:  # an untrained model paints nothing that the grader would find
         return grade(sample(attribution.SEED, seen.index, CORE, "test").image, CORE)
@@ -163,9 +163,9 @@ def test_a_model_is_looked_into_by_true_renders_and_by_its_own_pictures(pipe: Pi
     monkeypatch.setattr(attribution, "grade", seen)
     own = list(own_samples(pipe, CORE, 1))
     assert len(own) == 1
-    correlations = causality(pipe, own, {"DAAM": daam})["DAAM"]
-    assert correlations.keys() == {truth.kind for truth in own[0].truths}
-    assert all(-1 <= mean.value <= 1 for mean in correlations.values())
+    for correlations in causality(pipe, own).values():
+        assert correlations.keys() == {truth.kind for truth in own[0].truths}
+        assert all(-1 <= mean.value <= 1 for mean in correlations.values())
 
 
 def test_overlap_is_intersection_over_union() -> None:

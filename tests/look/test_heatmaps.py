@@ -1,6 +1,7 @@
 """Heat maps against direct computations, DAAM's aggregation against a second one, and what cannot be asked."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gobelin.attention import AttentionMaps, AttentionSite, Trace
 from gobelin.errors import UsageError
-from gobelin.look.heatmaps import Collector, HeatMaps
+from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
 from gobelin.tokenizer import Tokenizer
 
 PROMPT = "A red circle, left of a blue Circle"
@@ -134,6 +135,45 @@ def test_steps_heads_and_sites_can_be_chosen_and_average_to_the_whole(tokenizer:
     assert torch.equal(one.maps[CROSS[1]][0, 0], steps(tokenizer.max_length)[2][CROSS[1]][1, 1])
 
 
+def test_sharp_maps_are_what_patches_and_those_they_draw_on_agree_about(heatmaps: HeatMaps) -> None:
+    there = heatmaps.select(sites=lambda site: site.downscale == 1)
+    sharp = there.sharpened()
+    own = heatmaps.maps[SELF][0, 0]
+    for site in (CROSS[0], CROSS[2]):
+        probs = heatmaps.maps[site][0, 0]
+        for token in (0, 3):
+            drawn = torch.stack([(own[patch] * probs[:, token]).sum() for patch in range(len(own))])
+            expected = probs[:, token] * drawn / drawn.max()
+            assert relative_error(sharp.maps[site][0, 0, :, token], expected) < 1e-5
+    assert torch.equal(sharp.maps[SELF], heatmaps.maps[SELF])
+    alike = replace(there, maps={**there.maps, SELF: torch.full_like(there.maps[SELF], 1 / len(own))}).sharpened()
+    assert torch.allclose(alike["red"].raw, there["red"].raw, atol=1e-6)  # who draws on all alike adds nothing
+
+
+def test_sharp_maps_come_from_the_decoders_finest_level_that_is_not_too_fine() -> None:
+    def site(name: str, kind: Literal["self", "cross"], downscale: int) -> AttentionSite:
+        return AttentionSite(name=name, kind=kind, downscale=downscale, heads=2)
+
+    there = [
+        site(f"{block}.attn{number}", kind, scale)
+        for block, scale in (("down_blocks.0", 1), ("mid_block", 4), ("up_blocks.1", 2), ("up_blocks.2", 1))
+        for number, kind in ((1, "self"), (2, "cross"))
+    ]
+    assert [found.name for found in sharp_trace(there, (16, 16)).sites] == ["up_blocks.2.attn1", "up_blocks.2.attn2"]
+    assert [found.name for found in sharp_trace(there, (64, 64)).sites] == ["up_blocks.1.attn1", "up_blocks.1.attn2"]
+    assert [found.name for found in sharp_trace(there, (512, 512)).sites] == ["up_blocks.1.attn1", "up_blocks.1.attn2"]
+
+
+def test_steps_that_were_not_traced_do_not_count(tokenizer: Tokenizer) -> None:
+    collector = Collector(Trace(start=0.5))
+    first, second = ({CROSS[0]: maps[CROSS[0]].mean(dim=1)} for maps in steps(tokenizer.max_length)[:2])
+    for maps in ({}, first, {}, second):
+        collector.add(maps)
+    assert torch.allclose(collector.maps(1)[CROSS[0]][0, 0], (first[CROSS[0]][1] + second[CROSS[0]][1]) / 2)
+    with pytest.raises(UsageError, match=r"no step was traced: maps begin at 0\.5 of the way"):
+        Collector(Trace(start=0.5)).maps(0)
+
+
 def test_memory_does_not_grow_with_the_steps(tokenizer: Tokenizer) -> None:
     collector = Collector(Trace(per_head=True))
     sizes = []
@@ -209,6 +249,7 @@ def test_values_are_for_display(heatmaps: HeatMaps) -> None:
         (lambda maps: maps.select(sites="nowhere"), r"'nowhere' matches no attention.*down\.attn2"),
         (lambda maps: maps.select(sites="*attn1")["red"], r"no attention to words \(attn2\) was traced"),
         (lambda maps: maps.select(sites="*attn2").patches_for(1, 1), r"no attention to patches \(attn1\) was traced"),
+        (lambda maps: maps.sharpened(), "no attention to patches was traced where mid_block.attn2 is: trace its attn1"),
         (lambda maps: maps.words_at(36, 0), "is not in the picture of 36×24 pixels"),
         (lambda maps: maps.words_in((5, 5, 5, 9)), "is not in the picture"),
         (lambda maps: maps.patches_for(0, 24), "the pixel 0, 24 is not in the picture"),

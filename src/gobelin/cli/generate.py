@@ -36,12 +36,12 @@ def run(arguments: Sequence[str]) -> None:
     options = parse(Generate, "generate", arguments)
     if not options.prompts:
         raise UsageError('no prompt given: say what to paint, as in gobelin generate "a red circle"')
-    settings = {**options.settings(), "count": options.count, "trace": options.maps}
+    settings = {**options.settings(), "count": options.count, "trace": "sharp" if options.maps else False}
     result = paint(options.open(), options.prompts, settings)
     for index, path in enumerate(result.save(options.out)):
         print(path)
         if options.maps:
-            heatmaps = result.heatmaps[index].without("bos")
+            heatmaps = result.heatmaps[index]
             sheet = path.with_name(f"{path.stem}-words.png")
             save_picture(sheet, word_sheet(heatmaps, range(len(heatmaps.words))))
             print(sheet)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageChops
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from tyro.conf import Positional
 
 from gobelin.attention import AttentionSite, Trace, choose_sites
@@ -19,14 +20,13 @@ from gobelin.cli.painting import PaintingOptions, paint
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
 from gobelin.formats.png import read_png_settings, save_picture
-from gobelin.look.heatmaps import HeatMap, HeatMaps
+from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps, sharp_trace
 from gobelin.look.page import page
 from gobelin.look.sheet import grid_sheet, save_animation, word_sheet
 from gobelin.pipeline import EDITED, Pipeline, picture_name
 from gobelin.tokenizer import Word
 
 MOST_COLUMNS = 12  # steps in a grid
-MOST_PATCHES = 32 * 32  # of a site whose self-attention is kept: at 512 pixels the finest have four times as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,9 @@ class Look(PaintingOptions):
     """See which word painted which pixel: of a prompt, or of a picture that Gobelin painted.
 
     Writes a sheet with an overlay a word, and an HTML page in which pointing at a word lights up what it painted, and
-    pointing at the picture ranks the words behind that patch. The shares are of attention without BOS.
+    pointing at the picture ranks the words behind that patch. Maps are sharp ones: of the decoder's finest level, in
+    the second half of the way, where patches and those that they draw on agree. With --plain, --per, --sites or
+    --animation they are plain shares of attention without BOS.
 
     Some examples:
       gobelin look "a red circle left of a blue square" --seed 3
@@ -53,13 +55,20 @@ class Look(PaintingOptions):
     """Column and row of a pixel: the words behind it, and the patches that it draws on."""
     sites: str | None = None
     """A pattern of attention sites, such as "up_blocks.*"; without one, all that see words."""
+    plain: bool = False
+    """Every site and step, as they are."""
     animation: bool = False
     """Also an animation over the steps (WebP)."""
     json: Path | None = None
     """Write each word's shares here, and where they are greatest."""
     npz: Path | None = None
     """Write the maps here: "words", their "maps" [words, height, width], and every site's under its name
-    [steps, heads, patches, tokens]."""
+    [steps, heads, patches, tokens], BOS included."""
+
+    @property
+    def sharp(self) -> bool:
+        """Whether maps are sharp ones; what shows parts of attention shows them as they are."""
+        return not (self.plain or self.per or self.sites or self.animation)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -80,7 +89,8 @@ def run(arguments: Sequence[str]) -> None:
     if is_picture(options.source):
         say_what_differs(Path(options.source), result.images[0])
     whole = result.heatmaps[0]
-    heatmaps = whole.select(sites=lambda site: site.kind == "cross").without("bos")
+    shown = whole.sharpened() if options.sharp else whole.without("bos")
+    heatmaps = shown.select(sites=lambda site: site.kind == "cross")
     words: list[Word] = list(options.words or range(len(heatmaps.words)))
     stem = options.out / picture_name(result.settings[0])
 
@@ -102,9 +112,10 @@ def run(arguments: Sequence[str]) -> None:
         ]
         save_animation(Path(f"{stem}.webp"), frames)
         print(f"{stem}.webp")
-    write_report(options.json, {**summary(heatmaps, words), "settings": result.settings[0]})
+    where = {"shares": whole.shares(), "entropy": whole.entropy()}
+    write_report(options.json, {**summary(heatmaps, words), **where, "settings": result.settings[0]})
     if options.npz is not None:
-        write_npz(options.npz, heatmaps, words)
+        write_npz(options.npz, whole, words, heatmaps.stacked(words))
 
 
 def is_picture(source: str) -> bool:
@@ -148,6 +159,8 @@ def require_sense(options: Look, pipeline: Pipeline, prompt: str, size: tuple[in
 
 def trace_for(options: Look, pipeline: Pipeline, size: tuple[int, int]) -> Trace:
     """What to keep: what sees words, and where a pixel's patches are asked for what sees patches, if not too many."""
+    if options.sharp:
+        return sharp_trace(pipeline.unet.attention_sites, size)
     cross = [site for site in pipeline.unet.attention_sites if site.kind == "cross"]
     chosen = choose_sites(cross, options.sites)
     if options.at is not None:
@@ -198,7 +211,7 @@ def grid(heatmaps: HeatMaps, words: Sequence[Word], per: str) -> Image.Image:
 
 
 def summary(heatmaps: HeatMaps, words: Sequence[Word]) -> dict[str, Any]:
-    """Each word's mean and greatest share, and where that is; where attention goes as a whole."""
+    """Each word's mean and greatest value, and where that is."""
     rows = []
     for word in words:
         raw = heatmaps[word].raw
@@ -212,14 +225,14 @@ def summary(heatmaps: HeatMaps, words: Sequence[Word]) -> dict[str, Any]:
                 "most_at": [column, row],
             }
         )
-    return {"prompt": heatmaps.words.text, "words": rows, "shares": heatmaps.shares(), "entropy": heatmaps.entropy()}
+    return {"prompt": heatmaps.words.text, "words": rows}
 
 
-def write_npz(file: Path, heatmaps: HeatMaps, words: Sequence[Word]) -> None:
-    """The maps as NumPy arrays."""
+def write_npz(file: Path, heatmaps: HeatMaps, words: Sequence[Word], maps: Tensor) -> None:
+    """The words' ``maps`` as NumPy arrays, and what every site gave."""
     arrays: dict[str, Any] = {site.name: probs.cpu().numpy() for site, probs in heatmaps.maps.items()}
     arrays["words"] = np.array([heatmaps[word].label for word in words])
-    arrays["maps"] = heatmaps.stacked(words).cpu().numpy()
+    arrays["maps"] = maps.cpu().numpy()
     with replacing(file) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
 

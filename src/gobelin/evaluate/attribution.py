@@ -6,7 +6,7 @@ arXiv 2210.04885, section 4.1) a word's map, above a threshold τ of its range, 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from gobelin.attention import AttentionSite, Trace
 from gobelin.evaluate.shares import Z
 from gobelin.look.edits import silenced
-from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps
+from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps, sharp_trace
 from gobelin.pipeline import Pipeline, to_pil
 from gobelin.scenes import Sample, Seen, World, grade, sample
 from gobelin.scenes.captions import NOUNS, NUMBERS, pluralised
@@ -33,10 +33,6 @@ BATCH = 16
 CAUSAL_PICTURES = 25  # each is painted again for every word
 KINDS = ("noun", "colour", "relation", "place", "number")
 
-Heads = Mapping[AttentionSite, Sequence[int]]
-Protocol = Callable[[HeatMaps, int], HeatMap]
-"""(heat maps, number of the word) -> its map."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
@@ -49,11 +45,19 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One picture with its heat maps, heads apart, and what its words speak of; ``settings`` repeat one of its own."""
+    """One picture with its heat maps, all of them with heads apart and sharp ones, and what its words speak of.
+
+    ``settings`` repeat one of its own.
+    """
 
     heatmaps: HeatMaps
+    sharp: HeatMaps
     truths: tuple[Truth, ...]
     settings: dict | None = None
+
+
+Protocol = Callable[[Case, int], HeatMap]
+"""(a case, number of the word) -> the word's map."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ class Mean:
 
 
 def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Everything on ``count`` captions of the test list, as JSON; heads are chosen on as many of the dev list.
+    """Everything on ``count`` captions of the test list, as JSON.
 
     Where the grader finds no picture right, means are None. ``advance`` hears of each picture that is looked into.
     """
@@ -89,14 +93,7 @@ def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], 
     def looked(cases: Iterator[Case]) -> list[Case]:
         return [case for case in cases if advance() is None]
 
-    dev = [kind(pipeline, world, count, "dev") for kind in (own_samples, renders)]
-    chosen, on_dev = choose_heads([case for cases in dev for case in looked(cases)])
-    protocols: dict[str, Protocol] = {"DAAM": daam, "chosen heads": picked(chosen)}
-    content: dict[str, Any] = {
-        "heads": {site.name: sorted(heads) for site, heads in chosen.items()},
-        "heads_on_dev": on_dev,
-        "captions": count,
-    }
+    content: dict[str, Any] = {"captions": count}
     own, true = looked(own_samples(pipeline, world, count)), looked(renders(pipeline, world, count))
     for name, cases in (("own", own), ("renders", true)):
         content[name] = {
@@ -109,7 +106,7 @@ def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], 
                     ],
                     "argmax": argmax_intersection(cases, function).to_json(),
                 }
-                for protocol, function in protocols.items()
+                for protocol, function in PROTOCOLS.items()
             },
             "ceilings": {
                 str(downscale): ceiling(cases, site).to_json()
@@ -121,7 +118,7 @@ def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], 
         }
     content["causality"] = {
         protocol: {kind: mean.to_json() for kind, mean in kinds.items()}
-        for protocol, kinds in causality(pipeline, own[:CAUSAL_PICTURES], protocols).items()
+        for protocol, kinds in causality(pipeline, own[:CAUSAL_PICTURES]).items()
     }
     return content
 
@@ -130,11 +127,18 @@ def own_samples(pipeline: Pipeline, world: World, count: int, split: str = "test
     """The pictures of ``count`` captions in which the grader finds what is asked for, and nothing else."""
     for indices in _batches(count):
         samples = [sample(SEED, index, world, split) for index in indices]
-        result = pipeline([each.caption for each in samples], seed=SEED + indices[0], trace=Trace(per_head=True))
-        for each, heatmaps, settings in zip(samples, result.heatmaps, result.settings, strict=True):
+        captions, seed = [each.caption for each in samples], SEED + indices[0]
+        result = pipeline(captions, seed=seed, trace=Trace(per_head=True))
+        sharp = pipeline(captions, seed=seed, trace="sharp").heatmaps  # the same pictures, whatever is traced
+        for place, (each, heatmaps) in enumerate(zip(samples, result.heatmaps, strict=True)):
             masks = found_masks(each, grade(heatmaps.picture, world))
             if masks is not None:
-                yield Case(heatmaps=heatmaps, truths=truths(each, heatmaps, masks), settings=settings)
+                yield Case(
+                    heatmaps=heatmaps,
+                    sharp=sharp[place],
+                    truths=truths(each, heatmaps, masks),
+                    settings=result.settings[place],
+                )
 
 
 @torch.no_grad()
@@ -147,20 +151,23 @@ def renders(pipeline: Pipeline, world: World, count: int, split: str = "test") -
         latents = vae.images_to_latents(images.to(vae.device, vae.dtype)).float().cpu()
         text_embeddings = pipeline.encode_text([each.caption for each in samples])
         noise = torch.randn(latents.shape, generator=Generator().manual_seed(SEED + indices[0]))
-        collector = Collector(Trace(per_head=True))
+        size = (latents.shape[2], latents.shape[3])
+        best = sharp_trace(unet.attention_sites, size)
+        plain, sharp = Collector(Trace(per_head=True)), Collector(best)
         for timestep in TIMESTEPS:
             timesteps = torch.full((len(samples),), timestep)
             noisy_latents = pipeline.schedule.add_noise(latents, noise, timesteps).to(unet.device, unet.dtype)
             _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text_embeddings, reduce="none")
-            collector.add(maps)
+            plain.add(maps)
+            if pipeline.schedule.way(timestep) >= best.start:
+                _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text_embeddings, sites=best.sites)
+                sharp.add(maps)
         for place, (each, picture) in enumerate(zip(samples, to_pil(images), strict=True)):
-            heatmaps = HeatMaps(
-                words=pipeline.tokenizer.words(each.caption),
-                maps=collector.maps(place),
-                latent_size=(latents.shape[2], latents.shape[3]),
-                picture=picture,
-            )
-            yield Case(heatmaps=heatmaps, truths=truths(each, heatmaps, torch.from_numpy(each.masks)))
+            words = pipeline.tokenizer.words(each.caption)
+            heatmaps = HeatMaps(words=words, maps=plain.maps(place), latent_size=size, picture=picture)
+            pointing = HeatMaps(words=words, maps=sharp.maps(place), latent_size=size, picture=picture)
+            masks = torch.from_numpy(each.masks)
+            yield Case(heatmaps=heatmaps, sharp=pointing.sharpened(), truths=truths(each, heatmaps, masks))
 
 
 def found_masks(each: Sample, seen: Sequence[Seen]) -> Tensor | None:
@@ -204,18 +211,17 @@ def kind_of(word: str, things: int) -> str:
     return "relation" if things > 1 else "place"
 
 
-def daam(heatmaps: HeatMaps, number: int) -> HeatMap:
-    """DAAM's own aggregation: every layer and head."""
-    return heatmaps.daam(number)
+def daam(case: Case, number: int) -> HeatMap:
+    """DAAM's own aggregation: every step, layer and head."""
+    return case.heatmaps.daam(number)
 
 
-def picked(heads: Heads, *left_out: str) -> Protocol:
-    """The mean over some heads of some sites, with "bos" and the like left out and the rest made to sum to 1."""
+def sharpened(case: Case, number: int) -> HeatMap:
+    """Gobelin's own: :meth:`gobelin.look.heatmaps.HeatMaps.sharpened`."""
+    return case.sharp[number]
 
-    def protocol(heatmaps: HeatMaps, number: int) -> HeatMap:
-        return heatmaps.picked(heads).without(*left_out)[number]
 
-    return protocol
+PROTOCOLS: dict[str, Protocol] = {"DAAM": daam, "sharp": sharpened}
 
 
 def intersections(
@@ -227,7 +233,7 @@ def intersections(
         for groups in values.values():
             groups.append([])
         for truth in case.truths:
-            heatmap = protocol(case.heatmaps, truth.number)
+            heatmap = protocol(case, truth.number)
             for threshold in thresholds:
                 groups = values.setdefault((truth.kind, threshold), [[]])
                 groups[-1].append(overlap(heatmap.mask(threshold), truth.mask))
@@ -244,7 +250,7 @@ def argmax_intersection(cases: Sequence[Case], protocol: Protocol, threshold: fl
         nouns = [truth for truth in case.truths if truth.kind == "noun"]
         if len({truth.mask.numpy().tobytes() for truth in nouns}) < 2:
             continue
-        values = torch.stack([protocol(case.heatmaps, truth.number).values for truth in nouns])
+        values = torch.stack([protocol(case, truth.number).values for truth in nouns])
         most, winner = values.max(dim=0)
         groups.append(
             [overlap((winner == place) & (most > threshold), truth.mask) for place, truth in enumerate(nouns)]
@@ -273,35 +279,12 @@ def whole_image(cases: Sequence[Case]) -> Mean:
     return Mean.of([[t.mask.float().mean().item() for t in case.truths if t.kind == "noun"] for case in cases])
 
 
-def choose_heads(cases: Sequence[Case], *left_out: str, threshold: float = 0.4) -> tuple[Heads, float]:
-    """The heads whose mean map overlaps nouns best, and how much: best alone first, added while it rises."""
-    ranked = sorted(
-        (
-            (_nouns(cases, picked({site: [head]}, *left_out), threshold), site, head)
-            for site in cases[0].heatmaps.maps
-            for head in range(site.heads)
-        ),
-        key=lambda row: -row[0],
-    )
-    best, site, head = ranked[0]
-    chosen: dict[AttentionSite, list[int]] = {site: [head]}
-    for _, site, head in ranked[1:12]:
-        trial = {known: list(heads) for known, heads in chosen.items()}
-        trial.setdefault(site, []).append(head)
-        value = _nouns(cases, picked(trial, *left_out), threshold)
-        if value > best:
-            chosen, best = trial, value
-    return chosen, best
-
-
-def causality(
-    pipeline: Pipeline, cases: Sequence[Case], protocols: Mapping[str, Protocol]
-) -> dict[str, dict[str, Mean]]:
+def causality(pipeline: Pipeline, cases: Sequence[Case]) -> dict[str, dict[str, Mean]]:
     """How the change of a picture, where a word is not looked at, correlates with the word's map: by kind of word.
 
     Pearson's correlation over pixels of the map with the greatest change of a channel, for words that change any.
     """
-    groups: dict[str, dict[str, list[list[float]]]] = {name: {} for name in protocols}
+    groups: dict[str, dict[str, list[list[float]]]] = {name: {} for name in PROTOCOLS}
     for case in cases:
         assert case.settings is not None
         settings = {name: value for name, value in case.settings.items() if name not in ("prompt", "model")}
@@ -310,8 +293,8 @@ def causality(
         for truth in case.truths:
             edit = silenced(case.heatmaps.words, truth.number)
             change = _difference(before, pipeline(case.heatmaps.words.text, **settings, edit=edit).images[0])
-            for name, protocol in protocols.items():
-                heat = protocol(case.heatmaps, truth.number).raw
+            for name, protocol in PROTOCOLS.items():
+                heat = protocol(case, truth.number).raw
                 if change.std() > 0 and heat.std() > 0:
                     correlation = torch.corrcoef(torch.stack([heat.flatten(), change.flatten()]))[0, 1].item()
                     found.setdefault((name, truth.kind), []).append(correlation)
@@ -324,11 +307,6 @@ def overlap(found: Tensor, truth: Tensor) -> float:
     """Intersection over union of two bool masks; 1 where both are empty."""
     union = (found | truth).sum().item()
     return (found & truth).sum().item() / union if union else 1.0
-
-
-def _nouns(cases: Sequence[Case], protocol: Protocol, threshold: float) -> float:
-    only = [Case(heatmaps=c.heatmaps, truths=tuple(t for t in c.truths if t.kind == "noun")) for c in cases]
-    return intersections(only, protocol, [threshold])["noun", threshold].value
 
 
 def _difference(one: Image.Image, other: Image.Image) -> Tensor:

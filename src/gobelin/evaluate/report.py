@@ -195,7 +195,6 @@ def _gates(content: dict[str, Any]) -> Table:
 
 
 def _attribution(content: dict[str, Any]) -> list[Table]:
-    heads = "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in content["heads"].items())
     titles = {"own": "own pictures that the grader found right", "renders": "true scenes, noised"}
     found = [
         _overlaps(f"Attribution: {title} ({content[name]['pictures']:,})", content[name])
@@ -222,7 +221,6 @@ def _attribution(content: dict[str, Any]) -> list[Table]:
         title="Where attention goes",
         columns=("pictures", *parts, "entropy (nats)"),
         rows=shares,
-        note=f"Chosen heads, {content['heads_on_dev']:.3f} on the dev list: {heads}.",
     )
     return [*found, causal, where]
 

@@ -4,7 +4,8 @@ The maps of many sites, steps and heads become one picture's heat maps. Tang et 
 sum them over steps and average them over layers and heads; so does Gobelin.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +21,22 @@ from gobelin.look.colours import overlaid
 from gobelin.tokenizer import PARTS, Word, Words, WordSpan
 
 EVEN = 1e-5  # shares that differ by less are rounding
+MOST_PATCHES = 32 * 32  # of a site that sharp maps are made of: at 512 pixels the finest have four times as many
+
+
+def sharp_trace(there: Sequence[AttentionSite], latent_size: tuple[int, int]) -> Trace:
+    """What :meth:`HeatMaps.sharpened` is best made of: the decoder's finest level, in the second half of the way.
+
+    Of up to 32×32 patches, words and patches. What points best was found on scenes (docs/decisions.md).
+    """
+
+    def patches(site: AttentionSite) -> int:
+        return math.prod(site.grid(*latent_size))
+
+    decoder = [site for site in there if site.name.startswith("up_blocks")] or there
+    few = [site for site in decoder if patches(site) <= MOST_PATCHES]
+    chosen = max(map(patches, few)) if few else min(map(patches, decoder))
+    return Trace(sites=[site for site in decoder if patches(site) == chosen], start=0.5)
 
 
 class Collector:
@@ -34,8 +51,8 @@ class Collector:
         self._steps = 0
 
     def add(self, maps: AttentionMaps) -> None:
-        """One step's maps, [B, patches, keys] or [B, heads, patches, keys]."""
-        self._steps += 1
+        """One step's maps, [B, patches, keys] or [B, heads, patches, keys]; none where it was not traced."""
+        self._steps += bool(maps)
         for site, probs in maps.items():
             kept = self._kept.setdefault(site, [])
             if self.trace.per_step or not kept:
@@ -44,7 +61,15 @@ class Collector:
                 kept[0] += probs
 
     def maps(self, index: int) -> AttentionMaps:
-        """Picture ``index``'s, [steps or 1, heads or 1, patches, keys]: means where steps were added up."""
+        """Picture ``index``'s, [steps or 1, heads or 1, patches, keys]: means where steps were added up.
+
+        Raises :class:`UsageError` where no step was far enough on the way to be traced.
+        """
+        if not self._steps:
+            raise UsageError(
+                f"no step was traced: maps begin at {self.trace.start:g} of the way from noise to picture; paint with "
+                "more steps, or trace them all (trace=True; gobelin look --plain)"
+            )
         scale = 1 if self.trace.per_step else self._steps
         maps = {site: torch.stack([probs[index] for probs in kept]) / scale for site, kept in self._kept.items()}
         return {site: (probs if self.trace.per_head else probs[:, None]).cpu() for site, probs in maps.items()}
@@ -133,15 +158,6 @@ class HeatMaps:
                 maps = {site: _chosen(probs, axis, name, chosen) for site, probs in maps.items()}
         return replace(self, maps=maps)
 
-    def picked(self, heads: Mapping[AttentionSite, Sequence[int]]) -> "HeatMaps":
-        """The same of some heads of some sites, each head counting as much, whatever its site."""
-        maps = {}
-        for site, chosen in heads.items():
-            for head in chosen:
-                alone = replace(site, name=f"{site.name}.{head}", heads=1)
-                maps[alone] = _chosen(self.maps[site], 1, "head", [head])
-        return replace(self, maps=maps)
-
     def without(self, *parts: str) -> "HeatMaps":
         """The same with the shares of BOS, EOS or padding left out, and those of the others made to sum to 1 again."""
         gone = [position for part in parts for position in self.words.part(part)]
@@ -151,6 +167,25 @@ class HeatMaps:
                 left = probs.clone()
                 left[..., gone] = 0
                 maps[site] = left / left.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+        return replace(self, maps=maps)
+
+    def sharpened(self) -> "HeatMaps":
+        """The same, where a patch keeps of its share of a word what the patches that it draws on look at the word too.
+
+        A word's shares at a site are multiplied by the mean that self-attention (attn1, a mean over the sites with the
+        same patches) takes of them, over its maximum. They do not sum to 1 any more. Raises :class:`UsageError` where
+        self-attention was not traced: ``trace="sharp"`` does.
+        """
+        own: dict[tuple[int, int], list[Tensor]] = {}
+        for site, probs in self._stack("self"):
+            own.setdefault(site.grid(*self.latent_size), []).append(probs.mean(dim=(0, 1)))
+        maps = dict(self.maps)
+        for site, probs in self._stack("cross"):
+            grid = site.grid(*self.latent_size)
+            if grid not in own:
+                raise UsageError(f"no attention to patches was traced where {site.name} is: trace its attn1 too")
+            drawn = torch.stack(own[grid]).mean(dim=0) @ probs
+            maps[site] = probs * drawn / drawn.amax(dim=-2, keepdim=True).clamp(min=torch.finfo(drawn.dtype).tiny)
         return replace(self, maps=maps)
 
     def words_at(self, x: int, y: int) -> list[tuple[WordSpan, float]]:
