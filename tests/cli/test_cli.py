@@ -213,7 +213,8 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["look", "a red circle", "--sites", "attn3"], 2, "'attn3' matches no attention"),
         (["look", "!?"], 2, "'!?' has no word to look at"),
         (["edit", "a red circle", "--to", "a ring", "--weights", "a=nan"], 2, "the weight of 'a' is nan"),
-        (["evaluate", "--attribution", "--limit", "1"], 2, "limit is 1: give a number of captions from 2"),
+        (["evaluate", "--attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),
+        (["evaluate", "--attribution", "--editing"], 2, "two measurements: ask for one"),
         (["evaluate", "--attribution", "--count", "2"], 2, "leave out --count"),
         (["look", "nowhere.png"], 2, "there is no picture at nowhere.png"),
         (["edit", "a red circle", "--to", "a ring", "--weights", "red"], 2, "--weights has 'red': give WORD=NUMBER"),
@@ -356,9 +357,21 @@ def test_evaluate_measures_attribution(gobelin, trained, tmp_path):
     found = json.loads(file.read_text())["attribution"]
     assert found["renders"]["pictures"] == 3
     assert 0 < found["renders"]["whole_image"]["value"] < 0.3
-    assert found["renders"]["protocols"].keys() == {"DAAM", "chosen heads"}
+    assert found["renders"]["protocols"].keys() == {"DAAM", "sharp"}
     assert "True scenes, noised".lower() in out.lower()
     assert "a perfect map reaches" in report.read_text()
+
+
+def test_evaluate_measures_editing(gobelin, trained, tmp_path):
+    file, report = tmp_path / "editing.json", tmp_path / "editing.md"
+    options = ("--world", "nano", "--limit", 2, "--json", file, "--report", report)
+    status, out, err = gobelin("evaluate", trained, "--editing", *options)  # it paints all green: a green square
+    assert status == 0, err
+    methods = json.loads(file.read_text())["editing"]["methods"]
+    assert methods.keys() == {"prompt-to-prompt", "painted anew"}
+    assert all(0 <= shares["both"]["value"] <= 1 for shares in methods.values())
+    assert "one colour word changed" in out
+    assert "painted anew" in report.read_text()
 
 
 def test_evaluate_judges_what_another_program_painted(gobelin, trained, tmp_path):

@@ -101,7 +101,7 @@ def test_the_graders_masks_are_the_scenes_own() -> None:
     told = 0
     for index in range(30):
         each = sample(6, index, CORE)
-        masks = found_masks(each, grade(each.image, CORE))
+        masks = found_masks(each.phrasing, grade(each.image, CORE))
         if masks is not None:  # None for "a circle and a red shape" where the circle is red too
             told += 1
             for mention in each.phrasing.mentions:
@@ -114,8 +114,8 @@ def test_pictures_that_are_not_right_have_no_masks() -> None:
     samples = [sample(6, index, CORE) for index in range(40)]
     for each, other in zip(samples, [*samples[1:], samples[0]], strict=True):
         if each.phrasing.wanted != other.phrasing.wanted and len(each.masks) != len(other.masks):
-            assert found_masks(each, grade(other.image, CORE)) is None
-    assert found_masks(samples[0], []) is None
+            assert found_masks(each.phrasing, grade(other.image, CORE)) is None
+    assert found_masks(samples[0].phrasing, []) is None
 
 
 @pytest.mark.parametrize(

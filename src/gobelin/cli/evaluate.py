@@ -18,7 +18,7 @@ from gobelin.cli.options import parse, write_report
 from gobelin.clip import ImageEncoder
 from gobelin.data import find_world
 from gobelin.errors import UsageError
-from gobelin.evaluate.attribution import measure
+from gobelin.evaluate import attribution, editing
 from gobelin.evaluate.faithfulness import Painted, Painting, judged, paint
 from gobelin.evaluate.folder import read_gallery, write_list
 from gobelin.evaluate.instruments import check_instruments
@@ -49,6 +49,7 @@ class Evaluate:
       gobelin evaluate runs/mine --limit 25 --json scores.json --report scores.md --sheet sheet.png
       gobelin evaluate runs/mine --splits test heldout --json final.json
       gobelin evaluate --attribution --json attribution.json
+      gobelin evaluate --editing --limit 50
       gobelin evaluate --world core --write-prompts elsewhere
       gobelin evaluate --pictures elsewhere
     """
@@ -86,6 +87,9 @@ class Evaluate:
     """Write what to paint to this folder's metadata.jsonl (file_name, text, seed), for any program, and stop."""
     attribution: bool = False
     """Measure word maps in place of faithfulness: whether words light up what they painted."""
+    editing: bool = False
+    """Measure prompt-to-prompt in place of faithfulness: whether a changed colour word changes just that. --limit is of
+    edits."""
     json: Path | None = None
     """Write the scores here."""
     report: Path | None = None
@@ -110,7 +114,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.write_prompts is not None:
         write_prompts(options, options.write_prompts)
         return
-    if options.attribution:
+    if options.attribution or options.editing:
         content = of_words(options)
         print_report(content)
         write_report(options.json, content)
@@ -140,18 +144,22 @@ def open_model(options: Evaluate) -> tuple[Pipeline, World]:
 
 
 def of_words(options: Evaluate) -> dict[str, Any]:
-    """Look into a model's pictures and into true ones."""
+    """Look into a model's pictures and into true ones, or edit its pictures."""
+    what = "attribution" if options.attribution else "editing"
+    if options.attribution and options.editing:
+        raise UsageError("--attribution and --editing are two measurements: ask for one")
     if not 2 <= options.limit <= MAX_PROMPTS:
-        raise UsageError(f"limit is {options.limit}: give a number of captions from 2 to {MAX_PROMPTS}")
+        raise UsageError(f"limit is {options.limit}: give a number from 2 to {MAX_PROMPTS}")
     plain = Evaluate()
     for name in ("tasks", "splits", "count", "sampler", "steps", "guidance", "seed", "pictures", "sheet"):
         if getattr(options, name) != getattr(plain, name):
-            raise UsageError(f"--attribution paints as the model recommends, on a list of its own: leave out --{name}")
+            raise UsageError(f"--{what} paints as the model recommends, on a list of its own: leave out --{name}")
     pipeline, world = open_model(options)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("looking", total=None)
+        measure = {"attribution": attribution.measure, "editing": editing.measure}[what]
         measured = measure(pipeline, world, options.limit, lambda: progress.advance(bar))
-    return {"model": pipeline.name, "world": world.name, "attribution": measured}
+    return {"model": pipeline.name, "world": world.name, what: measured}
 
 
 def of_model(options: Evaluate) -> _Measured:

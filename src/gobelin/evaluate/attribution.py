@@ -22,7 +22,7 @@ from gobelin.look.edits import silenced
 from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps, sharp_trace
 from gobelin.pipeline import Pipeline, to_pil
 from gobelin.scenes import Sample, Seen, World, grade, sample
-from gobelin.scenes.captions import NOUNS, NUMBERS, pluralised
+from gobelin.scenes.captions import NOUNS, NUMBERS, Phrasing, pluralised
 from gobelin.scenes.colours import COLOURS
 from gobelin.scenes.relations import answers, found_in
 
@@ -131,7 +131,7 @@ def own_samples(pipeline: Pipeline, world: World, count: int, split: str = "test
         result = pipeline(captions, seed=seed, trace=Trace(per_head=True))
         sharp = pipeline(captions, seed=seed, trace="sharp").heatmaps  # the same pictures, whatever is traced
         for place, (each, heatmaps) in enumerate(zip(samples, result.heatmaps, strict=True)):
-            masks = found_masks(each, grade(heatmaps.picture, world))
+            masks = found_masks(each.phrasing, grade(heatmaps.picture, world))
             if masks is not None:
                 yield Case(
                     heatmaps=heatmaps,
@@ -170,12 +170,11 @@ def renders(pipeline: Pipeline, world: World, count: int, split: str = "test") -
             yield Case(heatmaps=heatmaps, sharp=pointing.sharpened(), truths=truths(each, heatmaps, masks))
 
 
-def found_masks(each: Sample, seen: Sequence[Seen]) -> Tensor | None:
+def found_masks(phrasing: Phrasing, seen: Sequence[Seen]) -> Tensor | None:
     """The masks [n, H, W] of a caption's objects among what was seen; None where they are not all there, or others are.
 
     None too where two things answer to what is said of one: whose word lit up could not be told.
     """
-    phrasing = each.phrasing
     things = [thing for mention in phrasing.mentions for thing in mention.things]
     if len(seen) != len(things) or not found_in(phrasing.wanted, phrasing.relation, seen, count=phrasing.count):
         return None

@@ -68,9 +68,11 @@ def report(
 
 
 def tables(content: dict[str, Any]) -> list[Table]:
-    """A report as tables, scores first; one of attribution as its own."""
+    """A report as tables, scores first; attribution and editing as their own."""
     if "attribution" in content:
         return _attribution(content["attribution"])
+    if "editing" in content:
+        return [_editing(content["editing"])]
     return [_scores(content), _controls(content), *_retrieval(content), *_listening(content), _gates(content)]
 
 
@@ -86,6 +88,8 @@ def describe(content: dict[str, Any]) -> str:
     """One line: of which world, and how the pictures were made."""
     if "attribution" in content:
         return f"World {content['world']}, {content['attribution']['captions']:,} captions of the test list."
+    if "editing" in content:
+        return f"World {content['world']}, {content['editing']['edits']:,} captions of the test list, painted right."
     settings = ", ".join(
         f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
         for name, value in content["settings"].items()
@@ -223,6 +227,22 @@ def _attribution(content: dict[str, Any]) -> list[Table]:
         rows=shares,
     )
     return [*found, causal, where]
+
+
+def _editing(content: dict[str, Any]) -> Table:
+    return Table(
+        title="Editing: one colour word changed",
+        columns=("how", "answers to the new caption", "keeps every object's place and shape", "both"),
+        rows=[
+            (name, *(_share(shares[what]) for what in ("answers", "keeps", "both")))
+            for name, shares in content["methods"].items()
+        ],
+        bold=frozenset([0]),
+        note=(
+            "Of pictures that the grader found right. Kept: half of its pixels are shared with where it was, and what "
+            "was not spoken of has its colour."
+        ),
+    )
 
 
 def _overlaps(title: str, content: dict[str, Any]) -> Table:
