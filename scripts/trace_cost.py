@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
 
     if options.size == "sd15":
-        unet, length = UNet(UNetConfig()).eval(), 77
+        unet, length = UNet(UNetConfig.sd15()).eval(), 77
     else:
         pipeline = Pipeline.from_pretrained(None, "cpu")
         unet, length = pipeline.unet, pipeline.tokenizer.max_length

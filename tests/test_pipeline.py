@@ -96,18 +96,30 @@ def test_heatmaps_agree_with_attention_computed_by_hand(pipe):
         torch.testing.assert_close(result.heatmaps[0].maps[site][0, head], probs, rtol=1e-4, atol=1e-6)
 
 
-def test_sharp_maps_are_of_the_second_half_of_the_way(pipe):
-    options = {"seed": 2, "steps": 4, "guidance": 3.0}
-    sharp, plain = (pipe("a red circle", **options, trace=trace) for trace in ("sharp", False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharp_maps_are_of_the_second_half_of_the_way(trained, dtype):
+    pipe = Pipeline.from_pretrained(trained, "cpu", dtype)
+    prompts, options = ["a red circle", "a blue ring"], {"seed": 2, "steps": 4, "guidance": 3.0, "width": 48}
+    sharp, plain = (pipe(prompts, **options, trace=trace) for trace in ("sharp", False))
     assert torch.equal(sharp.latents, plain.latents)
-    sites = sharp_trace(pipe.unet.attention_sites, pipe.latent_size()).sites
-    steps = list(pipe.stream("a red circle", **options, trace="sharp"))
+    sites = sharp_trace(pipe.unet.attention_sites, pipe.latent_size(None, 48)).sites
+    assert {site.kind for site in sites} == {"self", "cross"}
+    steps = list(pipe.stream(prompts, **options, trace="sharp"))
     late = [step.maps for step in steps if pipe.schedule.way(step.timestep) >= 0.5]
     assert [bool(step.maps) for step in steps] == [False, False, True, True]
     assert set(late[0]) == set(sites)
-    means = {site: torch.stack([maps[site][0] for maps in late]).mean(dim=0) for site in sites}
-    found = replace(sharp.heatmaps[0], maps={site: mean[None, None] for site, mean in means.items()}).sharpened()
-    torch.testing.assert_close(sharp.heatmaps[0]["circle"].raw, found["circle"].raw)
+    for place, heatmaps in enumerate(sharp.heatmaps):
+        means = {site: torch.stack([maps[site][place] for maps in late]).mean(dim=0)[None, None] for site in sites}
+        found = replace(heatmaps, maps=means, sharp=False).sharpened()
+        torch.testing.assert_close(heatmaps["a"].raw, found["a"].raw)
+        assert not torch.allclose(heatmaps["a"].raw, replace(found, sharp=False)["a"].raw)
+
+
+def test_the_last_step_is_traced_whatever_a_trace_starts_at(pipe):
+    for steps in (1, 2):
+        steps_traced = [bool(step.maps) for step in pipe.stream("a red circle", steps=steps, trace=Trace(start=1.0))]
+        assert steps_traced == [False, True][-steps:]
+    assert pipe("a red circle", steps=1, trace="sharp").heatmaps[0]["red"].raw.shape == (64, 64)
 
 
 def test_what_was_not_traced_cannot_be_looked_at(pipe):
@@ -116,6 +128,10 @@ def test_what_was_not_traced_cannot_be_looked_at(pipe):
         _ = result.heatmaps
     with pytest.raises(UsageError, match=r"'attn3' matches no attention.*attn2"):
         pipe("a red circle", trace=Trace(sites="attn3"))
+    with pytest.raises(UsageError, match="trace is 'shrap': give True, False, \"sharp\" or"):
+        pipe("a red circle", trace="shrap")
+    with pytest.raises(UsageError, match="a trace starts at 2 of the way: give a share from 0 to 1"):
+        pipe("a red circle", trace=Trace(start=2))
     with pytest.raises(UsageError, match="matches no attention"):
         pipe("a red circle", edit=Edit(change=lambda site, probs: probs, sites="attn3"))
 

@@ -105,8 +105,8 @@ def choose_sites(there: Sequence[AttentionSite], choice: Sites = None) -> tuple[
 class Trace:
     """What to keep of the attentions while painting: of which ``sites`` (:func:`choose_sites`), heads and steps.
 
-    A mean over heads, and over steps, unless ``per_head`` or ``per_step`` keeps each apart. Steps count from the share
-    ``start`` of the way from noise to picture, in timesteps: 0 is all of them.
+    A mean over heads, and over steps, unless ``per_head`` or ``per_step`` keeps each apart. Only steps from the share
+    ``start`` (0 to 1) of the way from noise to picture on are kept, in timesteps, and always the last.
     """
 
     sites: Sites = None

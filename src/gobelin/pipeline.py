@@ -5,10 +5,10 @@ import html
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from gobelin.formats.png import write_png
 from gobelin.look.edits import Blend, Blending, Wish, blended, followed, reweighted
 from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
 from gobelin.look.page import framed_page, picture_url
-from gobelin.samplers import NoiseSource, Step, find_sampler, sample
+from gobelin.samplers import NoiseSource, Step, find_grid, sample
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer, Word
 from gobelin.unet import UNet
@@ -253,7 +253,7 @@ class Pipeline:
         count: int = 1,
         latents: Float[Tensor, "batch channels h w"] | None = None,
         clip_skip: int = 0,
-        trace: bool | Literal["sharp"] | Trace = False,
+        trace: bool | str | Trace = False,
         edit: AnyEdit | Sequence[AnyEdit] = (),
     ) -> "_Request":
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -280,20 +280,22 @@ class Pipeline:
         shape = (self.unet.config.in_channels, *self.latent_size(height, width))
         if latents is not None and tuple(latents.shape) != (total, *shape):
             raise UsageError(f"the start latents are {list(latents.shape)}: expected {[total, *shape]}")
-        find_sampler(sampler or self.recommended.sampler)
         steps = self.recommended.steps if steps is None else steps
-        if not 1 <= steps <= self.schedule.config.num_train_timesteps:
-            raise UsageError(
-                f"{steps} steps asked for: give a number from 1 to {self.schedule.config.num_train_timesteps}"
-            )
+        last = find_grid(sampler or self.recommended.sampler, self.schedule, steps).timesteps[-1]
         if not 0 <= clip_skip < self.text_encoder.config.num_hidden_layers:
             raise UsageError(
                 f"clip_skip is {clip_skip}: give a number from 0 to {self.text_encoder.config.num_hidden_layers - 1}"
             )
+        if isinstance(trace, str) and trace != "sharp":
+            raise UsageError(f'trace is {trace!r}: give True, False, "sharp" or a gobelin.attention.Trace')
         if trace == "sharp":
             traced = sharp_trace(self.unet.attention_sites, (shape[1], shape[2]))
         else:
             traced = trace if isinstance(trace, Trace) else Trace() if trace else None
+        if traced is not None:
+            if not 0 <= traced.start <= 1:
+                raise UsageError(f"a trace starts at {traced.start:g} of the way: give a share from 0 to 1")
+            traced = replace(traced, start=min(traced.start, self.schedule.way(last)))
         edits = [asked if isinstance(asked, Edit | Wish | Blend) else Edit(change=asked) for asked in _listed(edit)]
         for asked in (traced, *edits):
             if isinstance(asked, Trace | Edit | Wish):

@@ -239,12 +239,16 @@ def sample(
     ``noise`` gives each stochastic step its standard noise, in order. Raises :class:`UsageError` for an unknown
     name, or for more steps than the schedule has timesteps.
     """
+    grid = find_grid(name, schedule, steps)
+    return find_sampler(name).function(denoise, start_noise * grid.start_scale, grid, noise)
+
+
+def find_grid(name: str, schedule: NoiseSchedule, steps: int) -> Grid:
+    """The timesteps and noise levels at which a sampler will stand; raises as :func:`sample` does."""
     sampler = find_sampler(name)
     if not 1 <= steps <= schedule.config.num_train_timesteps:
         raise UsageError(f"{steps} steps asked for: give a number from 1 to {schedule.config.num_train_timesteps}")
-    spacing = schedule.config.timestep_spacing or sampler.spacing
-    grid = sampler.grid(schedule, steps, spacing, sampler.karras)
-    return sampler.function(denoise, start_noise * grid.start_scale, grid, noise)
+    return sampler.grid(schedule, steps, schedule.config.timestep_spacing or sampler.spacing, sampler.karras)
 
 
 def find_sampler(name: str) -> Sampler:

@@ -105,13 +105,6 @@ def test_look_writes_sheets_a_page_an_animation_and_numbers(gobelin, trained, tm
     assert "http" not in (tmp_path / f"{stem}.html").read_text().replace("http-equiv", "")
     said = json.loads(files["json"].read_text())
     assert [row["word"] for row in said["words"]] == ["a", "red", "circle"]
-    status, out, err = gobelin(
-        *("look", "a red circle", "--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 3),
-        *("--json", tmp_path / "sharp.json", "--npz", tmp_path / "sharp.npz"),
-    )
-    assert status == 0, err
-    assert json.loads((tmp_path / "sharp.json").read_text())["words"] != said["words"]
-    assert {name.split(".")[0] for name in np.load(tmp_path / "sharp.npz")} == {"words", "maps", "up_blocks"}
     assert all(0 <= row["mean"] <= row["most"] <= 1 for row in said["words"])
     assert said["shares"]["bos"] > 0
     assert sum(said["shares"].values()) == pytest.approx(1)
@@ -120,6 +113,21 @@ def test_look_writes_sheets_a_page_an_animation_and_numbers(gobelin, trained, tm
     assert maps["maps"].shape == (3, 64, 64)
     row, column = np.unravel_index(maps["maps"][2].argmax(), (64, 64))
     assert said["words"][2]["most_at"] == [column, row]
+
+
+def test_look_shows_sharp_maps_and_keeps_what_they_are_made_of(gobelin, trained, tmp_path):
+    options = ("--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 3, "--words", "red")
+    for name, more in (("sharp", ()), ("plain", ("--plain",))):
+        status, _, err = gobelin("look", "a red circle", *options, "--npz", tmp_path / f"{name}.npz", *more)
+        assert status == 0, err
+    sharp, plain = (np.load(tmp_path / f"{name}.npz") for name in ("sharp", "plain"))
+    assert {name.split(".")[0] for name in sharp} == {"words", "maps", "up_blocks"}
+    assert {name[-5:] for name in plain} == {"words", "maps", "attn2"}
+    own = np.mean([sharp[name][0, 0] for name in sharp if name.endswith("attn1")], axis=0)
+    shares = [sharp[name][0, 0, :, 2] for name in sharp if name.endswith("attn2")]  # BOS, a, red
+    expected = np.mean([share * (own @ share) / (own @ share).max() for share in shares], axis=0).reshape(16, 16)
+    corners = sharp["maps"][0][1::4, 1::4], sharp["maps"][0][2::4, 2::4]
+    assert np.corrcoef(sum(corners).ravel(), expected.ravel())[0, 1] > 0.99
 
 
 def test_look_paints_a_picture_again_and_says_when_it_is_another(gobelin, trained, tmp_path):
@@ -367,9 +375,13 @@ def test_evaluate_measures_editing(gobelin, trained, tmp_path):
     options = ("--world", "nano", "--limit", 2, "--json", file, "--report", report)
     status, out, err = gobelin("evaluate", trained, "--editing", *options)  # it paints all green: a green square
     assert status == 0, err
-    methods = json.loads(file.read_text())["editing"]["methods"]
+    found = json.loads(file.read_text())["editing"]
+    methods = found["methods"]
     assert methods.keys() == {"prompt-to-prompt", "painted anew"}
-    assert all(0 <= shares["both"]["value"] <= 1 for shares in methods.values())
+    assert 1 <= found["edits"] <= 2
+    assert all(
+        shares[what]["n"] == found["edits"] for shares in methods.values() for what in ("answers", "keeps", "both")
+    )
     assert "one colour word changed" in out
     assert "painted anew" in report.read_text()
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from gobelin.attention import AttentionSite
 from gobelin.evaluate import attribution
 from gobelin.evaluate.attribution import (
-    PROTOCOLS,
     Case,
     Mean,
     argmax_intersection,
@@ -153,8 +152,9 @@ def test_a_model_is_looked_into_by_true_renders_and_by_its_own_pictures(pipe: Pi
     cases = list(renders(pipe, CORE, 3))
     assert [len(case.heatmaps.maps) for case in cases] == [len(pipe.unet.attention_sites) // 2] * 3
     assert all(probs.shape[:2] == (1, 2) for probs in cases[0].heatmaps.maps.values())
-    for protocol in PROTOCOLS.values():
-        assert all(0 <= mean.value <= 1 for mean in intersections(cases, protocol).values())
+    assert {site.kind for case in cases for site in case.sharp.maps} == {"self", "cross"}
+    assert all(case.sharp.sharp and not case.heatmaps.sharp for case in cases)
+    assert intersections(cases, daam) != intersections(cases, sharpened)
 
     def seen(image, world) -> list:  # an untrained model paints nothing that the grader would find
         return grade(sample(attribution.SEED, seen.index, CORE, "test").image, CORE)

@@ -86,10 +86,10 @@ class Evaluate:
     write_prompts: Path | None = None
     """Write what to paint to this folder's metadata.jsonl (file_name, text, seed), for any program, and stop."""
     attribution: bool = False
-    """Measure word maps in place of faithfulness: whether words light up what they painted."""
+    """Measure word maps in place of faithfulness: whether words light up what they painted, in --limit captions."""
     editing: bool = False
-    """Measure prompt-to-prompt in place of faithfulness: whether a changed colour word changes just that. --limit is of
-    edits."""
+    """Measure prompt-to-prompt in place of faithfulness: whether a changed colour word changes just that, in
+    --limit captions."""
     json: Path | None = None
     """Write the scores here."""
     report: Path | None = None
@@ -156,7 +156,7 @@ def of_words(options: Evaluate) -> dict[str, Any]:
             raise UsageError(f"--{what} paints as the model recommends, on a list of its own: leave out --{name}")
     pipeline, world = open_model(options)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("looking", total=None)
+        bar = progress.add_task("looking" if options.attribution else "editing", total=None)
         measure = {"attribution": attribution.measure, "editing": editing.measure}[what]
         measured = measure(pipeline, world, options.limit, lambda: progress.advance(bar))
     return {"model": pipeline.name, "world": world.name, what: measured}

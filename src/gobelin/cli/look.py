@@ -34,9 +34,9 @@ class Look(PaintingOptions):
     """See which word painted which pixel: of a prompt, or of a picture that Gobelin painted.
 
     Writes a sheet with an overlay a word, and an HTML page in which pointing at a word lights up what it painted, and
-    pointing at the picture ranks the words behind that patch. Maps are sharp ones: of the decoder's finest level, in
-    the second half of the way, where patches and those that they draw on agree. With --plain, --per, --sites or
-    --animation they are plain shares of attention without BOS.
+    pointing at the picture ranks the words behind that patch. Maps are sharp: of the decoder's finest level, in the
+    second half of the way, where patches and what they draw on agree. With --plain, --per, --sites or --animation
+    everything shows plain shares of attention instead, BOS left out.
 
     Some examples:
       gobelin look "a red circle left of a blue square" --seed 3
@@ -54,16 +54,17 @@ class Look(PaintingOptions):
     at: tuple[int, int] | None = None
     """Column and row of a pixel: the words behind it, and the patches that it draws on."""
     sites: str | None = None
-    """A pattern of attention sites, such as "up_blocks.*"; without one, all that see words."""
+    """Plain maps of the attention sites of this pattern, such as "up_blocks.*"."""
     plain: bool = False
-    """Every site and step, as they are."""
+    """Plain maps: a mean over every site that sees words and every step."""
     animation: bool = False
     """Also an animation over the steps (WebP)."""
     json: Path | None = None
-    """Write each word's shares here, and where they are greatest."""
+    """Write each word's mean and greatest value here, and where that is; and how much attention went to BOS, the text,
+    EOS and padding."""
     npz: Path | None = None
-    """Write the maps here: "words", their "maps" [words, height, width], and every site's under its name
-    [steps, heads, patches, tokens], BOS included."""
+    """Write the maps here: "words", their "maps" [words, height, width], sharp or plain, and each traced site's shares
+    under its name, [steps, heads, patches, tokens] or for attn1 [steps, heads, patches, patches]."""
 
     @property
     def sharp(self) -> bool:
@@ -89,8 +90,7 @@ def run(arguments: Sequence[str]) -> None:
     if is_picture(options.source):
         say_what_differs(Path(options.source), result.images[0])
     whole = result.heatmaps[0]
-    shown = whole.sharpened() if options.sharp else whole.without("bos")
-    heatmaps = shown.select(sites=lambda site: site.kind == "cross")
+    heatmaps = whole.sharpened() if options.sharp else whole.select(sites="*attn2").without("bos")
     words: list[Word] = list(options.words or range(len(heatmaps.words)))
     stem = options.out / picture_name(result.settings[0])
 

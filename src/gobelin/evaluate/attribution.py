@@ -31,7 +31,6 @@ TIMESTEPS = (100, 300, 500, 700, 900)
 THRESHOLDS = (0.3, 0.4, 0.5)
 BATCH = 16
 CAUSAL_PICTURES = 25  # each is painted again for every word
-KINDS = ("noun", "colour", "relation", "place", "number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,29 +122,30 @@ def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], 
     return content
 
 
-def own_samples(pipeline: Pipeline, world: World, count: int, split: str = "test") -> Iterator[Case]:
+def own_samples(pipeline: Pipeline, world: World, count: int) -> Iterator[Case]:
     """The pictures of ``count`` captions in which the grader finds what is asked for, and nothing else."""
     for indices in _batches(count):
-        samples = [sample(SEED, index, world, split) for index in indices]
-        captions, seed = [each.caption for each in samples], SEED + indices[0]
-        result = pipeline(captions, seed=seed, trace=Trace(per_head=True))
-        sharp = pipeline(captions, seed=seed, trace="sharp").heatmaps  # the same pictures, whatever is traced
-        for place, (each, heatmaps) in enumerate(zip(samples, result.heatmaps, strict=True)):
-            masks = found_masks(each.phrasing, grade(heatmaps.picture, world))
-            if masks is not None:
-                yield Case(
-                    heatmaps=heatmaps,
-                    sharp=sharp[place],
-                    truths=truths(each, heatmaps, masks),
-                    settings=result.settings[place],
-                )
+        samples = [sample(SEED, index, world, "test") for index in indices]
+        result = pipeline([each.caption for each in samples], seed=SEED + indices[0], trace=Trace(per_head=True))
+        right = [
+            (each, heatmaps, masks, settings)
+            for each, heatmaps, settings in zip(samples, result.heatmaps, result.settings, strict=True)
+            if (masks := found_masks(each.phrasing, grade(heatmaps.picture, world))) is not None
+        ]
+        if not right:
+            continue
+        captions, seeds = [each.caption for each, *_ in right], [settings["seed"] for *_, settings in right]
+        sharp = pipeline(captions, seed=seeds, trace="sharp").heatmaps  # the same pictures, whatever is traced
+        for (each, heatmaps, masks, settings), pointing in zip(right, sharp, strict=True):
+            found = truths(each, heatmaps, masks)
+            yield Case(heatmaps=heatmaps, sharp=pointing, truths=found, settings=settings)
 
 
 @torch.no_grad()
-def renders(pipeline: Pipeline, world: World, count: int, split: str = "test") -> Iterator[Case]:
+def renders(pipeline: Pipeline, world: World, count: int) -> Iterator[Case]:
     """``count`` true scenes, looked at while they are denoised from several timesteps, one U-Net pass each."""
     for indices in _batches(count):
-        samples = [sample(SEED, index, world, split) for index in indices]
+        samples = [sample(SEED, index, world, "test") for index in indices]
         images = torch.from_numpy(np.stack([each.image for each in samples])).permute(0, 3, 1, 2) / 127.5 - 1
         vae, unet = pipeline.vae, pipeline.unet
         latents = vae.images_to_latents(images.to(vae.device, vae.dtype)).float().cpu()
@@ -223,9 +223,7 @@ def sharpened(case: Case, number: int) -> HeatMap:
 PROTOCOLS: dict[str, Protocol] = {"DAAM": daam, "sharp": sharpened}
 
 
-def intersections(
-    cases: Sequence[Case], protocol: Protocol, thresholds: Sequence[float] = THRESHOLDS
-) -> dict[tuple[str, float], Mean]:
+def intersections(cases: Sequence[Case], protocol: Protocol) -> dict[tuple[str, float], Mean]:
     """Mean intersection over union by kind of word and threshold."""
     values: dict[tuple[str, float], list[list[float]]] = {}
     for case in cases:
@@ -233,7 +231,7 @@ def intersections(
             groups.append([])
         for truth in case.truths:
             heatmap = protocol(case, truth.number)
-            for threshold in thresholds:
+            for threshold in THRESHOLDS:
                 groups = values.setdefault((truth.kind, threshold), [[]])
                 groups[-1].append(overlap(heatmap.mask(threshold), truth.mask))
     return {key: Mean.of(groups) for key, groups in values.items()}

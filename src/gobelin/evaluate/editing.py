@@ -4,7 +4,7 @@ Captions of the test list whose picture the grader finds right get another colou
 answer to the new caption, and every object should be where it was, of the shape it was.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from gobelin.scenes.relations import Wanted, answers
 
 SEED = 78  # of the scenes, apart from training's and attribution's
 BATCH = 16
-MOST_TRIED = 20  # captions for each edit that is wanted: a model that paints one in so many right is not worth editing
+MOST_TRIED = 16  # captions for each edit that is wanted
 SAME_PLACE = 0.5  # intersection over union with where an object was
 METHODS: dict[str, dict[str, Any]] = {"prompt-to-prompt": {}, "painted anew": {"cross": 0.0, "own": 0.0}}
+"""What :meth:`gobelin.pipeline.Pipeline.edit` is told; both begin with the noise of the picture before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,28 +44,24 @@ class _Right:
     seen: list[Seen]
 
 
-def measure(
-    pipeline: Pipeline,
-    world: World,
-    count: int,
-    advance: Callable[[], None] = lambda: None,
-    methods: Mapping[str, Mapping[str, Any]] = METHODS,
-) -> dict[str, Any]:
-    """The first ``count`` captions whose picture is right, edited by every method, as JSON.
+def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """The first ``count`` captions whose picture is right, or as many as there are, edited in both ways, as JSON.
 
-    ``methods`` are options of :meth:`gobelin.pipeline.Pipeline.edit`; ``advance`` hears of each edited caption. Raises
-    :class:`UsageError` where the model paints too few captions right to be worth editing.
+    ``advance`` hears of each edited caption. Raises :class:`UsageError` where no caption's picture is right.
     """
-    found: dict[str, list[tuple[bool, bool]]] = {name: [] for name in methods}
+    found: dict[str, list[tuple[bool, bool]]] = {name: [] for name in METHODS}
     for right in _right(pipeline, world, count):
         before, after = right.change.before, right.change.after
-        for name, options in methods.items():
+        for name, options in METHODS.items():
             seen = grade(pipeline.edit(before.text, after.text, seed=right.seed, **options).images[1], world)
             answer = found_masks(after, seen) is not None
             found[name].append((answer, kept(before.mentions[right.change.mention].wanted, right.seen, seen)))
         advance()
+    edits = len(next(iter(found.values())))
+    if not edits:
+        raise UsageError(f"the model painted none of {MOST_TRIED * count:,} captions right: there is nothing to edit")
     return {
-        "edits": count,
+        "edits": edits,
         "methods": {
             name: {
                 "answers": asdict(Share.of([answer for answer, _ in outcomes])),
@@ -120,13 +117,9 @@ def _right(pipeline: Pipeline, world: World, count: int) -> Iterator[_Right]:
             continue
         images = pipeline([change.before.text for _, change in wanted], seed=[seed for seed, _ in wanted]).images
         for (seed, change), image in zip(wanted, images, strict=True):
+            if found == count:
+                return
             seen = grade(image, world)
-            if found < count and found_masks(change.before, seen) is not None:
+            if found_masks(change.before, seen) is not None:
                 found += 1
                 yield _Right(change=change, seed=seed, seen=seen)
-        if found == count:
-            return
-    raise UsageError(
-        f"the model painted {found} of {MOST_TRIED * count:,} captions right, too few to edit {count}: give a lower "
-        "--limit, or another model"
-    )

@@ -21,13 +21,14 @@ from gobelin.look.colours import overlaid
 from gobelin.tokenizer import PARTS, Word, Words, WordSpan
 
 EVEN = 1e-5  # shares that differ by less are rounding
-MOST_PATCHES = 32 * 32  # of a site that sharp maps are made of: at 512 pixels the finest have four times as many
+MOST_PATCHES = 48 * 32  # of a site whose self-attention is kept: 9 MB; at 512 pixels the finest have 64×64, 67 MB
 
 
 def sharp_trace(there: Sequence[AttentionSite], latent_size: tuple[int, int]) -> Trace:
-    """What :meth:`HeatMaps.sharpened` is best made of: the decoder's finest level, in the second half of the way.
+    """What :meth:`HeatMaps.sharpened` is best made of: attn1 and attn2 of the decoder's finest level, late on the way.
 
-    Of up to 32×32 patches, words and patches. What points best was found on scenes (docs/decisions.md).
+    The finest that has no more than 48×32 patches, or else the coarsest. What points best was found on scenes
+    (docs/decisions.md).
     """
 
     def patches(site: AttentionSite) -> int:
@@ -61,15 +62,7 @@ class Collector:
                 kept[0] += probs
 
     def maps(self, index: int) -> AttentionMaps:
-        """Picture ``index``'s, [steps or 1, heads or 1, patches, keys]: means where steps were added up.
-
-        Raises :class:`UsageError` where no step was far enough on the way to be traced.
-        """
-        if not self._steps:
-            raise UsageError(
-                f"no step was traced: maps begin at {self.trace.start:g} of the way from noise to picture; paint with "
-                "more steps, or trace them all (trace=True; gobelin look --plain)"
-            )
+        """Picture ``index``'s, [steps or 1, heads or 1, patches, keys]: means where steps were added up."""
         scale = 1 if self.trace.per_step else self._steps
         maps = {site: torch.stack([probs[index] for probs in kept]) / scale for site, kept in self._kept.items()}
         return {site: (probs if self.trace.per_head else probs[:, None]).cpu() for site, probs in maps.items()}
@@ -79,7 +72,7 @@ class Collector:
 class HeatMap:
     """How much each pixel of a picture has to do with something: with a word, or with one of its own patches.
 
-    ``raw`` [H, W] is the mean share of attention, in [0, 1], that the pixel's patch gives to it.
+    ``raw`` [H, W] is the mean share of attention, in [0, 1], that the pixel's patch gives to it; less, where sharpened.
     """
 
     label: str
@@ -109,13 +102,14 @@ class HeatMaps:
     """What the words of one picture painted: ``heatmaps["circle"]`` is a :class:`HeatMap`.
 
     ``words`` are the prompt's. ``maps`` are by site, [steps, heads, patches, keys], float32, with 1 where steps or
-    heads were averaged. ``latent_size`` is (h, w).
+    heads were averaged. ``latent_size`` is (h, w). Where ``sharp``, words' maps are :meth:`sharpened`.
     """
 
     words: Words
     maps: AttentionMaps
     latent_size: tuple[int, int]
     picture: Image.Image
+    sharp: bool = False
 
     def __repr__(self) -> str:
         return f"HeatMaps(words={self.words.text!r}, sites={len(self.maps)}, size={self.picture.size})"
@@ -170,23 +164,17 @@ class HeatMaps:
         return replace(self, maps=maps)
 
     def sharpened(self) -> "HeatMaps":
-        """The same, where a patch keeps of its share of a word what the patches that it draws on look at the word too.
+        """The same with words' maps sharp: patches keep their share of a word as far as what they draw on has it too.
 
-        A word's shares at a site are multiplied by the mean that self-attention (attn1, a mean over the sites with the
-        same patches) takes of them, over its maximum. They do not sum to 1 any more. Raises :class:`UsageError` where
-        self-attention was not traced: ``trace="sharp"`` does.
+        At each site the share is multiplied by what self-attention (attn1, a mean over the sites with the same patches)
+        gathers of it, over its maximum. ``maps``, :meth:`shares`, :meth:`entropy` and :meth:`daam` stay as they are.
+        Raises :class:`UsageError` where self-attention was not traced.
         """
-        own: dict[tuple[int, int], list[Tensor]] = {}
-        for site, probs in self._stack("self"):
-            own.setdefault(site.grid(*self.latent_size), []).append(probs.mean(dim=(0, 1)))
-        maps = dict(self.maps)
-        for site, probs in self._stack("cross"):
-            grid = site.grid(*self.latent_size)
-            if grid not in own:
+        there = {site.grid(*self.latent_size) for site, _ in self._stack("self")}
+        for site, _ in self._stack("cross"):
+            if site.grid(*self.latent_size) not in there:
                 raise UsageError(f"no attention to patches was traced where {site.name} is: trace its attn1 too")
-            drawn = torch.stack(own[grid]).mean(dim=0) @ probs
-            maps[site] = probs * drawn / drawn.amax(dim=-2, keepdim=True).clamp(min=torch.finfo(drawn.dtype).tiny)
-        return replace(self, maps=maps)
+        return replace(self, sharp=True)
 
     def words_at(self, x: int, y: int) -> list[tuple[WordSpan, float]]:
         """The words behind the pixel at column ``x``, row ``y``: the share of each among them, greatest first."""
@@ -265,10 +253,16 @@ class HeatMaps:
         return next(iter(self.maps.values())).shape[0]
 
     def raw(self, tokens: Sequence[int], size: tuple[int, int]) -> Float[Tensor, "height width"]:
-        """The mean share of these tokens together, at any size (height, width)."""
+        """The mean share of these tokens together, sharpened where ``sharp``, at any size (height, width)."""
 
         def shared(site: AttentionSite, probs: Tensor) -> Tensor:
-            return probs[:, list(tokens)].sum(dim=-1).reshape(site.grid(*self.latent_size))
+            share = probs[:, list(tokens)].sum(dim=-1)
+            grid = site.grid(*self.latent_size)
+            if self.sharp:
+                own = [seen.mean(dim=(0, 1)) for at, seen in self._stack("self") if at.grid(*self.latent_size) == grid]
+                gathered = torch.stack(own).mean(dim=0) @ share
+                share = share * gathered / gathered.max().clamp(min=torch.finfo(gathered.dtype).tiny)
+            return share.reshape(grid)
 
         return self._combined("cross", shared, size)
 

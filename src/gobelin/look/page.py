@@ -43,6 +43,7 @@ def page_data(heatmaps: HeatMaps) -> dict[str, Any]:
         "rows": shares.shape[2],
         "columns": shares.shape[3],
         "steps": len(parts),
+        "sharp": heatmaps.sharp,
         "tops": [round(top, 6) for top in tops.tolist()],
         "shares": _base64(levels.numpy().tobytes()),
         "colours": _base64(colour_map().tobytes()),

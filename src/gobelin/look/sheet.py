@@ -18,12 +18,14 @@ SMALL_CELL = 104  # in a grid of many
 GAP, MARGIN = 18, 32
 TITLE, LABEL, NOTE = 24, 15, 12
 WORD_SCALE = "a word's share of a patch's attention: its least", "its most"
+SHARP_SCALE = "a word's share of a patch's attention, sharpened: its least", "its most"
 GRID_SCALE = "each picture from its least share of attention", "to its most"
 BAR = LEVELS // 2  # pixels
 
 
 def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
     """The picture, then an overlay a word with its greatest share of attention, and the scale of the colours."""
+    scale = SHARP_SCALE if heatmaps.sharp else WORD_SCALE
     picture = _fitted(heatmaps.picture, CELL)
     cells = [(picture, "", "")]
     for word in words:
@@ -31,7 +33,7 @@ def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
         cells.append((heatmap.overlay(CELL), heatmap.label, f"up to {heatmap.raw.max().item():.0%}"))
     columns = min(COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
-    width = 2 * MARGIN + max(columns * picture.width + (columns - 1) * GAP, _scale_width(*WORD_SCALE))
+    width = 2 * MARGIN + max(columns * picture.width + (columns - 1) * GAP, _scale_width(*scale))
     title = wrapped(heatmaps.words.text, width - 2 * MARGIN, TITLE, 3)
     top = MARGIN + len(title) * (TITLE + 8) + 8
     step = picture.height + LABEL + 24
@@ -45,7 +47,7 @@ def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
         draw.text((x, y + picture.height + 6), label, fill=INK, font=font(LABEL))
         beside = x + picture.width - font(LABEL).getlength(share)
         draw.text((beside, y + picture.height + 6), share, fill=PALE, font=font(LABEL))
-    _draw_scale(sheet, draw, MARGIN, top + rows * step, *WORD_SCALE)
+    _draw_scale(sheet, draw, MARGIN, top + rows * step, *scale)
     return sheet
 
 
