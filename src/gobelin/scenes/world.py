@@ -167,9 +167,9 @@ CORE = World(
     backgrounds=("grey", "sage", "sand"),
     radius=(8.0, 14.0),
     radius_crowded=(8.0, 13.0),
-    mix=(("single", 0.2), ("two", 0.25), ("relation", 0.3), ("count", 0.25)),
-    underspecified=0.2,
-    colourless=0.5,
+    mix=(("single", 0.2), ("two", 0.3), ("relation", 0.2), ("count", 0.3)),
+    underspecified=0.35,
+    colourless=0.7,
     placed=0.5,
 )
 

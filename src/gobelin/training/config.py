@@ -219,15 +219,16 @@ def tiny() -> TrainConfig:
         unet=UNetStageConfig(
             preset="tiny",
             optim=OptimConfig(
-                steps=14_000,
+                steps=15_000,
                 batch_size=64,
                 learning_rate=3e-3,
                 optimizer="muon",
                 warmup_steps=200,
-                hold=0.6,
+                hold=0.65,
                 precision="bfloat16",
             ),
         ),
+        recommended=Recommended(sampler="ddpm", steps=25, guidance=3.0),
     )
 
 
