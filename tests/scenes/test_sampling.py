@@ -231,6 +231,15 @@ def test_captions_say_where_in_the_picture_an_object_is():
     assert not any(mention.place for one in elsewhere for mention in one.phrasing.mentions)
 
 
+def test_two_objects_are_named_as_one_reads(world: World):
+    pairs = replace(world, mix=(("two", 1.0),))
+    for index in range(60):
+        one = sample(5, index, pairs)
+        first, second = (one.scene.objects[mention.things[0]] for mention in one.phrasing.mentions)
+        across, down = second.x - first.x, second.y - first.y
+        assert across >= 0 if abs(across) > abs(down) else down >= 0
+
+
 def test_an_unknown_split_is_refused():
     with pytest.raises(UsageError, match="Expected a split of train"):
         sample(0, 0, split="validation")

@@ -76,6 +76,8 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
         underspecified=world.underspecified,
         colourless=world.colourless,
     )
+    if category == "two":
+        phrasing = replace(phrasing, mentions=_as_read(phrasing.mentions, scene))
     if world.placed and category in ("single", "two") and rng.random() < world.placed:
         phrasing = replace(phrasing, mentions=tuple(_placed(rng, mention, scene) for mention in phrasing.mentions))
     image, masks = render(scene, noise=world.noise, rng=rng)
@@ -150,6 +152,16 @@ def _wanted(rng: np.random.Generator, scene: Scene, world: World) -> list[Wanted
         size = thing.size and rng.random() < _SIZE_SAID
         wanted.append((thing.shape, thing.colour, thing.texture if texture else None, thing.size if size else None))
     return wanted
+
+
+def _as_read(mentions: Sequence[Mention], scene: Scene) -> tuple[Mention, ...]:
+    """The mentions as one reads: along the axis on which two objects are further apart, left or upper one first."""
+
+    def towards_bottom_right(mention: Mention) -> float:
+        thing = scene.objects[mention.things[0]]
+        return thing.x + thing.y
+
+    return tuple(sorted(mentions, key=towards_bottom_right))
 
 
 def _placed(rng: np.random.Generator, mention: Mention, scene: Scene) -> Mention:
