@@ -86,7 +86,7 @@ class Denoiser:
             timesteps,
             self.text_embeddings,
             sites=wish.sites,
-            edits=self._edits_at(timestep),
+            edits=self._edits_at(timestep) if wish.edited else (),
         )
         wished = torch.zeros(len(latents), device=latents.device)
         wished[slice(None) if wish.rows is None else list(wish.rows)] = 1

@@ -23,7 +23,7 @@ from gobelin.errors import ModelError, UsageError
 from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
 from gobelin.formats.files import read_json, write_json
 from gobelin.formats.png import write_png
-from gobelin.look.edits import Blend, Blending, Wish, blended, followed, reweighted
+from gobelin.look.edits import Blend, Blending, Wish, blended, followed, held, reweighted
 from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
 from gobelin.look.page import framed_page, picture_url
 from gobelin.samplers import NoiseSource, Step, find_grid, sample
@@ -214,15 +214,17 @@ class Pipeline:
         seed: int | None = 0,
         cross: float = 0.8,
         own: float = 0.4,
+        hold: float = 0.0,
         weights: Mapping[Word, float] | None = None,
         blend: Sequence[Word] = (),
         **options: Any,
     ) -> Result:
         """Two pictures: of ``prompt``, and of ``to`` with the first one's layout (prompt-to-prompt).
 
-        ``cross`` and ``own`` are those of :func:`gobelin.look.edits.followed`; ``weights`` say how many times as much
-        words of ``to`` are looked at; outside of the pixels of the ``blend`` words, of either prompt, nothing changes.
-        The other options are those of :meth:`stream`, without ``count``; an ``edit`` comes after these.
+        ``cross`` and ``own`` are those of :func:`gobelin.look.edits.followed`, and ``hold`` is the strength of
+        :func:`gobelin.look.edits.held`; ``weights`` say how many times as much words of ``to`` are looked at; outside
+        of the pixels of the ``blend`` words, of either prompt, nothing changes. The other options are those of
+        :meth:`stream`, without ``count``; an ``edit`` comes after these.
         """
         if options.pop("count", 1) != 1:
             raise UsageError("an edit paints two pictures: leave out count")
@@ -231,6 +233,8 @@ class Pipeline:
         size = self.latent_size(options.get("height"), options.get("width"))
         source, target = self.tokenizer.words(prompt), self.tokenizer.words(to)
         edits: list[AnyEdit] = [*followed(source, target, size, cross, own)]
+        if hold and (wish := held(source, target, size, hold)):
+            edits.append(wish)
         if weights:
             edits.append(reweighted(target, weights, rows=[1]))
         if blend:

@@ -16,11 +16,14 @@ from gobelin.look.edits import (
     blended,
     excited,
     followed,
+    held,
+    placed,
     regional,
     reweighted,
     silenced,
 )
 from gobelin.pipeline import Pipeline
+from gobelin.scenes import grade
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet, UNetConfig
 
@@ -124,6 +127,36 @@ def test_the_most_neglected_word_decides_what_is_wished_for(tokenizer: Tokenizer
     neglected, seen = wish.loss({SITE: probs, COARSE: torch.zeros(2, 6, 20)})
     assert neglected.item() == pytest.approx(0.8)  # one of five words, and every patch looks at all alike
     assert seen < 0.5
+
+
+def test_what_a_changed_word_speaks_of_is_held_where_it_was(tokenizer: Tokenizer) -> None:
+    source, target = tokenizer.words("a red ring of blue"), tokenizer.words("a blue ring of blue")
+    wish = held(source, target, SIZE)
+    assert wish is not None
+    assert not wish.edited
+    assert wish.rows == [1]
+    probs = torch.full((2, 24, 20), 0.01)
+    probs[:, 3, [*source.tokens("ring")]] = 0.5
+    probs[0, 5, [*source.tokens("red")]] = probs[1, 5, [*target.tokens(("blue", 0))]] = 0.5
+    probs[0, 9, [*source.tokens(("blue", 0))]] = 0.7  # the last word neither changed nor stands after one that did
+    away = torch.rand(2, 6, 20)
+    assert wish.loss({SITE: probs, COARSE: away}).tolist() == pytest.approx([0, 0], abs=1e-6)
+    probs[1, :, [*target.tokens("ring")]] = probs[1, :, [*target.tokens("ring")]].roll(1, dims=0)
+    lost = wish.loss({SITE: probs, COARSE: away})
+    assert lost[0] == 0
+    assert lost[1].item() == pytest.approx((0.49 / 0.73) / 2, abs=1e-5)  # one of two words, all of its peak
+    assert held(tokenizer.words("a ring"), tokenizer.words("a ring and red"), SIZE) is None
+    added = held(tokenizer.words("a ring"), tokenizer.words("a red ring"), SIZE)
+    assert added is not None, "the word after a new one"
+
+
+def test_what_is_outside_of_its_region_is_wished_away(tokenizer: Tokenizer) -> None:
+    words = tokenizer.words("a red ring")
+    wish = placed(words, [Region.box("ring", 0, 0, 0.5, 1)], SIZE)
+    probs = torch.zeros(3, 24, 20)
+    left, right, ring = 7, 10, [*words.tokens("ring")]
+    probs[0, left, ring] = probs[1, right, ring] = probs[2, left, ring] = probs[2, right, ring] = 0.3
+    assert wish.loss({SITE: probs, COARSE: torch.rand(3, 6, 20)}).tolist() == pytest.approx([0, 1, 0.5])
 
 
 def test_outside_of_the_words_pixels_nothing_changes(tokenizer: Tokenizer) -> None:
@@ -256,6 +289,26 @@ def test_a_changed_word_changes_less_of_the_picture_than_a_picture_by_itself() -
         apart["followed"] += (pair[1] - pair[0]).square().mean().item()
         apart["by itself"] += (itself - pair[0]).square().mean().item()
     assert 0 < apart["followed"] < 0.8 * apart["by itself"]
+
+
+def test_what_is_held_moves_the_second_picture_alone(pipe: Pipeline) -> None:
+    plain, moved = (pipe.edit("a red circle", "a blue circle", seed=5, steps=4, hold=hold).latents for hold in (0, 1))
+    assert torch.allclose(moved[0], plain[0], atol=1e-4)
+    assert not torch.allclose(moved[1], plain[1], atol=1e-2)
+    added = pipe.edit("a circle", "a circle and a ring", seed=5, steps=2, hold=1).latents
+    assert torch.equal(added, pipe.edit("a circle", "a circle and a ring", seed=5, steps=2).latents), "nothing to hold"
+
+
+def test_a_word_is_painted_in_its_region() -> None:
+    shipped = Pipeline.from_pretrained()
+    prompt = "a red circle"
+    words, size = shipped.tokenizer.words(prompt), shipped.latent_size()
+    for left, top in ((0.0, 0.0), (0.5, 0.5)):
+        region = [Region.box("red circle", left, top, left + 0.5, top + 0.5)]
+        edits = [regional(words, region, size), placed(words, region, size)]
+        image = shipped(prompt, seed=2, edit=edits).images[0]
+        (seen,) = grade(image)
+        assert (left * 64 <= seen.x <= left * 64 + 32, top * 64 <= seen.y <= top * 64 + 32) == (True, True)
 
 
 def test_a_blend_leaves_the_rest_of_the_picture_as_it_was(pipe: Pipeline) -> None:

@@ -6,7 +6,7 @@ What these functions make composes by standing in one list. Words are looked up 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -149,7 +149,8 @@ class Wish:
     """Something that attention maps should be like: latents are moved to lessen ``loss(maps)`` [B] before each step.
 
     They move by ``strength`` · loss in the direction of steepest descent, root mean square over a picture's latents,
-    until the share ``end`` of the way. Of a batch only the pictures ``rows`` wish for it, None being all.
+    until the share ``end`` of the way. Of a batch only the pictures ``rows`` wish for it, None being all. The maps are
+    those that edits of attention leave, or where ``edited`` is False those that would be without them.
     """
 
     loss: Callable[[AttentionMaps], Tensor]
@@ -157,6 +158,7 @@ class Wish:
     strength: float = 0.3
     end: float = 0.5
     rows: Sequence[int] | None = None
+    edited: bool = True
 
 
 def excited(
@@ -180,11 +182,10 @@ def excited(
     kernel = torch.tensor([0.1065, 0.7870, 0.1065])
 
     def loss(maps: AttentionMaps) -> Tensor:
-        finest = min(site.downscale for site in maps)
-        shown = [(site, probs) for site, probs in maps.items() if site.downscale == finest]
-        probs = torch.stack([probs for _, probs in shown]).mean(dim=0)[..., 1 : words.end]
+        finest = _finest(maps)
+        probs = torch.stack(list(finest.values())).mean(dim=0)[..., 1 : words.end]
         probs = torch.softmax(100 * probs, dim=-1)
-        grid = _grid(shown[0][0], latent_size, probs)
+        grid = _grid(next(iter(finest)), latent_size, probs)
         peaks = []
         for places in tokens:
             share = probs[..., [place - 1 for place in places]].sum(dim=-1).reshape(-1, 1, *grid)
@@ -193,10 +194,92 @@ def excited(
             peaks.append(smooth.amax(dim=(1, 2, 3)))
         return 1 - torch.stack(peaks).amin(dim=0)
 
-    def coarse(site: AttentionSite) -> bool:
-        return site.kind == "cross" and _is_coarse(site, latent_size)
+    return Wish(loss=loss, sites=_coarse_words(latent_size), strength=strength, end=end, rows=rows)
 
-    return Wish(loss=loss, sites=coarse, strength=strength, end=end, rows=rows)
+
+def placed(
+    words: Words,
+    regions: Sequence[Region],
+    latent_size: tuple[int, int],
+    strength: float = 3.0,
+    end: float = 0.5,
+    rows: Sequence[int] | None = None,
+) -> Wish:
+    """Words are to be looked at from inside their regions (Chen et al. 2023, arXiv 2304.03373, backward guidance).
+
+    The loss is the share of a word's attention that is outside, a mean over words and over the finest sites with at
+    most 16×16 patches. Where :func:`regional` forbids, this moves what is there: the two go together.
+    """
+    wanted = [(list(words.tokens(region.word)), region.mask.cpu().float()) for region in regions]
+
+    def loss(maps: AttentionMaps) -> Tensor:
+        outside = []
+        for site, probs in _finest(maps).items():
+            for tokens, mask in wanted:
+                inside = F.interpolate(mask[None, None], size=_grid(site, latent_size, probs), mode="area").flatten()
+                outside.append(1 - (_spread(probs, tokens) * inside.to(probs)).sum(dim=-1))
+        return torch.stack(outside).mean(dim=0)
+
+    return Wish(loss=loss, sites=_coarse_words(latent_size), strength=strength, end=end, rows=rows)
+
+
+def held(
+    source: Words,
+    target: Words,
+    latent_size: tuple[int, int],
+    strength: float = 3.0,
+    end: float = 0.5,
+    rows: tuple[int, int] = (0, 1),
+) -> Wish | None:
+    """What changed words speak of is to be where it was (after self-guidance: Epstein et al. 2023, arXiv 2306.00986).
+
+    Prompt-to-prompt makes the picture ``rows[1]`` *look* at its words as ``rows[0]`` does; what the changed words make
+    of it may yet settle elsewhere. The loss is how differently, without edits, the two pictures look at each changed
+    word and at the word after it: half the sum of the differences over patches, as shares of the word's attention, a
+    mean over words and over the finest sites with at most 16×16 patches. None where no changed word stands for one
+    before.
+    """
+    first, second = rows
+    counterparts = {id(now): before for before, now in _counterparts(source, target)}
+    pairs = []
+    after_change = False
+    for span in target.spans:
+        before = counterparts.get(id(span))
+        changed = before is None or before.word.lower() != span.word.lower()
+        if before is not None and (changed or after_change):
+            pairs.append((list(before.tokens), list(span.tokens)))
+        after_change = changed
+    if not pairs:
+        return None
+
+    def loss(maps: AttentionMaps) -> Tensor:
+        apart = []
+        for probs in _finest(maps).values():
+            _require_rows(probs, rows)
+            for before, now in pairs:
+                difference = _spread(probs[first], before).detach() - _spread(probs[second], now)
+                apart.append(difference.abs().sum() / 2)
+        losses = torch.zeros(len(next(iter(maps.values()))), device=apart[0].device)
+        losses[second] = torch.stack(apart).mean()
+        return losses
+
+    return Wish(loss=loss, sites=_coarse_words(latent_size), strength=strength, end=end, rows=[second], edited=False)
+
+
+def _finest(maps: AttentionMaps) -> AttentionMaps:
+    """The maps of the sites with the smallest patches."""
+    finest = min(site.downscale for site in maps)
+    return {site: probs for site, probs in maps.items() if site.downscale == finest}
+
+
+def _spread(probs: Tensor, tokens: Sequence[int]) -> Tensor:
+    """How some tokens' attention [..., patches] is spread over the patches: shares that sum to 1."""
+    share = probs[..., list(tokens)].sum(dim=-1)
+    return share / share.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+
+
+def _coarse_words(latent_size: tuple[int, int]) -> Callable[[AttentionSite], bool]:
+    return lambda site: site.kind == "cross" and _is_coarse(site, latent_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,18 +365,23 @@ def alignment(source: Words, target: Words) -> Float[Tensor, "length length"]:
         mapping[source.end + offset, target.end + offset] = 1
     for position in range(target.end + after, target.length):
         mapping[source.length - 1, position] = 1
+    for before, now in _counterparts(source, target):
+        if len(before.tokens) == len(now.tokens):
+            mapping[before.tokens, now.tokens] = 1
+        else:
+            for token in now.tokens:
+                mapping[before.tokens, token] = 1 / len(now.tokens)
+        for one, other in zip(_marks_after(source, before), _marks_after(target, now), strict=False):
+            mapping[one, other] = 1
+    return mapping
+
+
+def _counterparts(source: Words, target: Words) -> Iterator[tuple[WordSpan, WordSpan]]:
+    """The words of two prompts that stand for each other: equal ones in order, and as many changed ones in a row."""
     spoken = [[span.word.lower() for span in words.spans] for words in (source, target)]
     for kind, i, j, k, n in SequenceMatcher(None, *spoken, autojunk=False).get_opcodes():
         if kind == "equal" or (kind == "replace" and j - i == n - k):
-            for before, now in zip(source.spans[i:j], target.spans[k:n], strict=True):
-                if len(before.tokens) == len(now.tokens):
-                    mapping[before.tokens, now.tokens] = 1
-                else:
-                    for token in now.tokens:
-                        mapping[before.tokens, token] = 1 / len(now.tokens)
-                for one, other in zip(_marks_after(source, before), _marks_after(target, now), strict=False):
-                    mapping[one, other] = 1
-    return mapping
+            yield from zip(source.spans[i:j], target.spans[k:n], strict=True)
 
 
 def _marks_after(words: Words, span: WordSpan) -> list[int]:
