@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gobelin.attention import AttentionMaps, Edit, Trace
-from gobelin.look.edits import Wish
+from gobelin.look.wishes import Wish
 from gobelin.samplers import Guess
 from gobelin.schedule import NoiseSchedule
 from gobelin.unet import UNet

@@ -23,9 +23,10 @@ from gobelin.errors import ModelError, UsageError
 from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
 from gobelin.formats.files import read_json, write_json
 from gobelin.formats.png import write_png
-from gobelin.look.edits import Blend, Blending, Wish, blended, followed, held, reweighted
+from gobelin.look.edits import Blend, Blending, blended, followed, reweighted
 from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
 from gobelin.look.page import framed_page, picture_url
+from gobelin.look.wishes import Wish, held
 from gobelin.samplers import NoiseSource, Step, find_grid, sample
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer, Word
@@ -201,7 +202,7 @@ class Pipeline:
         ``clip_skip`` layers of the text encoder to leave out; ``trace`` True for every step's ``maps`` of what looked
         at which word, "sharp" for heat maps that point best (:meth:`gobelin.look.heatmaps.HeatMaps.sharpened`), or a
         :class:`gobelin.attention.Trace` that says more; ``edit`` one or several of
-        :mod:`gobelin.look.edits`, or a plain ``change(site, probs) -> probs``.
+        :mod:`gobelin.look.edits` and :mod:`gobelin.look.wishes`, or a plain ``change(site, probs) -> probs``.
         Raises :class:`UsageError` for what cannot be painted.
         """
         return self._steps(self._request(prompt, **options))
@@ -222,7 +223,7 @@ class Pipeline:
         """Two pictures: of ``prompt``, and of ``to`` with the first one's layout (prompt-to-prompt).
 
         ``cross`` and ``own`` are those of :func:`gobelin.look.edits.followed`, and ``hold`` is the strength of
-        :func:`gobelin.look.edits.held`; ``weights`` say how many times as much words of ``to`` are looked at; outside
+        :func:`gobelin.look.wishes.held`; ``weights`` say how many times as much words of ``to`` are looked at; outside
         of the pixels of the ``blend`` words, of either prompt, nothing changes. The other options are those of
         :meth:`stream`, without ``count``; an ``edit`` comes after these.
         """

@@ -34,6 +34,9 @@ class Edit(PaintingOptions):
     """Share of the way, from noise to picture, in which words keep the attention of those they stand for."""
     own: float = 0.4
     """Share of the way in which patches look at each other as in the first picture."""
+    hold: float = 0.0
+    """How hard to hold what changed words speak of in its place; 3 helps ddpm, and tears deterministic samplers'
+    pictures."""
     weights: tuple[str, ...] = ()
     """WORD=NUMBER: look at a word of the changed prompt so many times as much."""
     blend: tuple[str, ...] = ()
@@ -50,6 +53,7 @@ def run(arguments: Sequence[str]) -> None:
         options.to,
         cross=options.cross,
         own=options.own,
+        hold=options.hold,
         weights=weights,
         blend=options.blend,
         **options.settings(),
