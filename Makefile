@@ -45,6 +45,7 @@ install: .venv/installed
 
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps open_clip_torch # for CLIP's vocabulary, which tests read
 	touch $@
 
 clean:
