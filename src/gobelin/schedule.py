@@ -17,6 +17,7 @@ PredictionType = Literal["epsilon", "v_prediction"]
 Spacing = Literal["leading", "linspace", "trailing"]
 
 TINY_ALPHA_CUMPROD = 2.0**-24  # what σ-space samplers put where zero terminal SNR says 0, to keep σ finite
+MOST_TIMESTEPS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,17 @@ class ScheduleConfig:
         ):
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name} is {getattr(self, name)!r}: the choices are {', '.join(map(str, choices))}")
-
+        if not 2 <= self.num_train_timesteps <= MOST_TIMESTEPS:
+            raise UsageError(f"num_train_timesteps is {self.num_train_timesteps}: give 2 to {MOST_TIMESTEPS:,}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UsageError(
+                f"beta_start is {self.beta_start} and beta_end {self.beta_end}: give two numbers between 0 and 1, the "
+                "smaller first"
+            )
+        if not 0 <= self.steps_offset < self.num_train_timesteps:
+            raise UsageError(
+                f"steps_offset is {self.steps_offset}: give a number from 0 to {self.num_train_timesteps - 1}"
+            )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UsageError(
                 "rescale_betas_zero_snr needs prediction_type v_prediction: at the last timestep ε says nothing"

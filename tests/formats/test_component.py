@@ -112,7 +112,7 @@ def test_the_configurations_of_stable_diffusion_are_the_presets(config_class: ty
         ({"widths": [1, 2], "style": "fancy"}, "style is 'fancy', and only 'plain' is supported"),
         ({"widths": [1, 2], "scale": 1.0}, "scale is 1.0, and only None is supported"),
         ({"widths": [1, 2], "depth": 0}, "the depth is 0: give 1 or more"),
-        ({"widths": [1, 2], "depth": "two"}, "'<' not supported"),
+        ({"widths": [1, 2], "depth": "two"}, "depth is 'two': expected int"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused_by_file_and_field(content: dict, message: str) -> None:

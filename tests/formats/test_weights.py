@@ -28,6 +28,8 @@ def test_tensors_come_back_as_they_were_written(dtype: torch.dtype, tmp_path: Pa
         assert loaded[name].dtype == dtype
         assert torch.equal(loaded[name], tensor)
     assert header(file)["__metadata__"] == {"format": "pt"}
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """A component of a diffusers folder: one network, its ``config.json`` and its weights."""
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.files import read_json, write_json
-from gobelin.formats.weights import load_into, read_tensors, write_tensors
+from gobelin.formats.weights import Shards, TensorFile, load_into, open_tensors, write_tensors
 
 DIFFUSERS_VERSION = "0.35.0"  # the version whose folder layout is written
 
@@ -32,10 +34,35 @@ def config_from_json(config_class: type[Config], content: dict[str, Any], source
     values = {
         name: tuple(value) if isinstance(value, list) else value for name, value in content.items() if name in known
     }
+    hints = get_type_hints(config_class)
+    for name, value in values.items():
+        if not _is_of(value, hints[name]):
+            raise ModelError(f"{source}: {name} is {content[name]!r}: {_wanted(hints[name])}")
     try:
         return config_class(**values)
     except (UsageError, TypeError) as error:
         raise ModelError(f"{source}: {error}") from error
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a field's type; numbers are finite ones."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(_is_of(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(one, inner[0]) for one in value)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is hint
+
+
+def _wanted(hint: Any) -> str:
+    """What a field takes, in words."""
+    if get_origin(hint) is Literal:
+        return f"the choices are {', '.join(map(str, get_args(hint)))}"
+    return f"expected {hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint}"
 
 
 def require_counts(config: Any, *names: str) -> None:
@@ -67,16 +94,62 @@ class Component(nn.Module, Generic[Config]):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Read ``config.json`` and the weights beside it; raises :class:`ModelError` where they do not fit."""
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        variant: str | None = None,
+        allow_pickle: bool = False,
+    ) -> Self:
+        """Read ``config.json`` and the weights beside it, whole or in shards; ``dtype`` None is the file's own.
+
+        ``variant`` ("fp16") picks the files of that name, where there are some; ``allow_pickle`` allows ``.bin`` files,
+        of which tensors are read and nothing else. Raises :class:`ModelError` where weights and configuration do not
+        fit.
+        """
         folder = Path(folder)
         source = folder / "config.json"
         config = config_from_json(cls.config_class, read_json(source), source)
-        with torch.device("meta"):
-            module = cls(config).to(dtype)
-        weights = folder / cls.weights_name
-        load_into(module, cls.rename(read_tensors(weights)), weights)
+        weights = cls._weights(folder, variant, allow_pickle)
+        module = cls.planned(config, weights).to(dtype or weights.precision())
+        load_into(module, cls.rename(weights.read(dtype=dtype)), weights.path)
         return module.eval()
+
+    @classmethod
+    def planned(cls, config: Config, weights: TensorFile) -> Self:
+        """The network on the meta device, as a file's weights are to fill it.
+
+        Raises :class:`ModelError` for a configuration of more layers than the file has tensors, before it is built.
+        """
+        layers = getattr(config, "layers_per_block", 0) * len(getattr(config, "block_out_channels", ()))
+        layers = max(layers, getattr(config, "num_hidden_layers", 0))
+        if layers > len(weights.shapes):
+            raise ModelError(
+                f"{weights.path} holds {len(weights.shapes)} tensors, too few for the {layers} layers that its "
+                "configuration says"
+            )
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise ModelError(f"{weights.path}: a network cannot have the shape that its configuration says") from error
+
+    @classmethod
+    def _weights(cls, folder: Path, variant: str | None, allow_pickle: bool) -> TensorFile:
+        """The files of the variant, or the plain ones; safetensors before pickles, and one file before shards."""
+        stem, _, kind = cls.weights_name.rpartition(".")
+        names = ((stem, kind), ("pytorch_model" if stem == "model" else stem, "bin"))
+        for middle in dict.fromkeys([f".{variant}" if variant else "", ""]):
+            for name, suffix in names:
+                whole = folder / f"{name}{middle}.{suffix}"
+                index = folder / f"{name}.{suffix}.index{middle}.json"
+                if whole.is_file():
+                    return open_tensors(whole, allow_pickle)
+                if index.is_file():
+                    return Shards(index, allow_pickle)
+        if others := sorted({file.name.split(".")[-2] for file in folder.glob(f"{stem}.*.{kind}")}):
+            raise ModelError(f"{folder} has its weights as variant {' and '.join(others)} only: say which, as variant")
+        raise ModelError(f"no weight file at {folder / cls.weights_name}: expected a .safetensors file there")
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json`` and the weights, in ``dtype`` or in their own precision."""

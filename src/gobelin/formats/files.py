@@ -12,13 +12,22 @@ from gobelin.errors import ModelError
 def read_json(file: Path) -> dict:
     """The object in a JSON file; :class:`ModelError` where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ModelError(f"no file at {file}: is this a model folder?") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {error}") from error
+    return parse_json(text, str(file))
+
+
+def parse_json(text: str, source: str) -> dict:
+    """The object in a JSON text; :class:`ModelError` that names its ``source`` where there is none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{source} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{file} holds a {type(content).__name__}, expected an object")
+        raise ModelError(f"{source} holds a {type(content).__name__}, expected an object")
     return content
 
 

@@ -1,17 +1,56 @@
-"""Pictures that remember how they were made: settings in a PNG's text chunks."""
+"""Pictures that remember how they were made: settings in a PNG's text chunks, ours and those of other tools."""
 
 import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from gobelin.errors import DataError
-from gobelin.formats.files import replacing
+from gobelin.errors import DataError, ModelError
+from gobelin.formats.files import parse_json, replacing
 
 KEY = "gobelin"
 A1111_KEY = "parameters"
+COMFYUI_KEY = "prompt"
+
+# How AUTOMATIC1111's web UI calls our samplers; "Karras" follows, there or as a field of its own.
+_A1111_SAMPLERS = {
+    "Euler": "euler",
+    "Euler a": "euler_ancestral",
+    "LMS": "lms",
+    "Heun": "heun",
+    "DPM2": "dpm_2",
+    "DPM2 a": "dpm_2_ancestral",
+    "DPM++ 2M": "dpmpp_2m",
+    "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "DDIM": "ddim",
+    "PLMS": "pndm",
+    "UniPC": "uni_pc",
+    "LCM": "lcm",
+    "DEIS": "deis",
+    "DDPM": "ddpm",
+}
+# Fields that change no picture.
+_A1111_SILENT = ("Model hash", "Version", "Hashes", "Size")
+_EXTRA_NETWORKS = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
+_SCHEDULES = ("", "Automatic", "Uniform", "normal")  # the noise levels that a sampler has where nothing is said
+_COMFYUI_SAMPLERS = ("KSampler", "KSamplerAdvanced")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembered:
+    """What a picture says of how it was made: ``settings`` as :meth:`gobelin.pipeline.Pipeline.stream` takes them.
+
+    ``source`` is "gobelin", "a1111" or "comfyui"; ``missing`` says what of it cannot be repeated, in words.
+    """
+
+    settings: dict[str, Any]
+    source: str
+    missing: list[str] = field(default_factory=list)
 
 
 def write_png(file: Path, image: Image.Image, settings: dict[str, Any]) -> None:
@@ -31,17 +70,27 @@ def save_picture(file: Path, image: Image.Image) -> None:
 
 def read_png_settings(file: Path) -> dict[str, Any]:
     """The settings that :func:`write_png` put into a picture; :class:`DataError` where there are none."""
-    try:
-        with Image.open(file) as image:
-            text = image.info.get(KEY)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read as a picture: {error}") from error
+    text = _texts(file).get(KEY)
     if text is None:
         raise DataError(f"{file} carries no settings of Gobelin's")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{file}: its settings are damaged ({error})") from error
+    return _object(text, file)
+
+
+def read_remembered(file: Path, samplers: Collection[str]) -> Remembered:
+    """How Gobelin, AUTOMATIC1111's web UI or ComfyUI made a picture; :class:`DataError` where it does not say.
+
+    ``samplers`` are the names that there are.
+    """
+    texts = _texts(file)
+    if KEY in texts:
+        return Remembered(settings=_object(texts[KEY], file), source="gobelin")
+    if A1111_KEY in texts:
+        return read_a1111(texts[A1111_KEY], samplers)
+    if COMFYUI_KEY in texts:
+        return read_comfyui(_object(texts[COMFYUI_KEY], file), file, samplers)
+    raise DataError(
+        f"{file} does not say how it was made: expected a PNG of Gobelin's, AUTOMATIC1111's or ComfyUI's with its text"
+    )
 
 
 def a1111_parameters(settings: dict[str, Any]) -> str:
@@ -49,13 +98,151 @@ def a1111_parameters(settings: dict[str, Any]) -> str:
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    plain = settings["sampler"].removesuffix("_karras")
+    sampler = next(name for name, ours in _A1111_SAMPLERS.items() if ours == plain)
     fields = {
         "Steps": settings["steps"],
-        "Sampler": settings["sampler"],
+        "Sampler": sampler,
+        **({"Schedule type": "Karras"} if plain != settings["sampler"] else {}),
         "CFG scale": settings["guidance"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        **({"Clip skip": settings["clip_skip"] + 1} if settings.get("clip_skip") else {}),
         "Model": settings["model"],
     }
-    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value
+
+
+def _a1111_fields(line: str) -> dict[str, str]:
+    """``Name: value, …``, of which values may be in quotes."""
+    fields, start, quoted = {}, 0, False
+    for place, character in enumerate(line + ","):
+        if character == '"' and line[place - 1 : place] != "\\":
+            quoted = not quoted
+        elif character == "," and (not quoted or place == len(line)):
+            name, colon, value = (part.strip() for part in line[start:place].partition(":"))
+            try:
+                said = json.loads(value) if value.startswith('"') else value
+            except ValueError:
+                said = value
+            if colon:
+                fields[name] = str(said)
+            start = place + 1
+    return fields
+
+
+def read_a1111(text: str, samplers: Collection[str]) -> Remembered:
+    """Settings from AUTOMATIC1111's text: prompt, "Negative prompt:", and a last line of fields."""
+    *lines, last = text.strip().split("\n")
+    fields = _a1111_fields(last)
+    if "Steps" not in fields:
+        lines, fields = [*lines, last], {}
+    prompt, _, negative = "\n".join(lines).partition("Negative prompt:")
+    missing = ["AUTOMATIC1111 draws noise of its own: the layout will be another"]
+    missing += [f"the added network {found}" for found in _EXTRA_NETWORKS.findall(prompt)]
+    settings: dict[str, Any] = {
+        "prompt": _EXTRA_NETWORKS.sub("", prompt).strip(),
+        "negative_prompt": negative.strip(),
+        "weights": "a1111",
+    }
+    for name, ours, kind in (("Steps", "steps", int), ("CFG scale", "guidance", float), ("Seed", "seed", int)):
+        try:
+            settings[ours] = kind(fields.pop(name))
+        except (KeyError, ValueError):
+            missing.append(f"no {name}")
+    if found := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", fields.get("Size", "")):
+        settings["width"], settings["height"] = int(found[1]), int(found[2])
+    if re.fullmatch("[0-9]{1,2}", skip := fields.pop("Clip skip", "1")):
+        settings["clip_skip"] = max(0, int(skip) - 1)
+    if "Model" in fields:
+        settings["model"] = fields.pop("Model")
+    named = fields.pop("Sampler", "")
+    schedule = "Karras" if named.endswith(" Karras") else fields.pop("Schedule type", "")
+    name = named.removesuffix(" Karras")
+    missing += _take_sampler(settings, _A1111_SAMPLERS.get(name, name), schedule, samplers)
+    missing += [f"{name}: {value}" for name, value in fields.items() if name not in _A1111_SILENT]
+    return Remembered(settings=settings, source="a1111", missing=missing)
+
+
+def _take_sampler(settings: dict[str, Any], named: str, schedule: str, samplers: Collection[str]) -> list[str]:
+    """Put a sampler with its schedule into the settings, and say what of it there is not."""
+    if not named:
+        return []
+    if named not in samplers:
+        return [f"the sampler {named}"]
+    with_karras = f"{named}_karras"
+    karras = schedule.lower() == "karras" and with_karras in samplers
+    settings["sampler"] = with_karras if karras else named
+    return [] if karras or schedule in _SCHEDULES else [f"the schedule {schedule} of {named}"]
+
+
+def read_comfyui(graph: dict[str, Any], file: Path, samplers: Collection[str]) -> Remembered:
+    """Settings from ComfyUI's graph, of its first sampler and of what leads to it."""
+    nodes = {name: node for name, node in graph.items() if isinstance(node, dict)}
+    found = [node for node in nodes.values() if node.get("class_type") in _COMFYUI_SAMPLERS]
+    if not found:
+        raise DataError(f"{file}: its ComfyUI graph has no KSampler, whose settings could be taken")
+    inputs = _inputs(found[0])
+    settings: dict[str, Any] = {"weights": "comfyui"}
+    missing = ["ComfyUI draws noise of its own: the layout may be another"]
+    missing += [f"a {node['class_type']} after the first" for node in found[1:]]
+    usual = {"denoise": 1, "start_at_step": 0, "add_noise": "enable", "return_with_leftover_noise": "disable"}
+    missing += [f"{name} {inputs[name]}" for name, value in usual.items() if inputs.get(name, value) != value]
+    for name, ours in (("steps", "steps"), ("cfg", "guidance"), ("seed", "seed"), ("noise_seed", "seed")):
+        if isinstance(inputs.get(name), int | float):
+            settings[ours] = inputs[name]
+    for name, ours in (("positive", "prompt"), ("negative", "negative_prompt")):
+        text = _inputs(_behind(nodes, inputs.get(name), "CLIPTextEncode")).get("text")
+        if isinstance(text, str):
+            settings[ours] = text
+        else:
+            missing.append(f"the {name} prompt, which is no plain text")
+    size = _inputs(_behind(nodes, inputs.get("latent_image"), "EmptyLatentImage"))
+    for name in ("width", "height"):
+        if isinstance(size.get(name), int):
+            settings[name] = size[name]
+    if not size:
+        missing.append("the picture that was begun with")
+    model = _inputs(_behind(nodes, inputs.get("model"), "CheckpointLoaderSimple")).get("ckpt_name")
+    if isinstance(model, str):
+        settings["model"] = Path(model).stem
+    missing += [f"a {node['class_type']}" for node in nodes.values() if "Lora" in str(node.get("class_type"))]
+    named, schedule = (str(inputs.get(name, "")) for name in ("sampler_name", "scheduler"))
+    missing += _take_sampler(settings, named, schedule, samplers)
+    return Remembered(settings=settings, source="comfyui", missing=missing)
+
+
+def _texts(file: Path) -> dict[str, str]:
+    try:
+        with Image.open(file) as image:
+            return {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as a picture: {error}") from error
+
+
+def _object(text: str, file: Path) -> dict[str, Any]:
+    try:
+        return parse_json(text, f"{file}: what it says of itself")
+    except ModelError as error:
+        raise DataError(str(error)) from error
+
+
+def _inputs(node: dict[str, Any] | None) -> dict[str, Any]:
+    inputs = (node or {}).get("inputs")
+    return inputs if isinstance(inputs, dict) else {}
+
+
+def _behind(nodes: dict[str, dict[str, Any]], link: Any, kind: str) -> dict[str, Any] | None:
+    """The first node of a kind on the way that leads to a link, through nodes that hand on."""
+    for _ in nodes:
+        node = nodes.get(str(link[0])) if isinstance(link, list) and link else None
+        if node is None or node.get("class_type") == kind:
+            return node
+        links = [value for value in _inputs(node).values() if isinstance(value, list)]
+        link = links[0] if links else None
+    return None

@@ -1,37 +1,80 @@
-"""Safetensors files: names and tensors in, names and tensors out, and errors that name the file and the key."""
+"""Files of tensors: names and tensors in, names and tensors out, and errors that name the file and the key."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gobelin.errors import ModelError
-from gobelin.formats.files import replacing
+from gobelin.formats.files import read_json, replacing
+from gobelin.formats.pickled import PickledFile, is_pickled
+from gobelin.formats.tensor_file import SafetensorsFile, TensorFile
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a ``.safetensors`` file by its name, on the CPU, in the file's own precision.
+class Shards(TensorFile):
+    """Several files of one network, and the index that says which tensor is in which.
 
-    Raises :class:`ModelError` where the file is missing, truncated or not a safetensors file.
+    Raises :class:`ModelError` for an index that names a file elsewhere, or a tensor that its file does not hold.
     """
-    if not file.is_file():
-        raise ModelError(f"no weight file at {file}: expected a .safetensors file there")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{file} is not a whole safetensors file ({error}): it may be truncated, copy it again"
-        ) from error
+
+    def __init__(self, index: Path, allow_pickle: bool = False):
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise ModelError(f"{index} has no weight_map from tensors to files")
+        for name in set(where.values()):
+            if Path(name).name != name or len(name) > 255:
+                raise ModelError(f"{index} names the file {name!r}: expected one in the same folder")
+        self._files = {name: open_tensors(index.with_name(name), allow_pickle) for name in sorted(set(where.values()))}
+        self._where = where
+        if unnamed := sorted(name for file in self._files.values() for name in file.shapes.keys() - where.keys()):
+            raise ModelError(f"{index} does not name {unnamed[0]!r}{and_more(unnamed)}, which its files hold")
+        if lost := [name for name in where if name not in self._files[where[name]].shapes]:
+            raise ModelError(f"{index} looks for {lost[0]!r} in {where[lost[0]]}, where it is not")
+        shapes = {name: self._files[where[name]].shapes[name] for name in where}
+        super().__init__(index, shapes, {name: self._files[where[name]].dtypes[name] for name in where})
+
+    def read(self, names: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        wanted = list(self.shapes if names is None else names)
+        tensors: dict[str, Tensor] = {}
+        for file_name, file in self._files.items():
+            tensors |= file.read([name for name in wanted if self._where[name] == file_name], dtype)
+        return tensors
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def open_tensors(path: Path, allow_pickle: bool = False) -> TensorFile:
+    """Open a file of tensors, by what it is and not by what it is called.
+
+    Pickles (``.ckpt``, ``.bin``, ``.pt``) are refused unless ``allow_pickle`` allows them, and then tensors are all
+    that is built of them. Raises :class:`ModelError` that says what the file is.
+    """
+    if path.is_file() and is_pickled(path):
+        if not allow_pickle:
+            raise ModelError(
+                f"{path} is a pickle, a format that can hold programs: give its .safetensors, or allow it with "
+                "allow_pickle (then only tensors are read of it)"
+            )
+        return PickledFile(path)
+    return SafetensorsFile(path)
+
+
+def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every tensor of a ``.safetensors`` file by its name, as :meth:`TensorFile.read` gives them."""
+    return SafetensorsFile(file).read(dtype=dtype)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a ``.safetensors`` file: the whole of it, or nothing."""
     with replacing(file) as temporary:
         try:
-            # The metadata is what transformers and diffusers expect of a PyTorch file.
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+            # "format" is what transformers and diffusers expect of a PyTorch file.
+            told = {"format": "pt", **(metadata or {})}
+            temporary.touch()
+            mode = temporary.stat().st_mode  # safetensors makes files that nobody else may read
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=told)
+            temporary.chmod(mode)
         except SafetensorError as error:
             raise ModelError(f"{file} could not be written: {error}") from error
 
@@ -40,22 +83,26 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
     """Give ``module`` (which may be on the meta device) its weights, strict both ways.
 
     The tensors become the module's own, cast to the precision of the parameters they replace. Raises
-    :class:`ModelError` that names the first key that is missing, left over or of another shape.
+    :class:`ModelError` that names the first key that is missing, left over, of another shape or not a number.
     """
     expected = module.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ModelError(f"{source} lacks {missing[0]!r}{_and_more(missing)}: it does not fit its configuration")
+        raise ModelError(f"{source} lacks {missing[0]!r}{and_more(missing)}: it does not fit its configuration")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise ModelError(f"{source} holds {extra[0]!r}{_and_more(extra)}, which the configuration has no place for")
+        raise ModelError(f"{source} holds {extra[0]!r}{and_more(extra)}, which the configuration has no place for")
     for name, parameter in expected.items():
-        if tensors[name].shape != parameter.shape:
+        tensor = tensors[name]
+        if tensor.shape != parameter.shape:
             raise ModelError(
-                f"{source}: {name!r} is {list(tensors[name].shape)}, but the configuration says {list(parameter.shape)}"
+                f"{source}: {name!r} is {list(tensor.shape)}, but the configuration says {list(parameter.shape)}"
             )
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            raise ModelError(f"{source}: {name!r} holds NaN or infinity: the file is damaged, or its training was")
     module.load_state_dict({name: tensors[name].to(p.dtype) for name, p in expected.items()}, assign=True)
 
 
-def _and_more(names: list[str]) -> str:
+def and_more(names: list[str]) -> str:
+    """How many there are beside the first, in brackets."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
