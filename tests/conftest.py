@@ -113,3 +113,34 @@ def trained(micro, tmp_path_factory) -> Path:
     from gobelin.training.run import train
 
     return train(micro(), tmp_path_factory.mktemp("trained") / "model", console=Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tokenizer."""
+    from gobelin.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("words")
+    Tokenizer.train(["a red circle left of a blue square"], vocab_size=560, max_length=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_oracle(words: Path) -> Callable[..., Any]:
+    """Makes diffusers' pipeline of a small model with random weights, always the same ones."""
+    from tests.oracles import small_pipeline
+
+    return lambda in_channels=4: small_pipeline(words, in_channels)
+
+
+@pytest.fixture(scope="session")
+def oracle(make_oracle: Callable[..., Any]) -> Any:
+    return make_oracle()
+
+
+@pytest.fixture(scope="session")
+def oracle_folder(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its folder, as diffusers writes it."""
+    folder = tmp_path_factory.mktemp("model")
+    oracle.save_pretrained(folder)
+    return folder

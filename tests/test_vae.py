@@ -170,3 +170,20 @@ def test_normalising_latents_gives_unit_variance_and_the_same_pictures() -> None
     assert relative_error(spread, (before.logvar / 2).exp()) < 1e-4
     assert relative_error(vae.decode(after.mean), pictures) < 1e-4
     assert_equal(vae, twin(vae))
+
+
+@pytest.mark.parametrize("size", [(40, 24), (33, 50)])
+def test_tiles_have_no_seams(size: tuple[int, int]) -> None:
+    vae = fill_(VAE(VAEConfig.nano()))
+    latents = torch.randn(2, 4, *size)
+    with torch.no_grad():
+        whole, tiled = vae.latents_to_images(latents), vae.latents_to_large_images(latents, tile=24, overlap=8)
+        assert relative_error(vae.latents_to_large_images(latents, tile=64), whole) < 1e-5, "one tile is the whole"
+    assert tiled.shape == whole.shape
+    # What differs comes in slowly: no step between neighbouring pixels is larger than in the whole.
+    apart = tiled - whole
+    steps = torch.cat([apart.diff(dim=-1).abs().flatten(), apart.diff(dim=-2).abs().flatten()])
+    within = torch.cat([whole.diff(dim=-1).abs().flatten(), whole.diff(dim=-2).abs().flatten()])
+    assert steps.max() < 0.25 * within.max()
+    with pytest.raises(UsageError, match="overlap by 40: give from 1 to half"):
+        vae.latents_to_large_images(latents, tile=64, overlap=40)

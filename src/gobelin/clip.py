@@ -5,7 +5,7 @@ numbers as in transformers' ``CLIPTextModel``; :class:`ImageEncoder` is a small 
 own; :func:`contrastive_loss` pulls the two of a pair together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
@@ -195,6 +195,23 @@ class TextEncoder(Component[TextEncoderConfig]):
         eos = self.config.eos_token_id
         ends = (token_ids if eos == 2 else (token_ids == eos).int()).argmax(dim=1)
         return text_embeddings[torch.arange(len(token_ids), device=token_ids.device), ends]
+
+    @torch.no_grad()
+    def add_vectors(self, vectors: Float[Tensor, "count width"]) -> list[int]:
+        """Take in vectors of words that no token had, as a textual inversion has them; returns their new ids.
+
+        Raises :class:`UsageError` for vectors of another width.
+        """
+        table, config = self.text_model.embeddings.token_embedding, self.config
+        if vectors.shape[-1] != config.hidden_size:
+            raise UsageError(
+                f"the vectors are {vectors.shape[-1]} wide, and this text encoder's {config.hidden_size}: they were "
+                "made for another model"
+            )
+        grown = torch.cat([table.weight, vectors.to(table.weight)])
+        self.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(grown, freeze=False)
+        self.config = replace(config, vocab_size=len(grown))
+        return list(range(config.vocab_size, len(grown)))
 
     def init_(self) -> Self:
         """Initial weights for training from nothing (CLIP's code, ``CLIP.initialize_parameters``)."""

@@ -87,7 +87,16 @@ class UNetConfig:
     }
 
     def __post_init__(self) -> None:
-        require_counts(self, "cross_attention_dim", "layers_per_block", "attention_head_dim", "norm_num_groups")
+        require_counts(
+            self,
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "cross_attention_dim",
+            "layers_per_block",
+            "attention_head_dim",
+            "norm_num_groups",
+        )
         levels = len(self.block_out_channels)
         if not levels or len(self.down_block_types) != levels or len(self.up_block_types) != levels:
             raise UsageError(

@@ -5,6 +5,7 @@ only owner of the scaling factor: the rest of Gobelin knows latents of about uni
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar, Self
 
 import torch
@@ -44,7 +45,9 @@ class VAEConfig:
     }
 
     def __post_init__(self) -> None:
-        require_counts(self, "layers_per_block", "latent_channels", "norm_num_groups")
+        require_counts(self, "layers_per_block", "latent_channels", "norm_num_groups", "sample_size")
+        if not self.scaling_factor > 0:
+            raise UsageError(f"scaling_factor is {self.scaling_factor}: give a number greater than 0")
         if not self.block_out_channels:
             raise UsageError("block_out_channels is empty: give a width for each level")
         for width in self.block_out_channels:
@@ -273,6 +276,35 @@ class VAE(Component[VAEConfig]):
         """Latents of about unit variance to images, in about [-1, 1] (not clamped)."""
         return self.decode(latents / self.config.scaling_factor)
 
+    def latents_to_large_images(
+        self, latents: Float[Tensor, "batch latent_channels h w"], tile: int = 64, overlap: int = 16
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """The same one by one and in tiles of so many latents a side: memory does not grow with the size.
+
+        Neighbours share ``overlap`` latents, over which one fades into the other. A tile's norms see that tile alone,
+        so that colours may differ a little from the whole's; a picture of one tile is as of
+        :meth:`latents_to_images`. Raises :class:`UsageError` for an overlap that is not less than half of the tile.
+        """
+        if not 0 < overlap <= tile // 2:
+            raise UsageError(f"tiles of {tile} overlap by {overlap}: give from 1 to half of the tile")
+        height, width = latents.shape[-2:]
+        if max(height, width) <= tile:
+            return torch.cat([self.latents_to_images(one) for one in latents.split(1)])
+        factor = self.config.factor
+        pictures = []
+        for one in latents.split(1):
+            shape = (height * factor, width * factor)
+            picture = torch.zeros(1, self.config.out_channels, *shape, device=one.device)  # summed in float32
+            weight = torch.zeros(1, 1, *shape, device=one.device)
+            for top, left in product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
+                part = one[..., top : top + tile, left : left + tile]
+                rows, columns = (slice(start * factor, (start + tile) * factor) for start in (top, left))
+                fade = _fade(part.shape[-2], overlap, factor)[:, None] * _fade(part.shape[-1], overlap, factor)
+                picture[..., rows, columns] += self.latents_to_images(part).float() * fade.to(one.device)
+                weight[..., rows, columns] += fade.to(one.device)
+            pictures.append((picture / weight).to(one))
+        return torch.cat(pictures)
+
     @torch.no_grad()
     def normalise_latents_(
         self, mean: Float[Tensor, " latent_channels"], std: Float[Tensor, " latent_channels"]
@@ -312,6 +344,20 @@ class VAE(Component[VAEConfig]):
 
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along a side: evenly, the last one at its end."""
+    if side <= tile:
+        return [0]
+    count = -(-(side - overlap) // (tile - overlap))
+    return [round(index * (side - tile) / (count - 1)) for index in range(count)]
+
+
+def _fade(side: int, overlap: int, factor: int) -> Float[Tensor, " pixels"]:
+    """A tile's weight along a side, in pixels: rising over the overlap, and falling again."""
+    pixels = torch.arange(side * factor) + 0.5
+    return torch.minimum(pixels, side * factor - pixels).clamp(max=overlap * factor)
 
 
 def _resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock2D:

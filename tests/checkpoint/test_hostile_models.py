@@ -1,0 +1,151 @@
+"""Models that do not fit together or were made to harm: each is one clear error that names what is wrong."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from gobelin.errors import ModelError
+from gobelin.pipeline import Pipeline
+
+TRIALS = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FILES = (
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/tokenizer.json",
+)
+PARTS = ("unet", "vae", "text_encoder")
+
+odd_values = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        3,
+        10**9,
+        10**12,
+        10**30,
+        1e308,
+        float("nan"),
+        float("inf"),
+        "",
+        "os.system",
+        "../../etc/passwd",
+        "/etc/passwd",
+        ["os", "system"],
+        ["diffusers", "UNet2DConditionModel"],
+        [],
+        [0],
+        [10**9] * 4,
+        [[1]],
+        {"a": 1},
+        "x" * 10_000,
+    ]
+)
+
+
+@pytest.fixture
+def model(oracle_folder: Path, tmp_path: Path) -> Path:
+    """A folder to do harm to."""
+    shutil.copytree(oracle_folder, tmp_path / "model", dirs_exist_ok=True)
+    return tmp_path / "model"
+
+
+def changed(model: Path, source: Path, name: str, content: str) -> None:
+    """The folder as it was but for one file."""
+    for file in FILES:
+        shutil.copy(source / file, model / file)
+    (model / name).write_text(content)
+
+
+def refused(model: Path) -> ModelError | None:
+    """Why a model does not open; None where it does, and paints."""
+    try:
+        Pipeline.from_pretrained(model, "cpu")("a red circle", steps=1)
+    except ModelError as error:
+        return error
+    return None
+
+
+def is_named(error: ModelError, model: Path) -> bool:
+    """Whether an error says where it is: in a file, or between the parts."""
+    return str(model) in str(error) or str(error).startswith("the parts of this model do not belong together")
+
+
+@TRIALS
+@given(data=st.data(), name=st.sampled_from(FILES))
+def test_odd_configurations(data: st.DataObject, name: str, model: Path, oracle_folder: Path) -> None:
+    """They open, where the value means nothing, or are refused; nothing is imported for them."""
+    content = json.loads((oracle_folder / name).read_text())
+    key = data.draw(st.sampled_from([*list(content)[:60], "other", "auto_map", "trust_remote_code"]))
+    changed(model, oracle_folder, name, json.dumps(content | {key: data.draw(odd_values)}))
+    before = set(sys.modules)
+    error = refused(model)
+    assert error is None or is_named(error, model)
+    assert not {module for module in set(sys.modules) - before if module.startswith(("diffusers", "transformers"))}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"a":' * 100_000, "\x00", '{"_class_name": 3}', "NaN"])
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_no_configuration(name: str, content: str, model: Path, oracle_folder: Path) -> None:
+    changed(model, oracle_folder, name, content)
+    error = refused(model)
+    assert "tokenizer/" in name or "scheduler" in name if error is None else is_named(error, model)
+
+
+@TRIALS
+@given(data=st.data(), part=st.sampled_from(PARTS))
+def test_weights_that_do_not_fit(data: st.DataObject, part: str, model: Path, oracle_folder: Path) -> None:
+    """The first key that is wrong is named."""
+    source = next((oracle_folder / part).glob("*.safetensors"))
+    weights: dict[str, Any] = load_file(source)
+    name = data.draw(st.sampled_from(sorted(weights)))
+    kind = data.draw(st.sampled_from(["missing", "extra", "shape", "nan", "infinite", "flat", "precision"]))
+    said = name.removeprefix("text_model.")
+    if kind == "missing":
+        del weights[name]
+    elif kind == "extra":
+        weights["no.such.layer"], said = torch.ones(2), "no.such.layer"
+    elif kind == "shape":
+        weights[name] = torch.ones(*weights[name].shape, 2)
+    elif kind == "flat":
+        weights[name] = weights[name].sum()
+    elif kind == "precision":
+        weights[name] = weights[name].half()
+    else:
+        odd = torch.nan if kind == "nan" else torch.inf
+        weights[name].view(-1)[data.draw(st.integers(0, weights[name].numel() - 1))] = odd
+    for other in PARTS:
+        file = next((oracle_folder / other).glob("*.safetensors"))
+        shutil.copy(file, model / other / file.name)
+    save_file(weights, model / part / source.name, {"format": "pt"})
+    if kind == "precision":
+        Pipeline.from_pretrained(model, "cpu")
+        return
+    with pytest.raises(ModelError) as caught:
+        Pipeline.from_pretrained(model, "cpu")
+    assert said in str(caught.value)
+    assert str(model / part) in str(caught.value)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(model: Path, tmp_path: Path) -> None:
+    """An index may name a file beside it only; a link there is the user's own."""
+    weights = next((model / "unet").glob("*.safetensors"))
+    index = {"weight_map": {"conv_in.weight": "..\\..\\x.safetensors"}}
+    weights.rename(tmp_path / "x.safetensors")
+    (model / "unet" / f"{weights.name}.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"no weight file at|expected one in the same folder"):
+        Pipeline.from_pretrained(model, "cpu")
