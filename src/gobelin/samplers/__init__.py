@@ -1,0 +1,121 @@
+"""From noise to latents: each sampler one generator function over one contract."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from gobelin.errors import UsageError
+from gobelin.samplers.contract import Denoise, Guess, Latents, NoiseSource, SamplerFunction, Step
+from gobelin.samplers.grids import (
+    Grid,
+    ddim_grid,
+    ddpm_grid,
+    deis_grid,
+    dpm_2_grid,
+    dpm_grid,
+    euler_grid,
+    lcm_grid,
+    pndm_grid,
+)
+from gobelin.samplers.multistep import deis, dpmpp_2m, dpmpp_2m_sde, lms, pndm, uni_pc
+from gobelin.samplers.one_call import ddim, ddpm, euler_ancestral, lcm
+from gobelin.samplers.two_calls import dpm_2, dpm_2_ancestral, heun
+from gobelin.schedule import NoiseSchedule, Spacing
+
+__all__ = [
+    "SAMPLERS",
+    "Denoise",
+    "Grid",
+    "Guess",
+    "Latents",
+    "NoiseSource",
+    "Sampler",
+    "Step",
+    "find_grid",
+    "find_sampler",
+    "over_picture",
+    "sample",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A sampler by name: its function, its grid, and the spacing it takes where the model's folder is silent."""
+
+    function: SamplerFunction
+    grid: Callable[[NoiseSchedule, int, Spacing, bool], Grid]
+    spacing: Spacing
+    karras: bool = False
+
+
+def _with_karras(name: str, sampler: Sampler) -> dict[str, Sampler]:
+    return {name: sampler, f"{name}_karras": replace(sampler, karras=True)}
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(function=ddpm, grid=ddpm_grid, spacing="leading"),
+    "ddim": Sampler(function=ddim, grid=ddim_grid, spacing="leading"),
+    "pndm": Sampler(function=pndm, grid=pndm_grid, spacing="leading"),
+    "lcm": Sampler(function=lcm, grid=lcm_grid, spacing="leading"),
+    **_with_karras("euler", Sampler(function=ddim, grid=euler_grid, spacing="linspace")),
+    "euler_ancestral": Sampler(function=euler_ancestral, grid=euler_grid, spacing="linspace"),
+    **_with_karras("heun", Sampler(function=heun, grid=euler_grid, spacing="linspace")),
+    **_with_karras("lms", Sampler(function=lms, grid=euler_grid, spacing="linspace")),
+    **_with_karras("dpm_2", Sampler(function=dpm_2, grid=dpm_2_grid, spacing="linspace")),
+    **_with_karras("dpm_2_ancestral", Sampler(function=dpm_2_ancestral, grid=dpm_2_grid, spacing="linspace")),
+    **_with_karras("dpmpp_2m", Sampler(function=dpmpp_2m, grid=dpm_grid, spacing="linspace")),
+    **_with_karras("dpmpp_2m_sde", Sampler(function=dpmpp_2m_sde, grid=dpm_grid, spacing="linspace")),
+    **_with_karras("uni_pc", Sampler(function=uni_pc, grid=dpm_grid, spacing="linspace")),
+    **_with_karras("deis", Sampler(function=deis, grid=deis_grid, spacing="linspace")),
+}
+
+
+def sample(
+    name: str,
+    denoise: Denoise,
+    grid: Grid,
+    start_noise: Latents,
+    noise: Callable[[], Latents],
+    clean: Latents | None = None,
+) -> Iterator[Step]:
+    """Run the sampler called ``name`` along a grid of its own; the last step's ``latents`` are the picture's.
+
+    It begins with standard noise, or with ``clean`` latents under as much of it as the grid begins with; ``noise``
+    gives each stochastic step its own, in order. Raises :class:`UsageError` for an unknown name.
+    """
+    start = start_noise * grid.start_scale
+    if clean is not None:
+        level = grid.alphas_cumprod[0]
+        start = math.sqrt(level) * clean + math.sqrt(1 - level) * start_noise
+    return find_sampler(name).function(denoise, start, grid, noise)
+
+
+def over_picture(grid: Grid, steps: int, strength: float) -> Grid:
+    """The rest of a grid that painting over a picture goes through: the share ``strength`` of its ``steps``.
+
+    Raises :class:`UsageError` where none is left.
+    """
+    if not 0 <= strength <= 1:
+        raise UsageError(f"the strength is {strength}: give a share from 0 (the picture as it is) to 1 (nothing of it)")
+    left = min(int(steps * strength), steps)
+    if not left:
+        raise UsageError(f"a strength of {strength} leaves none of {steps} steps: give {1 / steps:.2g} or more")
+    return grid.after(steps - left)
+
+
+def find_grid(name: str, schedule: NoiseSchedule, steps: int) -> Grid:
+    """The timesteps and noise levels at which a sampler will stand.
+
+    Raises :class:`UsageError` for an unknown name, and for more steps than the schedule has timesteps.
+    """
+    sampler = find_sampler(name)
+    if not 1 <= steps <= schedule.config.num_train_timesteps:
+        raise UsageError(f"{steps} steps asked for: give a number from 1 to {schedule.config.num_train_timesteps}")
+    return sampler.grid(schedule, steps, schedule.config.timestep_spacing or sampler.spacing, sampler.karras)
+
+
+def find_sampler(name: str) -> Sampler:
+    """The sampler of that name; raises :class:`UsageError` with the choices."""
+    if name not in SAMPLERS:
+        raise UsageError(f"unknown sampler {name!r}: the choices are {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
