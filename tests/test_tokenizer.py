@@ -123,7 +123,7 @@ def test_training_fills_the_vocabulary_up_to_its_size_with_merges(tokenizer: Tok
 @example(text="snake_case _private 3.5 x")
 def test_the_tokens_of_a_word_spell_that_word(roomy: Tokenizer, text: str) -> None:
     (ids,) = roomy(text).tolist()
-    spans = roomy.spans(text)
+    spans = roomy.words(text).spans
     for span in spans:
         assert text[span.start : span.end] == span.word
         spelling = spelled(roomy, [ids[position] for position in span.tokens])
@@ -135,7 +135,7 @@ def test_the_tokens_of_a_word_spell_that_word(roomy: Tokenizer, text: str) -> No
 def test_spans_are_the_words_without_punctuation_and_count_from_bos(roomy: Tokenizer) -> None:
     text = 'The RED circle, "light-grey" (isn\'t)'
     (ids,) = roomy(text).tolist()
-    spans = roomy.spans(text)
+    spans = roomy.words(text).spans
     assert [span.word for span in spans] == ["The", "RED", "circle", "light-grey", "isn't"]
     assert [span.tokens for span in spans[:3]] == [(1,), (2,), (3,)]
     assert [spelled(roomy, [ids[position] for position in span.tokens]) for span in spans[3:]] == [
@@ -145,15 +145,8 @@ def test_spans_are_the_words_without_punctuation_and_count_from_bos(roomy: Token
 
 
 def test_spans_leave_out_the_words_that_are_cut_off(tokenizer: Tokenizer) -> None:
-    spans = tokenizer.spans("red " * 50)
+    spans = tokenizer.words("red " * 50).spans
     assert [span.tokens for span in spans] == [(position,) for position in range(1, LENGTH - 1)]
-
-
-@pytest.mark.parametrize(
-    ("count", "rest"), [(0, ""), (1, ""), (LENGTH - 2, ""), (LENGTH - 1, "circle"), (LENGTH, "circle circle")]
-)
-def test_cut_is_the_end_of_a_text_that_does_not_fit(tokenizer: Tokenizer, count: int, rest: str) -> None:
-    assert tokenizer.cut("circle " * count) == rest
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
@@ -197,7 +190,7 @@ def test_files_that_are_no_clip_tokenizer_are_refused(files: dict[str, str], mes
         Tokenizer.from_pretrained(rewrite(tmp_path, **files))
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     (rewrite(tmp_path) / name).unlink()
     with pytest.raises(ModelError, match=name):

@@ -7,13 +7,13 @@ case, 256 byte symbols, words that end in ``</w>``, BOS first, then EOS as end a
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
 from jaxtyping import Int
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
@@ -37,6 +37,19 @@ class WordSpan:
     start: int
     end: int
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token of a text: its id, and its characters ``text[start:end]``."""
+
+    id: int
+    start: int
+    end: int
+
+    def moved(self, by: int) -> "Token":
+        """The same so many characters further on."""
+        return replace(self, start=self.start + by, end=self.end + by)
 
 
 Word = str | int | tuple[str, int]
@@ -100,11 +113,12 @@ class Tokenizer:
         self.vocab = vocab
         self.merges = list(merges)
         self.max_length = max_length
-        self._engine = _engine(models.BPE(vocab, self.merges, end_of_word_suffix=WORD_END, unk_token=EOS))
+        try:
+            self._engine = _engine(models.BPE(vocab, self.merges, end_of_word_suffix=WORD_END, unk_token=EOS))
+        except Exception as error:  # the library's own, of no particular type
+            raise ModelError(f"the vocabulary and the merges do not make a tokenizer: {error}") from error
         self._engine.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS)])
-        self._engine.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A {EOS}", special_tokens=[(BOS, vocab[BOS]), (EOS, vocab[EOS])]
-        )
+        self._meanings: dict[int, tuple[int, ...]] = {}
 
     @property
     def eos(self) -> int:
@@ -141,8 +155,11 @@ class Tokenizer:
         Without the first two, ``tokenizer.json`` is read, which is all that newer transformers write.
         """
         folder = Path(folder)
-        length = read_json(folder / "tokenizer_config.json").get("model_max_length")
-        length = length if isinstance(length, int) and length < UNLIMITED else 77
+        config = folder / "tokenizer_config.json"
+        length = read_json(config).get("model_max_length", 77) if config.is_file() else 77
+        if not isinstance(length, int) or length < 3:
+            raise ModelError(f"{config}: model_max_length is {length!r}, expected 3 tokens or more")
+        length = length if length < UNLIMITED else 77
         if not (folder / "merges.txt").exists() and (folder / "tokenizer.json").exists():
             return cls(*_from_tokenizer_json(folder / "tokenizer.json"), length)
         merges_file = folder / "merges.txt"
@@ -158,6 +175,8 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that transformers' ``CLIPTokenizer`` reads."""
+        if self._meanings:
+            raise UsageError("words were added to this tokenizer, which its files have no place for: save without them")
         folder = Path(folder)
         write_json(folder / "vocab.json", self.vocab)
         lines = [MERGES_HEADER, *(" ".join(pair) for pair in self.merges)]
@@ -167,41 +186,64 @@ class Tokenizer:
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length}
         write_json(folder / "tokenizer_config.json", {**config, **special})
 
+    def add_word(self, word: str, token_ids: Sequence[int]) -> None:
+        """From now on ``word``, wherever it stands in a text, is these tokens; they are all of that word.
+
+        Raises :class:`UsageError` for a word that the tokenizer has already.
+        """
+        self.refuse_known(word)
+        self._engine.add_special_tokens([AddedToken(word, single_word=True, normalized=False)])
+        spoken = self._engine.token_to_id(word)
+        assert spoken is not None
+        self._meanings[spoken] = tuple(token_ids)
+
+    def refuse_known(self, word: str) -> None:
+        """Raise :class:`UsageError` for a word that cannot be added."""
+        known = any(self._engine.token_to_id(one) is not None for one in (word, f"{word.lower()}{WORD_END}"))
+        if not word.strip() or known:
+            raise UsageError(f"{word!r} is a token already, or nothing: give another word for what is added")
+
     def __call__(self, texts: str | Sequence[str]) -> Int[Tensor, "batch length"]:
         """Token ids, each text cut or padded to ``max_length``: BOS, the text, EOS, and EOS as padding."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = []
-        for encoding in self._engine.encode_batch(texts):
-            ids = encoding.ids[: self.max_length - 1]
-            rows.append([*ids, *[self.eos] * (self.max_length - len(ids))])
+        rows = [self.padded([token.id for token in self.tokens(text)]) for text in texts]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), self.max_length)
 
-    def spans(self, text: str) -> list[WordSpan]:
-        """The words of a text and where their tokens are; of what is cut off there is nothing.
+    def padded(self, token_ids: Sequence[int]) -> list[int]:
+        """Ids of a text between BOS and EOS, cut or padded with EOS to ``max_length``."""
+        kept = list(token_ids)[: self.max_length - 2]
+        return [self.vocab[BOS], *kept, *[self.eos] * (self.max_length - 1 - len(kept))]
 
-        A word is what stands between spaces, less the punctuation around it.
-        """
+    def tokens(self, text: str) -> list[Token]:
+        """The tokens of a text, without BOS and EOS, however many there are."""
         encoding = self._engine.encode(text)
-        kept = list(enumerate(encoding.offsets))[1 : self.max_length - 1]
-        spans = []
-        for match in WORD.finditer(text):
-            start, end = match.span()
-            tokens = tuple(index for index, (first, last) in kept if first < end and last > start)
-            if tokens:
-                spans.append(WordSpan(word=match.group(), start=start, end=end, tokens=tokens))
-        return spans
+        return [
+            Token(id=token_id, start=start, end=end)
+            for spoken, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            for token_id in self._meanings.get(spoken, (spoken,))
+        ]
 
     def words(self, text: str) -> Words:
         """The words of a text, to be asked for their tokens."""
-        end = min(len(self._engine.encode(text).ids), self.max_length) - 1
-        return Words(text=text, spans=tuple(self.spans(text)), end=end, length=self.max_length)
+        tokens = self.tokens(text)[: self.max_length - 2]
+        return self.words_at(text, [(token, place + 1) for place, token in enumerate(tokens)], self.max_length)
 
-    def cut(self, text: str) -> str:
-        """The end of a text that does not fit into ``max_length`` tokens; empty where all of it fits."""
-        encoding = self._engine.encode(text)
-        if len(encoding.ids) <= self.max_length:
-            return ""
-        return text[encoding.offsets[self.max_length - 1][0] :].strip()
+    def words_at(self, text: str, tokens: Sequence[tuple[Token, int]], length: int) -> Words:
+        """The words of a text whose tokens stand at these positions; of what has no token there is nothing.
+
+        A word is what stands between spaces, less the punctuation around it.
+        """
+        spans, first = [], 0
+        for match in WORD.finditer(text):
+            start, end = match.span()
+            while first < len(tokens) and tokens[first][0].end <= start:
+                first += 1
+            last = first
+            while last < len(tokens) and tokens[last][0].start < end:
+                last += 1
+            if places := tuple(place for _, place in tokens[first:last]):
+                spans.append(WordSpan(word=match.group(), start=start, end=end, tokens=places))
+        return Words(text=text, spans=tuple(spans), end=(tokens[-1][1] if tokens else 0) + 1, length=length)
 
 
 def _from_tokenizer_json(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
