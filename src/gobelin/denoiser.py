@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gobelin.attention import AttentionMaps, Edit, Trace
+from gobelin.look.edits import Push
 from gobelin.look.wishes import Wish
 from gobelin.samplers import Guess
 from gobelin.schedule import NoiseSchedule
@@ -20,8 +21,9 @@ class Denoiser:
 
     ``text_embeddings`` and ``negative_embeddings`` are [B, L, D]; ``guidance`` 1 or less turns guidance off, and
     then the negative half is not run. ``guidance_rescale`` is φ of arXiv 2305.08891, 0 (off) to 1. ``trace`` and
-    ``edits`` concern the half that is guided by the text. Before anything else, latents go through ``adjust`` and are
-    moved by the ``wishes``.
+    ``edits`` concern the half that is guided by the text. Before anything else, latents go through
+    ``adjust(latents, way, ᾱ)`` and are moved by the ``wishes``. A U-Net that inpaints sees ``beside`` them a mask and
+    the latents around it.
     """
 
     unet: UNet
@@ -33,14 +35,16 @@ class Denoiser:
     trace: Trace | None = None
     edits: tuple[Edit, ...] = ()
     wishes: tuple[Wish, ...] = ()
-    adjust: Callable[[Tensor, float], Tensor] = lambda latents, way: latents
+    pushes: tuple[Push, ...] = ()
+    adjust: Callable[[Tensor, float, float], Tensor] = lambda latents, way, alpha_cumprod: latents
+    beside: Float[Tensor, "batch more h w"] | None = None
 
     @torch.no_grad()
     def __call__(
         self, noisy_latents: Float[Tensor, "batch channels h w"], timestep: float, alpha_cumprod: float
     ) -> Guess:
         """What is seen in ``noisy_latents``, which stand at ``timestep`` and noise level ᾱ."""
-        noisy_latents = self.adjust(noisy_latents, self.schedule.way(timestep))
+        noisy_latents = self.adjust(noisy_latents, self.schedule.way(timestep), alpha_cumprod)
         for wish in self.wishes:
             if self.schedule.way(timestep) < wish.end:
                 noisy_latents = self._wished(wish, noisy_latents, timestep)
@@ -50,13 +54,29 @@ class Denoiser:
 
     def _predict(self, noisy_latents: Tensor, timestep: float) -> tuple[Tensor, AttentionMaps]:
         timesteps = torch.full((len(noisy_latents),), timestep, dtype=torch.float32, device=noisy_latents.device)
+        noisy_latents = self._seen(noisy_latents)
         if self.guidance <= 1:
-            return self._look(noisy_latents, timesteps, self.text_embeddings, timestep)
-        both = torch.cat([self.negative_embeddings, self.text_embeddings])
-        predictions, maps = self._look(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both, timestep)
-        negative, positive = predictions.chunk(2)
-        guided = negative + self.guidance * (positive - negative)
-        return rescale_guidance(guided, positive, self.guidance_rescale), maps
+            positive, maps = self._look(noisy_latents, timesteps, self.text_embeddings, timestep)
+            guided = positive
+        else:
+            both = torch.cat([self.negative_embeddings, self.text_embeddings])
+            predictions, maps = self._look(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both, timestep)
+            negative, positive = predictions.chunk(2)
+            guided = negative + self.guidance * (positive - negative)
+            guided = rescale_guidance(guided, positive, self.guidance_rescale)
+        for push in self.pushes:
+            if self.schedule.way(timestep) >= push.start:
+                guided = self._pushed(push, guided, positive, noisy_latents, timesteps)
+        return guided, maps
+
+    def _pushed(self, push: Push, guided: Tensor, positive: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The guided prediction, with one picture's further from what it would be with another's words."""
+        first, second = push.rows
+        row = slice(second, second + 1)
+        before = self.unet(noisy_latents[row], timesteps[row], self.text_embeddings[first : first + 1])
+        result = guided.clone()
+        result[row] += push.strength * (positive[row] - before)
+        return result
 
     def _look(
         self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor, timestep: float
@@ -82,7 +102,7 @@ class Denoiser:
         latents = noisy_latents.detach().requires_grad_()
         timesteps = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)
         _, maps = self.unet.trace(
-            latents.to(self.unet.dtype),
+            self._seen(latents.to(self.unet.dtype)),
             timesteps,
             self.text_embeddings,
             sites=wish.sites,
@@ -94,6 +114,11 @@ class Denoiser:
         (gradient,) = torch.autograd.grad(loss.sum(), latents)
         size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
         return (latents - wish.strength * loss.reshape(-1, 1, 1, 1) * gradient / size).detach()
+
+    def _seen(self, noisy_latents: Tensor) -> Tensor:
+        return (
+            noisy_latents if self.beside is None else torch.cat([noisy_latents, self.beside.to(noisy_latents)], dim=1)
+        )
 
     def _edits_at(self, timestep: float) -> list[Edit]:
         return [edit for edit in self.edits if edit.holds(self.schedule.way(timestep))]

@@ -111,7 +111,7 @@ def test_methods_are_told_apart() -> None:
     heard: list[None] = []
     content = measure(Painter(), CORE, 12, lambda: heard.append(None))
     assert content["edits"] == len(heard) == 12
-    well, anew = content["methods"]["prompt-to-prompt"], content["methods"]["painted anew"]
+    well, anew = content["methods"]["edit"], content["methods"]["painted anew"]
     assert [well[what]["value"] for what in ("answers", "keeps", "both")] == [1.0, 1.0, 1.0]
     assert well["both"]["n"] == 12
     assert anew["both"]["value"] == 0.0

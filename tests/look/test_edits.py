@@ -1,7 +1,6 @@
 """Edits of attention: what they do to probabilities, and what they do to pictures."""
 
-from dataclasses import replace
-
+import numpy as np
 import pytest
 import torch
 from tests.look.conftest import COARSE, SITE, SIZE
@@ -10,7 +9,19 @@ from torch import Tensor
 from gobelin.attention import AttentionSite, Edit, choose_sites
 from gobelin.errors import UsageError
 from gobelin.look.alignment import alignment
-from gobelin.look.edits import Blend, Blending, Region, blended, followed, regional, reweighted, silenced
+from gobelin.look.edits import (
+    Blend,
+    Blending,
+    Push,
+    Region,
+    Shared,
+    changed_words,
+    followed,
+    regional,
+    reweighted,
+    silenced,
+    tokens_of,
+)
 from gobelin.look.wishes import excited
 from gobelin.pipeline import Pipeline
 from gobelin.tokenizer import Tokenizer
@@ -120,7 +131,7 @@ def test_outside_of_the_words_pixels_nothing_changes(tokenizer: Tokenizer) -> No
         (lambda words: followed(words, words, SIZE, cross=1.5), "cross is 1.5: give a share of the way"),
         (lambda words: excited(words, latent_size=SIZE), "no word given"),
         (lambda words: excited(words, "red", latent_size=SIZE, strength=-1), "the strength is -1: give 0"),
-        (lambda words: blended(words, words, ["cat"], SIZE), "'cat' is not in the prompt"),
+        (lambda words: tokens_of(words, words, ["cat"]), "'cat' is not in the prompt"),
     ],
 )
 def test_what_cannot_be_done_is_said(tokenizer: Tokenizer, ask, message: str) -> None:
@@ -189,7 +200,7 @@ def test_prompt_to_prompt_starts_from_one_noise_and_keeps_the_first_picture(pipe
     same = pipe.edit("a red circle", "a red circle", seed=5, steps=4)
     assert torch.allclose(same.latents[1], same.latents[0], atol=1e-4)
     louder = pipe.edit(
-        "a red circle", "a blue circle", seed=5, steps=4, weights={"blue": 3}, edit=lambda _, probs: probs
+        "a red circle", "a blue circle", seed=5, steps=4, reweight={"blue": 3}, edit=lambda _, probs: probs
     )
     assert not torch.equal(louder.latents[1], pipe.edit("a red circle", "a blue circle", seed=5, steps=4).latents[1])
     assert torch.equal(louder.latents[0], pipe.edit("a red circle", "a blue circle", seed=5, steps=4).latents[0])
@@ -202,18 +213,63 @@ def test_prompt_to_prompt_starts_from_one_noise_and_keeps_the_first_picture(pipe
 def test_a_changed_word_changes_less_of_the_picture_than_a_picture_by_itself() -> None:
     shipped = Pipeline.from_pretrained()
     before, after = "a red circle left of a blue square", "a green circle left of a blue square"
-    apart = {"followed": 0.0, "by itself": 0.0}
+    options = {"steps": 8, "sampler": "dpmpp_2m"}
+    changed = {"alone": 0.0, "edit": 0.0, "by itself": 0.0}
     for seed in range(4):
-        pair = shipped.edit(before, after, seed=seed, steps=8, sampler="dpmpp_2m").latents
-        itself = shipped(after, seed=seed, steps=8, sampler="dpmpp_2m").latents[0]
-        apart["followed"] += (pair[1] - pair[0]).square().mean().item()
-        apart["by itself"] += (itself - pair[0]).square().mean().item()
-    assert 0 < apart["followed"] < 0.8 * apart["by itself"]
+        first, edited = shipped.edit(before, after, seed=seed, **options).images
+        _, alone = shipped.edit(before, after, seed=seed, start=0, push=0, blend=(), **options).images
+        (itself,) = shipped(after, seed=seed, **options).images
+        for name, picture in (("alone", alone), ("edit", edited), ("by itself", itself)):
+            apart = np.abs(np.asarray(picture, np.float32) - np.asarray(first, np.float32))
+            changed[name] += (apart.max(axis=-1) > 48).mean()  # levels of 255
+    assert 0 < changed["edit"] < 0.7 * changed["by itself"]
+    assert 0 < changed["alone"] < 0.7 * changed["by itself"]
+
+
+def test_changed_words_are_those_that_the_other_prompt_has_not(tokenizer: Tokenizer) -> None:
+    source, target = tokenizer.words("a red ring, a blue circle"), tokenizer.words("a red square and a blue circle")
+    assert changed_words(source, target) == ([*source.tokens("ring")], [*target.tokens("square and")])
+    assert changed_words(source, source) == ([], [])
+
+
+def test_until_they_part_two_pictures_are_one(pipe: Pipeline) -> None:
+    latents = torch.randn(3, 4, *SIZE)
+    shared = Shared(until=0.5, rows=(2, 0))
+    assert shared.applied(latents, 0.5) is latents
+    assert torch.equal(shared.applied(latents, 0.49), latents[[2, 1, 2]])
+
+    def apart(until: float) -> float:
+        edit = Shared(until=until)
+        one, other = pipe(["a red circle", "a blue circle"], seed=[5, 5], steps=8, edit=edit).latents
+        return (one - other).square().mean().item()
+
+    assert 0 < apart(0.9) < apart(0.5) < apart(0.0)
+    with pytest.raises(UsageError, match=r"shared until 1\.5: give a share of the way"):
+        Shared(until=1.5)
+
+
+def test_a_push_adds_the_way_from_one_text_to_the_other(pipe: Pipeline) -> None:
+    latents = torch.randn(2, 4, *pipe.latent_size(), generator=torch.Generator().manual_seed(0))
+    prompts = ["a red circle", "a blue circle"]
+
+    def prediction(*edit: Push, guidance: float = 2.0) -> torch.Tensor:
+        step = next(iter(pipe.stream(prompts, seed=[0, 0], latents=latents, steps=2, guidance=guidance, edit=edit)))
+        return step.denoised
+
+    plain, pushed = prediction(), prediction(Push(strength=0.5))
+    assert torch.equal(pushed[0], plain[0])
+    texts = [next(iter(pipe.stream([text] * 2, latents=latents, steps=2, guidance=1.0))).denoised for text in prompts]
+    way = texts[1][1] - texts[0][1]
+    assert torch.allclose(pushed[1] - plain[1], 0.5 * way, atol=1e-4)
+    assert way.abs().max() > 1e-3
+    assert torch.equal(prediction(Push(strength=0.5, start=1.0)), plain)
 
 
 def test_a_blend_leaves_the_rest_of_the_picture_as_it_was(pipe: Pipeline) -> None:
     source, target = pipe.tokenizer.words("a red circle"), pipe.tokenizer.words("a blue circle")
-    blend = replace(blended(source, target, ["red", "blue"], pipe.latent_size()), threshold=0.99)
+    tokens = tokens_of(source, target, ["red", "blue"])
+    assert tokens == changed_words(source, target)
+    blend = Blend(tokens=tokens, latent_size=pipe.latent_size(), threshold=0.99)
     latents = pipe(["a red circle", "a blue circle"], seed=[5, 5], steps=4, edit=blend).latents
     kept = torch.eq(latents[0], latents[1]).all(dim=0)
     assert 0 < kept.sum() < kept.numel()

@@ -76,7 +76,7 @@ def directly(length: int, tokens: list[int]) -> Tensor:
 
 
 def test_a_word_is_all_its_tokens_wherever_it_stands(tokenizer: Tokenizer, heatmaps: HeatMaps) -> None:
-    spans = tokenizer.spans(PROMPT)
+    spans = tokenizer.words(PROMPT).spans
     assert [span.word for span in spans] == ["A", "red", "circle", "left", "of", "a", "blue", "Circle"]
     assert len(spans[2].tokens) > 1
     for key, places in {

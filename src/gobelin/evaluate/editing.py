@@ -1,4 +1,4 @@
-"""Whether a changed word changes its object and nothing else: prompt-to-prompt, against painting anew.
+"""Whether a changed word changes its object and nothing else: an edit, prompt-to-prompt alone, and painting anew.
 
 Captions of the test list whose picture the grader finds right get another colour word. Afterwards the picture should
 answer to the new caption, and every object should be where it was, of the shape it was.
@@ -22,8 +22,13 @@ SEED = 78  # of the scenes, apart from training's and attribution's
 BATCH = 16
 MOST_TRIED = 16  # captions for each edit that is wanted
 SAME_PLACE = 0.5  # intersection over union with where an object was
-METHODS: dict[str, dict[str, Any]] = {"prompt-to-prompt": {}, "painted anew": {"cross": 0.0, "own": 0.0}}
-"""What :meth:`gobelin.pipeline.Pipeline.edit` is told; both begin with the noise of the picture before."""
+_ALONE: dict[str, Any] = {"start": 0.0, "push": 0.0, "blend": ()}
+METHODS: dict[str, dict[str, Any]] = {
+    "edit": {},
+    "prompt-to-prompt alone": _ALONE,
+    "painted anew": {**_ALONE, "cross": 0.0, "own": 0.0},
+}
+"""What :meth:`gobelin.pipeline.Pipeline.edit` is told; all begin with the noise of the picture before."""
 
 
 @dataclass(frozen=True, kw_only=True)

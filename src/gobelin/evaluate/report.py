@@ -239,8 +239,8 @@ def _editing(content: dict[str, Any]) -> Table:
         ],
         note=(
             "Of pictures that the grader found right. Kept: every object overlaps by half (intersection over union) "
-            "with where it was, has its shape and, if the word was not of it, its colour. Painted anew: the new "
-            "caption from the same noise."
+            "with where it was, has its shape and, if the word was not of it, its colour. Edit: `Pipeline.edit` by its "
+            "defaults. Prompt-to-prompt alone: the paper's method. Painted anew: the new caption from the same noise."
         ),
     )
 

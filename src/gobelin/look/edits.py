@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gobelin.attention import AttentionSite, Edit
 from gobelin.errors import UsageError
-from gobelin.look.alignment import alignment
+from gobelin.look.alignment import alignment, counterparts
 from gobelin.tokenizer import Word, Words
 
 COARSE_PATCHES = 16 * 16
@@ -143,6 +143,41 @@ def followed(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Push:
+    """Push a picture of a batch further from another's words to its own.
+
+    Guidance goes from no words to a prompt; for the picture ``rows[1]`` this adds ``strength`` times the way from the
+    words of ``rows[0]`` to its own, from the share ``start`` of the way: what is *different* in the prompt grows. It
+    costs one more pass of the U-Net a step, for that picture alone.
+    """
+
+    strength: float
+    start: float = 0.0
+    rows: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """One picture of a batch, ``rows[1]``, is another one, ``rows[0]``, until the share ``until`` of the way."""
+
+    until: float
+    rows: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.until <= 1:
+            raise UsageError(f"pictures are shared until {self.until}: give a share of the way from 0 to 1")
+
+    def applied(self, latents: Float[Tensor, "batch channels h w"], way: float) -> Float[Tensor, "batch channels h w"]:
+        """The latents at this share of the way."""
+        if way >= self.until:
+            return latents
+        first, second = self.rows
+        result = latents.clone()
+        result[second] = latents[first]
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blend:
     """Prompt-to-prompt's local blend: outside of some words' pixels, one picture of a batch is another one.
 
@@ -158,8 +193,19 @@ class Blend:
     rows: tuple[int, int] = (0, 1)
 
 
-def blended(source: Words, target: Words, words: Sequence[Word], latent_size: tuple[int, int]) -> Blend:
-    """A :class:`Blend` of two pictures by words that one or both of the prompts have.
+def changed_words(source: Words, target: Words) -> tuple[list[int], list[int]]:
+    """The tokens of the words that one of two prompts has and the other has not, in (source, target)."""
+    same = [(one, other) for one, other in counterparts(source, target) if one.word.lower() == other.word.lower()]
+    kept = [{span for span, _ in same}, {span for _, span in same}]
+    old, new = (
+        [token for span in words.spans if span not in spans for token in span.tokens]
+        for words, spans in zip((source, target), kept, strict=True)
+    )
+    return old, new
+
+
+def tokens_of(source: Words, target: Words, words: Sequence[Word]) -> tuple[list[int], list[int]]:
+    """The tokens in (source, target) of words that one or both of the prompts have.
 
     Raises :class:`UsageError` for a word that neither has.
     """
@@ -173,7 +219,7 @@ def blended(source: Words, target: Words, words: Sequence[Word], latent_size: tu
                 missing.append(error)
         if len(missing) == 2:
             raise missing[0]
-    return Blend(tokens=found, latent_size=latent_size)
+    return found
 
 
 class Blending:
