@@ -1,12 +1,12 @@
 """A prompt in, a stream of steps and then pictures out: everything put together."""
 
-import dataclasses
 import html
+import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,41 +16,31 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Generator, Tensor
 
-from gobelin.attention import Change, Edit, Trace, choose_sites
+from gobelin.attention import Edit, Trace
+from gobelin.checkpoint import Model, Recommended, open_model
+from gobelin.checkpoint.folder import save_folder
+from gobelin.checkpoint.single_file import save_single_file
 from gobelin.clip import TextEncoder
 from gobelin.denoiser import Denoiser
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
-from gobelin.formats.files import read_json, write_json
+from gobelin.formats.inversion import read_inversion
 from gobelin.formats.png import write_png
-from gobelin.look.edits import Blend, Blending, blended, followed, reweighted
-from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
+from gobelin.look.edits import Blend, Blending, Push, Shared, changed_words, followed, reweighted, tokens_of
+from gobelin.look.heatmaps import Collector, HeatMaps
 from gobelin.look.page import framed_page, picture_url
 from gobelin.look.wishes import Wish, held
-from gobelin.samplers import NoiseSource, Step, find_grid, sample
-from gobelin.schedule import NoiseSchedule, ScheduleConfig
-from gobelin.tokenizer import Tokenizer, Word
+from gobelin.lora import Loras
+from gobelin.prompts import Style, chunked, encode
+from gobelin.request import AnyEdit, Request, inpaints, latent_size, listed, request
+from gobelin.samplers import NoiseSource, Step, sample
+from gobelin.schedule import NoiseSchedule
+from gobelin.tokenizer import Tokenizer, Word, Words
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
-AnyEdit = Change | Edit | Wish | Blend
-
 SHIPPED = "tiny"
-MAX_SEED = 2**63 - 1
-MODEL_INDEX = "model_index.json"
-OURS = "gobelin.json"
-EDITED = "edited"
-"""In a picture's settings where it was painted with edits, which they do not hold: they do not repeat it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recommended:
-    """How a model asks to be sampled; read from ``gobelin.json`` where its folder has one."""
-
-    sampler: str = "dpmpp_2m"
-    steps: int = 25
-    guidance: float = 7.5
-    guidance_rescale: float = 0.0
+MOST_PIXELS = 2**22
+"""So many are decoded at once: at Stable Diffusion's size that takes some 7 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +113,8 @@ class Pipeline:
         self.recommended = recommended or Recommended()
         self.world = world
         self.name = name
+        self.loras = Loras({"unet": self.unet, "text_encoder": self.text_encoder})
+        self.learned_words: list[str] = []
         self._refuse_misfits()
 
     @classmethod
@@ -131,44 +123,63 @@ class Pipeline:
         path: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> Self:
-        """Open a model: the one that ships with Gobelin, or a diffusers folder.
+        """Open a model: the one that ships with Gobelin, a diffusers folder, an original ``.safetensors`` or ``.ckpt``
+        file, or a repository of the Hub by its name.
 
-        ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None takes float32. Raises
-        :class:`ModelError` that names the file and what is wrong with it.
+        ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None takes float32. The other options are
+        those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError` that names the file and what is wrong
+        with it.
         """
-        folder = shipped_model() if path is None else Path(path)
-        if not (folder / MODEL_INDEX).is_file():
-            raise ModelError(f"no model at {folder}: expected a folder with a {MODEL_INDEX}")
-        device = find_device(device)
-        dtype = dtype or torch.float32
-        scheduler = folder / "scheduler" / "scheduler_config.json"
-        ours = folder / OURS
-        said = read_json(ours) if ours.is_file() else {}
-        if not isinstance(world := said.get("world"), str | None):
-            raise ModelError(f"{ours}: world is {world!r}, expected the name of a world of scenes")
-        return cls(
-            unet=UNet.from_pretrained(folder / "unet", dtype).to(device),
-            vae=VAE.from_pretrained(folder / "vae", dtype).to(device),
-            text_encoder=TextEncoder.from_pretrained(folder / "text_encoder", dtype).to(device),
-            tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
-            schedule=NoiseSchedule(config_from_json(ScheduleConfig, read_json(scheduler), scheduler)),
-            recommended=config_from_json(Recommended, said, ours),
-            world=world,
-            name=folder.resolve().name,
+        model = open_model(
+            shipped_model() if path is None else path, find_device(device), dtype or torch.float32, **options
         )
+        return cls(**vars(model))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers folder, in ``dtype`` or in the weights' own precision; the index comes last."""
-        folder = Path(folder)
-        self.unet.save_pretrained(folder / "unet", dtype)
-        self.vae.save_pretrained(folder / "vae", dtype)
-        self.text_encoder.save_pretrained(folder / "text_encoder", dtype)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(self.schedule.config))
-        known = {} if self.world is None else {"world": self.world}
-        write_json(folder / OURS, dataclasses.asdict(self.recommended) | known)
-        write_json(folder / MODEL_INDEX, MODEL_INDEX_JSON)
+        save_folder(self.model, Path(folder), dtype)
+
+    def save_single_file(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a ``.safetensors`` file as the original code lays it out; it has no place for the tokenizer."""
+        save_single_file(self.model, Path(path), dtype)
+
+    @property
+    def model(self) -> Model:
+        """What the pipeline paints with."""
+        return Model(
+            unet=self.unet,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            schedule=self.schedule,
+            recommended=self.recommended,
+            world=self.world,
+            name=self.name,
+        )
+
+    def load_lora(
+        self, path: str | Path, weight: float = 1.0, name: str | None = None, allow_pickle: bool = False
+    ) -> str:
+        """Add a LoRA of kohya's, diffusers' or PEFT's layout, so many times as strong as it was trained.
+
+        Returns what it goes by in ``loras``, where its weight can be changed and it can be taken out. Raises
+        :class:`ModelError` that names what of the file does not fit this model.
+        """
+        return self.loras.add(Path(path), weight, name, allow_pickle)
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> str:
+        """Add a word that was learned; returns the word, ``token`` or the file's own, to be used in prompts.
+
+        Raises :class:`ModelError` for a file that is none, and :class:`UsageError` for vectors of another width.
+        """
+        named, vectors = read_inversion(Path(path), allow_pickle)
+        word = token or named
+        self.tokenizer.refuse_known(word)
+        self.tokenizer.add_word(word, self.text_encoder.add_vectors(vectors))
+        self.learned_words.append(word)
+        return word
 
     def __call__(
         self,
@@ -181,16 +192,18 @@ class Pipeline:
 
         Results are in prompt-major order, then by count.
         """
-        request = self._request(prompt, **options)
-        latents, collector = torch.empty(0), Collector(request.trace or Trace())
-        for step in self._steps(request):
+        asked = self._asked(prompt, options)
+        latents, collector = torch.empty(0), Collector(asked.trace or Trace())
+        for step in self._steps(asked):
             latents = step.latents
             collector.add(step.maps)
             on_step(step)
         with torch.no_grad():
-            images = to_pil(self.vae.latents_to_images(latents.to(self.vae.dtype)))
-        traced = None if request.trace is None else self._heatmaps(request, collector, images)
-        return Result(images=images, latents=latents, settings=request.settings, traced=traced)
+            images = self._decoded(latents, asked.tile)
+        if asked.canvas is not None:
+            images = [asked.canvas.kept(index, image) for index, image in enumerate(images)]
+        traced = None if asked.trace is None else self._heatmaps(asked, collector, images)
+        return Result(images=images, latents=latents, settings=asked.settings, traced=traced)
 
     def stream(self, prompt: str | Sequence[str], **options: Any) -> Iterator[PaintingStep]:
         """Paint step by step, for one prompt or several.
@@ -199,13 +212,17 @@ class Pipeline:
         or one for each; None draws one; ``steps``, ``guidance``,
         ``guidance_rescale``, ``sampler``, None for what the model recommends; ``height`` and ``width`` in pixels,
         None for the model's own; ``count`` pictures a prompt; ``latents`` [B, 4, h, w], start noise of your own;
-        ``clip_skip`` layers of the text encoder to leave out; ``trace`` True for every step's ``maps`` of what looked
+        ``init_image`` one picture or one for each, which is painted over by the share ``strength`` of the steps, at its
+        own size unless another is given; ``mask`` likewise, white where to paint: elsewhere pixels stay what they were;
+        ``clip_skip`` layers of the text encoder to leave out; ``weights`` "a1111", "comfyui" or "none", in whose
+        meaning ``(word:1.2)`` is read (:mod:`gobelin.prompts`); ``tile`` latents a side, to decode large pictures in
+        tiles; ``trace`` True for every step's ``maps`` of what looked
         at which word, "sharp" for heat maps that point best (:meth:`gobelin.look.heatmaps.HeatMaps.sharpened`), or a
         :class:`gobelin.attention.Trace` that says more; ``edit`` one or several of
         :mod:`gobelin.look.edits` and :mod:`gobelin.look.wishes`, or a plain ``change(site, probs) -> probs``.
         Raises :class:`UsageError` for what cannot be painted.
         """
-        return self._steps(self._request(prompt, **options))
+        return self._steps(self._asked(prompt, options))
 
     def edit(
         self,
@@ -213,188 +230,135 @@ class Pipeline:
         to: str,
         *,
         seed: int | None = 0,
+        start: float = 0.3,
         cross: float = 0.8,
         own: float = 0.4,
+        push: float = 4.0,
+        blend: Sequence[Word] | None = None,
         hold: float = 0.0,
-        weights: Mapping[Word, float] | None = None,
-        blend: Sequence[Word] = (),
+        reweight: Mapping[Word, float] | None = None,
         **options: Any,
     ) -> Result:
         """Two pictures: of ``prompt``, and of ``to`` with the first one's layout (prompt-to-prompt).
 
-        ``cross`` and ``own`` are those of :func:`gobelin.look.edits.followed`, and ``hold`` is the strength of
-        :func:`gobelin.look.wishes.held`; ``weights`` say how many times as much words of ``to`` are looked at; outside
-        of the pixels of the ``blend`` words, of either prompt, nothing changes. The other options are those of
-        :meth:`stream`, without ``count``; an ``edit`` comes after these.
+        Until the share ``start`` of the way, from noise to picture, the two are one. ``cross`` and ``own`` are those of
+        :func:`gobelin.look.edits.followed`; ``push`` is the strength of :class:`gobelin.look.edits.Push`, and ``hold``
+        that of :func:`gobelin.look.wishes.held`. Outside of the pixels of the ``blend`` words, of either prompt,
+        nothing changes; None takes the words that changed. ``reweight`` says how many times as much words of ``to``
+        are looked at. The other options are those of :meth:`stream`, without ``count``; an ``edit`` comes after these.
+        The method of the paper alone is ``start=0, push=0, blend=()``.
         """
         if options.pop("count", 1) != 1:
             raise UsageError("an edit paints two pictures: leave out count")
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
-        size = self.latent_size(options.get("height"), options.get("width"))
-        source, target = self.tokenizer.words(prompt), self.tokenizer.words(to)
+        size = latent_size(self.model, options.get("height"), options.get("width"), options.get("init_image"))
+        source, target = (self.words(text, options.get("weights", "a1111")) for text in (prompt, to))
         edits: list[AnyEdit] = [*followed(source, target, size, cross, own)]
         if hold and (wish := held(source, target, size, hold)):
             edits.append(wish)
-        if weights:
-            edits.append(reweighted(target, weights, rows=[1]))
-        if blend:
-            edits.append(blended(source, target, blend, size))
-        edits += _listed(options.pop("edit", ()))
+        if reweight:
+            edits.append(reweighted(target, reweight, rows=[1]))
+        if push:
+            edits.append(Push(strength=push, start=start))
+        if start:
+            edits.append(Shared(until=start))
+        words = changed_words(source, target) if blend is None else tokens_of(source, target, blend)
+        if any(words):
+            edits.append(Blend(tokens=words, latent_size=size))
+        edits += listed(options.pop("edit", ()))
         return self([prompt, to], seed=[seed, seed], edit=edits, **options)
-
-    def _request(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str = "",
-        seed: int | Sequence[int] | None = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        guidance_rescale: float | None = None,
-        sampler: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        count: int = 1,
-        latents: Float[Tensor, "batch channels h w"] | None = None,
-        clip_skip: int = 0,
-        trace: bool | str | Trace = False,
-        edit: AnyEdit | Sequence[AnyEdit] = (),
-    ) -> "_Request":
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(text.strip() for text in prompts):
-            raise UsageError("the prompt is empty: say in a few words what to paint")
-        if count < 1:
-            raise UsageError(f"count is {count}: give 1 or more")
-        for text in dict.fromkeys([*prompts, negative_prompt]):
-            if cut := self.tokenizer.cut(text):
-                warnings.warn(
-                    f"the prompt is longer than this model's {self.tokenizer.max_length} tokens, so its end is "
-                    f"left out: {cut!r}",
-                    stacklevel=3,
-                )
-        if seed is None:
-            seed = int(torch.randint(2**31, ()).item())
-        total = len(prompts) * count
-        seeds = range(seed, seed + total) if isinstance(seed, int) else list(seed)
-        if len(seeds) != total:
-            raise UsageError(f"{len(seeds)} seeds given for {total} pictures: give one for each, or the first one's")
-        if wrong := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
-            raise UsageError(f"the seed is {wrong[0]}: give a number from 0 to {MAX_SEED - total + 1}")
-        height, width = (self._side if given is None else given for given in (height, width))
-        shape = (self.unet.config.in_channels, *self.latent_size(height, width))
-        if latents is not None and tuple(latents.shape) != (total, *shape):
-            raise UsageError(f"the start latents are {list(latents.shape)}: expected {[total, *shape]}")
-        steps = self.recommended.steps if steps is None else steps
-        last = find_grid(sampler or self.recommended.sampler, self.schedule, steps).timesteps[-1]
-        if not 0 <= clip_skip < self.text_encoder.config.num_hidden_layers:
-            raise UsageError(
-                f"clip_skip is {clip_skip}: give a number from 0 to {self.text_encoder.config.num_hidden_layers - 1}"
-            )
-        if isinstance(trace, str) and trace != "sharp":
-            raise UsageError(f'trace is {trace!r}: give True, False, "sharp" or a gobelin.attention.Trace')
-        if trace == "sharp":
-            traced = sharp_trace(self.unet.attention_sites, (shape[1], shape[2]))
-        else:
-            traced = trace if isinstance(trace, Trace) else Trace() if trace else None
-        if traced is not None:
-            if not 0 <= traced.start <= 1:
-                raise UsageError(f"a trace starts at {traced.start:g} of the way: give a share from 0 to 1")
-            traced = replace(traced, start=min(traced.start, self.schedule.way(last)))
-        edits = [asked if isinstance(asked, Edit | Wish | Blend) else Edit(change=asked) for asked in _listed(edit)]
-        for asked in (traced, *edits):
-            if isinstance(asked, Trace | Edit | Wish):
-                choose_sites(self.unet.attention_sites, asked.sites)
-            if isinstance(asked, Wish | Blend) and asked.rows is not None and max(asked.rows, default=0) >= total:
-                raise UsageError(f"an edit is about picture {max(asked.rows)} of a batch of {total}: the first is 0")
-        common = {
-            "negative_prompt": negative_prompt,
-            "steps": steps,
-            "guidance": self.recommended.guidance if guidance is None else guidance,
-            "guidance_rescale": (self.recommended.guidance_rescale if guidance_rescale is None else guidance_rescale),
-            "sampler": sampler or self.recommended.sampler,
-            "height": height,
-            "width": width,
-            "clip_skip": clip_skip,
-            "model": self.name,
-            **({EDITED: True} if edits else {}),
-        }
-        repeated = [text for text in prompts for _ in range(count)]
-        settings = [{"prompt": text, "seed": seed, **common} for text, seed in zip(repeated, seeds, strict=True)]
-        return _Request(
-            settings=settings,
-            shape=shape,
-            latents=latents,
-            trace=traced,
-            sharpen=trace == "sharp",
-            edits=tuple(edits),
-        )
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of the latents of a picture that is ``height`` × ``width`` pixels, None: the model's own.
 
         Raises :class:`UsageError` for a size that cannot be painted.
         """
-        height, width = (self._side if given is None else given for given in (height, width))
-        factor = self.vae.config.factor
-        if height < factor or width < factor or height % factor or width % factor:
-            raise UsageError(
-                f"{width}×{height} pixels asked for: this model paints sizes that are multiples of {factor}"
-            )
-        return height // factor, width // factor
+        return latent_size(self.model, height, width)
 
-    @property
-    def _side(self) -> int:
-        """The model's own height and width in pixels."""
-        return self.unet.config.sample_size * self.vae.config.factor
+    def _asked(self, prompt: str | Sequence[str], options: Mapping[str, Any]) -> Request:
+        return request(self.model, prompt, loras=self.loras.weights, learned_words=self.learned_words, **options)
 
-    def _heatmaps(self, request: "_Request", collector: Collector, images: list[Image.Image]) -> list[HeatMaps]:
+    def _decoded(self, latents: Tensor, tile: int | None) -> list[Image.Image]:
+        """Pictures of latents: one by one where there are many or they are large, in tiles where that is asked for."""
+        latents = latents.to(self.vae.dtype)
+        if tile is not None:
+            return to_pil(self.vae.latents_to_large_images(latents, tile, tile // 4))
+        at_once = max(1, MOST_PIXELS // (latents[0, 0].numel() * self.vae.config.factor**2))
+        return [image for part in latents.split(at_once) for image in to_pil(self.vae.latents_to_images(part))]
+
+    def _heatmaps(self, asked: Request, collector: Collector, images: list[Image.Image]) -> list[HeatMaps]:
+        found_maps = [collector.maps(index) for index in range(len(images))]
         found = [
             HeatMaps(
-                words=self.tokenizer.words(request.settings[index]["prompt"]),
-                maps=collector.maps(index),
-                latent_size=(request.shape[1], request.shape[2]),
+                words=replace(self.words(settings["prompt"], settings["weights"]), length=asked.length),
+                maps=maps,
+                latent_size=(asked.shape[1], asked.shape[2]),
                 picture=image,
             )
-            for index, image in enumerate(images)
+            for settings, maps, image in zip(asked.settings, found_maps, images, strict=True)
         ]
-        return [heatmaps.sharpened() for heatmaps in found] if request.sharpen else found
+        return [heatmaps.sharpened() for heatmaps in found] if asked.sharpen else found
 
     @torch.no_grad()
-    def _steps(self, request: "_Request") -> Iterator[PaintingStep]:
-        options = request.settings[0]
+    def _steps(self, asked: Request) -> Iterator[PaintingStep]:
+        options = asked.settings[0]
         device = self.unet.device
-        generators = [Generator().manual_seed(settings["seed"]) for settings in request.settings]
-        noise = NoiseSource(generators, request.shape, device)
-        start_noise = noise() if request.latents is None else request.latents.to(device, torch.float32)
-        blendings = [Blending(blend) for blend in request.edits if isinstance(blend, Blend)]
+        generators = [Generator().manual_seed(settings["seed"]) for settings in asked.settings]
+        noise = NoiseSource(generators, asked.shape, device)
+        begun = asked.canvas
+        # A U-Net that inpaints is shown what is around a hole, and has no use for the rest but to begin with it.
+        wanted = begun is not None and (asked.over or not inpaints(self.unet))
+        clean = self._drawn_latents(begun.images, noise) if begun is not None and wanted else None
+        start_noise = noise() if asked.latents is None else asked.latents.to(device, torch.float32)
+        holes = None if begun is None else begun.holes(asked.shape[1:])
+        beside = None
+        if begun is not None and holes is not None:
+            holes = holes.to(device)
+            # diffusers draws these for every U-Net, though one with four channels does not look at them.
+            masked = self._drawn_latents(begun.masked, noise) if inpaints(self.unet) else noise()
+            beside = torch.cat([holes, masked], dim=1) if inpaints(self.unet) else None
+        texts = [settings[which] for which in ("prompt", "negative_prompt") for settings in asked.settings]
+        embeddings = self.encode_text(texts, options["clip_skip"], options["weights"])
+        shared = [one for one in asked.edits if isinstance(one, Shared)]
+        blendings = [Blending(one) for one in asked.edits if isinstance(one, Blend)]
+        calls = count()
 
-        def adjusted(latents: Tensor, way: float) -> Tensor:
-            for blending in blendings:
-                latents = blending.applied(latents, way)
+        def adjusted(latents: Tensor, way: float, alpha_cumprod: float) -> Tensor:
+            for change in (*shared, *blendings):
+                latents = change.applied(latents, way)
+            if clean is not None and holes is not None and beside is None and next(calls):
+                around = math.sqrt(alpha_cumprod) * clean + math.sqrt(1 - alpha_cumprod) * start_noise
+                latents = (1 - holes) * around + holes * latents
             return latents
 
         denoiser = Denoiser(
             unet=self.unet,
             schedule=self.schedule,
-            text_embeddings=self.encode_text([s["prompt"] for s in request.settings], options["clip_skip"]),
-            negative_embeddings=self.encode_text(
-                [s["negative_prompt"] for s in request.settings], options["clip_skip"]
-            ),
+            text_embeddings=embeddings[: len(asked.settings)],
+            negative_embeddings=embeddings[len(asked.settings) :],
             guidance=options["guidance"],
             guidance_rescale=options["guidance_rescale"],
-            trace=request.trace,
+            trace=asked.trace,
             edits=(
-                *(edit for edit in request.edits if isinstance(edit, Edit)),
+                *(edit for edit in asked.edits if isinstance(edit, Edit)),
                 *(blending.edit for blending in blendings),
             ),
-            wishes=tuple(wish for wish in request.edits if isinstance(wish, Wish)),
+            wishes=tuple(wish for wish in asked.edits if isinstance(wish, Wish)),
+            pushes=tuple(push for push in asked.edits if isinstance(push, Push)),
             adjust=adjusted,
+            beside=beside,
         )
-        steps = sample(options["sampler"], denoiser, self.schedule, start_noise, options["steps"], noise)
+        steps = sample(options["sampler"], denoiser, asked.grid, start_noise, noise, clean if asked.over else None)
         for step in steps:
-            latents = adjusted(step.latents, 1.0) if step.index == options["steps"] - 1 else step.latents
+            latents = adjusted(step.latents, 1.0, 1.0) if step.index == asked.grid.steps - 1 else step.latents
             yield PaintingStep(**{**vars(step), "latents": latents}, vae=self.vae)
+
+    def _drawn_latents(self, images: Tensor, noise: NoiseSource) -> Tensor:
+        """Latents of pictures, each drawn from its posterior by its own generator."""
+        posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
+        drawn = posterior.mean.float() + torch.exp(0.5 * posterior.logvar.float()) * noise()
+        return self.vae.config.scaling_factor * drawn
 
     def _refuse_misfits(self) -> None:
         text, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
@@ -406,29 +370,35 @@ class Pipeline:
             ),
             (last < text.vocab_size, "the tokenizer has tokens that the text encoder does not know"),
             (text.hidden_size == unet.cross_attention_dim, "the U-Net expects text embeddings of another width"),
-            (vae.latent_channels == unet.in_channels, "the U-Net expects latents with other channels than the VAE's"),
+            (
+                unet.in_channels in (vae.latent_channels, 2 * vae.latent_channels + 1),
+                "the U-Net expects latents with other channels than the VAE's",
+            ),
         ):
             if not fits:
                 raise ModelError(f"the parts of this model do not belong together: {what}")
 
+    def words(self, prompt: str, weights: Style = "a1111") -> Words:
+        """The words of a prompt without its weights, to be asked for their tokens."""
+        return chunked(self.tokenizer, prompt, weights).words
+
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], clip_skip: int = 0) -> Float[Tensor, "batch length width"]:
-        """Text embeddings of prompts, each distinct one computed once."""
-        distinct = list(dict.fromkeys(texts))
-        embeddings = self.text_encoder(self.tokenizer(distinct).to(self.text_encoder.device), clip_skip)
-        return embeddings[[distinct.index(text) for text in texts]].to(self.unet.dtype)
+    def encode_text(
+        self, texts: Sequence[str], clip_skip: int = 0, weights: Style = "a1111"
+    ) -> Float[Tensor, "batch length width"]:
+        """Text embeddings of prompts, each distinct one computed once, all as long as the longest of them.
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """A checked request: the settings of every picture, the shape of its latents, what to look at and to change."""
-
-    settings: list[dict[str, Any]]
-    shape: tuple[int, int, int]
-    latents: Tensor | None
-    trace: Trace | None
-    sharpen: bool
-    edits: tuple[Edit | Wish | Blend, ...]
+        ``weights`` says in whose meaning words have them (:mod:`gobelin.prompts`).
+        """
+        distinct = [chunked(self.tokenizer, text, weights) for text in dict.fromkeys(texts)]
+        most = max(len(chunks.token_ids) for chunks in distinct)
+        nothing = chunked(self.tokenizer, "", "none")
+        empty = self.text_encoder(nothing.token_ids.to(self.text_encoder.device), clip_skip)
+        embeddings = {}
+        for text, chunks in zip(dict.fromkeys(texts), distinct, strict=True):
+            found = encode(self.text_encoder, chunks, empty, weights, clip_skip)
+            embeddings[text] = torch.cat([found, *[empty[0]] * (most - len(chunks.token_ids))])
+        return torch.stack([embeddings[text] for text in texts]).to(self.unet.dtype)
 
 
 def shipped_model() -> Path:
@@ -458,33 +428,6 @@ def to_pil(images: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     """Images in [-1, 1], clamped to it, as 8-bit pictures."""
     levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(level)) for level in levels]
-
-
-def scheduler_json(config: ScheduleConfig) -> dict[str, Any]:
-    """The noise schedule as diffusers' ``DDIMScheduler`` reads it."""
-    fields = dataclasses.asdict(config)
-    fields["timestep_spacing"] = config.timestep_spacing or "leading"
-    header = {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION}
-    return {**header, **fields, "clip_sample": False, "trained_betas": None}
-
-
-MODEL_INDEX_JSON = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": DIFFUSERS_VERSION,
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
-def _listed(edit: AnyEdit | Sequence[AnyEdit]) -> list[AnyEdit]:
-    return list(edit) if isinstance(edit, Sequence) else [edit]
 
 
 def picture_name(settings: dict[str, Any]) -> str:

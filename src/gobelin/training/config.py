@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gobelin.checkpoint import Recommended
 from gobelin.errors import UsageError
 from gobelin.formats.component import require_choices, require_counts
-from gobelin.pipeline import Recommended
 from gobelin.samplers import find_sampler
 
 
