@@ -160,7 +160,7 @@ def test_look_paints_a_picture_again_and_says_when_it_is_another(gobelin, traine
 def test_edit_keeps_the_picture_and_shows_what_changed(gobelin, trained, tmp_path):
     options = ("--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 2)
     status, out, err = gobelin(
-        "edit", "a red circle", "--to", "a blue circle", *options, "--weights", "blue=2", "--blend", "red", "blue"
+        "edit", "a red circle", "--to", "a blue circle", *options, "--reweight", "blue=2", "--blend", "red", "blue"
     )
     assert status == 0, err
     assert [path.rpartition("/")[2] for path in out.split()] == [
@@ -196,7 +196,7 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["paint"], 2, "unknown command 'paint': the choices are generate, look, edit, train"),
         (["generate"], 2, "no prompt given"),
         (["generate", "  "], 2, "the prompt is empty"),
-        (["generate", "x", "--sampler", "magic"], 2, "unknown sampler 'magic': the choices are ddpm, ddim, euler"),
+        (["generate", "x", "--sampler", "magic"], 2, "unknown sampler 'magic': the choices are ddpm, ddim, pndm"),
         (
             ["generate", "x", "--width", "70"],
             2,
@@ -220,12 +220,12 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["look", "a red circle", "--at", "64", "0"], 2, "is not in the picture of 64×64 pixels"),
         (["look", "a red circle", "--sites", "attn3"], 2, "'attn3' matches no attention"),
         (["look", "!?"], 2, "'!?' has no word to look at"),
-        (["edit", "a red circle", "--to", "a ring", "--weights", "a=nan"], 2, "the weight of 'a' is nan"),
+        (["edit", "a red circle", "--to", "a ring", "--reweight", "a=nan"], 2, "the weight of 'a' is nan"),
         (["evaluate", "--attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),
         (["evaluate", "--attribution", "--editing"], 2, "two measurements: ask for one"),
         (["evaluate", "--attribution", "--count", "2"], 2, "leave out --count"),
         (["look", "nowhere.png"], 2, "there is no picture at nowhere.png"),
-        (["edit", "a red circle", "--to", "a ring", "--weights", "red"], 2, "--weights has 'red': give WORD=NUMBER"),
+        (["edit", "a red circle", "--to", "a ring", "--reweight", "red"], 2, "--reweight has 'red': give WORD=NUMBER"),
         (["edit", "a red circle", "--to", "a ring", "--cross", "2"], 2, "cross is 2.0: give a share of the way"),
         (["evaluate", "--sheet", "sheet"], 2, "--sheet is sheet: give a name that ends in .png or .jpg"),
         (["data", "scenes", "--out", "x", "--split", "all"], 2, "unknown split 'all': the choices are train"),
@@ -377,7 +377,7 @@ def test_evaluate_measures_editing(gobelin, trained, tmp_path):
     assert status == 0, err
     found = json.loads(file.read_text())["editing"]
     methods = found["methods"]
-    assert methods.keys() == {"prompt-to-prompt", "painted anew"}
+    assert methods.keys() == {"edit", "prompt-to-prompt alone", "painted anew"}
     assert 1 <= found["edits"] <= 2
     assert all(
         shares[what]["n"] == found["edits"] for shares in methods.values() for what in ("answers", "keeps", "both")

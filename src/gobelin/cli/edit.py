@@ -23,38 +23,44 @@ class Edit(PaintingOptions):
       gobelin edit "a red circle left of a blue square" --to "a green circle left of a blue square" --seed 3
       gobelin edit "a red circle" --to "a red circle and a blue ring" --own 0.2
       gobelin edit "a red circle" --to "a red star" --blend circle star
-      gobelin edit "a red circle" --to "a red circle" --weights red=2
+      gobelin edit "a red circle" --to "a red circle" --reweight red=2
     """
 
     prompt: Positional[str]
     """What to paint."""
     to: str
     """The changed prompt."""
+    start: float = 0.3
+    """Share of the way, from noise to picture, in which the two pictures are one."""
     cross: float = 0.8
-    """Share of the way, from noise to picture, in which words keep the attention of those they stand for."""
+    """Share of the way in which words keep the attention of those they stand for."""
     own: float = 0.4
     """Share of the way in which patches look at each other as in the first picture."""
+    push: float = 4.0
+    """How hard to push from the first prompt's words to the changed ones, beside the guidance."""
     hold: float = 0.0
     """How hard to hold what changed words speak of in its place; 3 helps ddpm, and tears deterministic samplers'
     pictures."""
-    weights: tuple[str, ...] = ()
+    reweight: tuple[str, ...] = ()
     """WORD=NUMBER: look at a word of the changed prompt so many times as much."""
-    blend: tuple[str, ...] = ()
-    """Change nothing outside of the pixels of these words."""
+    blend: tuple[str, ...] | None = None
+    """Change nothing outside of the pixels of these words; without it, of those that changed."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """The command."""
     options = parse(Edit, "edit", arguments)
-    weights: dict[Word, float] = dict(map(_weight, options.weights))
+    reweight: dict[Word, float] = dict(map(_weight, options.reweight))
     pipeline = options.open()
     result = pipeline.edit(
         options.prompt,
         options.to,
+        start=options.start,
         cross=options.cross,
         own=options.own,
+        push=options.push,
         hold=options.hold,
-        weights=weights,
+        reweight=reweight,
         blend=options.blend,
         **options.settings(),
     )
@@ -72,4 +78,4 @@ def _weight(text: str) -> tuple[Word, float]:
     try:
         return word, float(number)
     except ValueError:
-        raise UsageError(f"--weights has {text!r}: give WORD=NUMBER, as in red=2") from None
+        raise UsageError(f"--reweight has {text!r}: give WORD=NUMBER, as in red=2") from None

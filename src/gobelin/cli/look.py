@@ -16,14 +16,15 @@ from tyro.conf import Positional
 
 from gobelin.attention import AttentionSite, Trace, choose_sites
 from gobelin.cli.options import parse, write_report
-from gobelin.cli.painting import PaintingOptions, paint
+from gobelin.cli.painting import NEEDED, PaintingOptions, paint, refuse_others, repeatable
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
 from gobelin.formats.png import read_png_settings, save_picture
 from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps, sharp_trace
 from gobelin.look.page import page
 from gobelin.look.sheet import grid_sheet, save_animation, word_sheet
-from gobelin.pipeline import EDITED, Pipeline, picture_name
+from gobelin.pipeline import Pipeline, picture_name
+from gobelin.prompts import Style
 from gobelin.tokenizer import Word
 
 MOST_COLUMNS = 12  # steps in a grid
@@ -76,9 +77,12 @@ def run(arguments: Sequence[str]) -> None:
     """The command."""
     options = parse(Look, "look", arguments)
     prompt, settings = what_to_paint(options)
+    needed = {name: settings.pop(name) for name in NEEDED if name in settings}
     pipeline = options.open()
-    size = pipeline.latent_size(settings["height"], settings["width"])
-    require_sense(options, pipeline, prompt, size)
+    if is_picture(options.source):
+        refuse_others(needed, pipeline, Path(options.source))
+    size = pipeline.latent_size(settings.get("height"), settings.get("width"))
+    require_sense(options, pipeline, prompt, settings.get("weights", "a1111"), size)
 
     previews: list[Image.Image] = []
     result = paint(
@@ -130,22 +134,19 @@ def what_to_paint(options: Look) -> tuple[str, dict[str, Any]]:
     file = Path(options.source)
     if not file.is_file():
         raise UsageError(f"there is no picture at {file}: give a PNG that Gobelin painted, or a prompt")
-    for name, value in PaintingOptions().settings().items():
-        if options.settings()[name] != value:
-            raise UsageError(f"{file} says itself how it was painted: leave out --{name.partition('_prompt')[0]}")
-    settings = read_png_settings(file)
-    if settings.pop(EDITED, False):
-        raise UsageError(f"{file} was painted with an edit, which a picture does not remember: look at a plain one")
-    settings.pop("model", None)
-    expected = {"prompt", "clip_skip", *PaintingOptions().settings()}
-    if settings.keys() != expected:
-        raise DataError(f"{file}: its settings name {', '.join(settings) or 'nothing'}, expected {', '.join(expected)}")
+    if given := [name for name, value in options.settings().items() if value is not None]:
+        raise UsageError(f"{file} says itself how it was painted: leave out --{given[0].partition('_prompt')[0]}")
+    settings = repeatable(read_png_settings(file), file, options.model)
+    if "init_image" in settings:
+        raise UsageError(f"{file} was painted over another picture, which it does not hold: look at a plain one")
+    if lost := [name for name in ("prompt", "seed", "steps", "sampler", "guidance") if name not in settings]:
+        raise DataError(f"{file}: its settings do not say the {lost[0]}, by which it could be painted again")
     return settings.pop("prompt"), settings
 
 
-def require_sense(options: Look, pipeline: Pipeline, prompt: str, size: tuple[int, int]) -> None:
+def require_sense(options: Look, pipeline: Pipeline, prompt: str, weights: Style, size: tuple[int, int]) -> None:
     """Refuse, before anything is painted, what could not be shown afterwards."""
-    words = pipeline.tokenizer.words(prompt)
+    words = pipeline.words(prompt, weights)
     if not words.spans:
         raise UsageError(f"{prompt!r} has no word to look at: say in a few words what to paint")
     for word in options.words:

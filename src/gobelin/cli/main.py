@@ -15,6 +15,8 @@ COMMANDS = {
     "edit": "change words of a prompt, keep its picture",
     "train": "train a model from nothing, or go on with a run",
     "evaluate": "measure how faithfully a model paints what it is told",
+    "verify": "look through a model: keys, shapes, numbers, schedule",
+    "convert": "write a model as a diffusers folder, or as a single file",
     "show": "print a model's module tree and its shapes through attn1 and attn2",
     "data": "make scenes, or check a folder of captioned images",
 }

@@ -1,0 +1,52 @@
+"""``gobelin convert``: a diffusers folder from a single file, and a single file from a folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tyro.conf import Positional
+
+from gobelin.checkpoint import open_model
+from gobelin.checkpoint.folder import save_folder
+from gobelin.checkpoint.single_file import save_single_file
+from gobelin.cli.options import parse
+from gobelin.cli.painting import ModelOptions
+from gobelin.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(ModelOptions):
+    """Write a model as a diffusers folder or, where the name ends in .safetensors, as an original single file.
+
+    Every tensor of the three networks comes over as it is. Averages (EMA), the tables of the schedule and the optimizer
+    do not; nor does the tokenizer, for which a single file has no place.
+
+    Some examples:
+      gobelin convert model.safetensors folder
+      gobelin convert model.ckpt folder --allow-pickle --ema
+      gobelin convert folder model.safetensors --dtype float16
+    """
+
+    source: Positional[str]
+    """A diffusers folder, a .safetensors or .ckpt file, or a Hub name."""
+    target: Positional[Path]
+    """A folder, or a file whose name ends in .safetensors."""
+    dtype: Literal["own", "float32", "bfloat16", "float16"] = "own"
+    """The precision to write; own is what the source has."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command."""
+    options = parse(Convert, "convert", arguments)
+    single = options.target.suffix == ".safetensors"
+    if not single and options.target.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+        raise UsageError(f"{options.target} would be a pickle, which Gobelin does not write: give a .safetensors name")
+    if options.target.exists() and (single or any(options.target.iterdir())):
+        raise UsageError(f"{options.target} is there already: choose another name")
+    dtype = None if options.dtype == "own" else getattr(torch, options.dtype)
+    model = open_model(options.source, torch.device("cpu"), dtype, **options.files())
+    write = save_single_file if single else save_folder
+    write(model, options.target)
+    print(options.target)
