@@ -45,7 +45,8 @@ hypothesis.settings.load_profile("gobelin")
 
 def pytest_configure(config: pytest.Config) -> None:
     # diffusers' own affair with NumPy 2
-    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning:diffusers")
+    for method in ("__array__ implementation", "__array_wrap__ must accept"):
+        config.addinivalue_line("filterwarnings", f"ignore:{method}:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ import mmap
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gobelin.errors import ModelError
-from gobelin.formats.tensor_file import TensorFile, cast
+from gobelin.formats.tensor_file import TensorFile
 
 MOST_PROGRAM = 64 * 2**20  # bytes of the pickle itself, beside which the tensors are stored
 LONGEST_NAME = 200
@@ -69,13 +70,11 @@ class PickledFile(TensorFile):
         dtypes = {name: one.dtype for name, one in self._stored.items()}
         super().__init__(path, {name: one.size for name, one in self._stored.items()}, dtypes)
 
-    def read(self, names: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    @contextmanager
+    def _mapped(self) -> Iterator[Callable[[str], Tensor]]:
         with self.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return {
-            name: cast(self._tensor(mapped, self._stored[name]), dtype)
-            for name in (self._stored if names is None else names)
-        }
+        yield lambda name: self._tensor(mapped, self._stored[name])
 
     def _tensor(self, mapped: mmap.mmap, stored: _Stored) -> Tensor:
         if not stored.numbers:

@@ -1,8 +1,8 @@
 """A file of tensors that is opened but not read, and the one kind that everybody writes: safetensors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -46,12 +46,27 @@ class TensorFile(ABC):
         fractions = {dtype for dtype in found if dtype.is_floating_point}
         return next(iter(fractions)) if len(fractions) == 1 else torch.float32
 
-    @abstractmethod
     def read(self, names: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """These tensors, or all, on the CPU: those with fractions in ``dtype``, or in the file's own precision.
 
         What is not cast is mapped, not copied.
         """
+        tensors: dict[str, Tensor] = {}
+        left = list(self.shapes if names is None else names)[::-1]
+        while left:
+            mapped = 0
+            with self._mapped() as tensor_of:  # anew for each portion: what was cast is then unmapped
+                while left and mapped < _PORTION:
+                    name = left.pop()
+                    tensor = tensor_of(name)
+                    tensors[name] = cast(tensor, dtype)
+                    if tensors[name] is not tensor:
+                        mapped += tensor.nbytes
+        return tensors
+
+    @abstractmethod
+    def _mapped(self) -> AbstractContextManager[Callable[[str], Tensor]]:
+        """What gives a tensor of the file by its name, for a while."""
 
 
 class SafetensorsFile(TensorFile):
@@ -66,19 +81,10 @@ class SafetensorsFile(TensorFile):
             dtypes = {name: _DTYPES.get(part.get_dtype(), torch.float32) for name, part in parts.items()}
             super().__init__(path, shapes, dtypes, file.metadata())
 
-    def read(self, names: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        left = list(self.shapes if names is None else names)[::-1]
-        while left:
-            mapped = 0
-            with _opened(self.path) as file:  # anew for each portion: what was cast is then unmapped
-                while left and mapped < _PORTION:
-                    name = left.pop()
-                    tensor = file.get_tensor(name)
-                    tensors[name] = cast(tensor, dtype)
-                    if tensors[name] is not tensor:
-                        mapped += tensor.nbytes
-        return tensors
+    @contextmanager
+    def _mapped(self) -> Iterator[Callable[[str], Tensor]]:
+        with _opened(self.path) as file:
+            yield file.get_tensor
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Files of tensors: names and tensors in, names and tensors out, and errors that name the file and the key."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -36,12 +37,11 @@ class Shards(TensorFile):
         shapes = {name: self._files[where[name]].shapes[name] for name in where}
         super().__init__(index, shapes, {name: self._files[where[name]].dtypes[name] for name in where})
 
-    def read(self, names: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        wanted = list(self.shapes if names is None else names)
-        tensors: dict[str, Tensor] = {}
-        for file_name, file in self._files.items():
-            tensors |= file.read([name for name in wanted if self._where[name] == file_name], dtype)
-        return tensors
+    @contextmanager
+    def _mapped(self) -> Iterator[Callable[[str], Tensor]]:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(file._mapped()) for name, file in self._files.items()}
+            yield lambda name: files[self._where[name]](name)
 
 
 def open_tensors(path: Path, allow_pickle: bool = False) -> TensorFile:
