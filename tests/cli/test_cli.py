@@ -10,25 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gobelin.cli.main import COMMANDS, main
+from gobelin.cli.main import COMMANDS
 from gobelin.formats.png import read_png_settings, write_png
 from gobelin.training import find_preset
-
-
-@pytest.fixture
-def gobelin(capsys):
-    """Run the command line in this process; gives back (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        status = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run
 
 
 def is_one_sentence(text):

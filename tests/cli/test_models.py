@@ -9,25 +9,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from gobelin.cli.main import main
 from gobelin.formats.png import read_png_settings
 from gobelin.pipeline import Pipeline
 
 PARTS = ("unet", "vae", "text_encoder")
-
-
-@pytest.fixture
-def gobelin(capsys):
-    def run(*arguments):
-        status = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
