@@ -65,8 +65,7 @@ class Denoiser:
             guided = negative + self.guidance * (positive - negative)
             guided = rescale_guidance(guided, positive, self.guidance_rescale)
         for push in self.pushes:
-            if self.schedule.way(timestep) >= push.start:
-                guided = self._pushed(push, guided, positive, noisy_latents, timesteps)
+            guided = self._pushed(push, guided, positive, noisy_latents, timesteps)
         return guided, maps
 
     def _pushed(self, push: Push, guided: Tensor, positive: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ class Denoiser:
             timesteps,
             self.text_embeddings,
             sites=wish.sites,
-            edits=self._edits_at(timestep) if wish.edited else (),
+            edits=self._edits_at(timestep),
         )
         wished = torch.zeros(len(latents), device=latents.device)
         wished[slice(None) if wish.rows is None else list(wish.rows)] = 1

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from gobelin.attention import Edit, Trace
+from gobelin.canvas import canvas
 from gobelin.checkpoint import Model, Recommended, open_model
 from gobelin.checkpoint.folder import save_folder
 from gobelin.checkpoint.single_file import save_single_file
@@ -25,14 +26,14 @@ from gobelin.denoiser import Denoiser
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.inversion import read_inversion
 from gobelin.formats.png import write_png
-from gobelin.look.edits import Blend, Blending, Push, Shared, changed_words, followed, reweighted, tokens_of
+from gobelin.look.edits import Blend, Blending, FlowEdit, Push, changed_words, followed, reweighted, tokens_of
 from gobelin.look.heatmaps import Collector, HeatMaps
 from gobelin.look.page import framed_page, picture_url
-from gobelin.look.wishes import Wish, held
+from gobelin.look.wishes import Wish
 from gobelin.lora import Loras
 from gobelin.prompts import Style, chunked, encode
 from gobelin.request import AnyEdit, Request, inpaints, latent_size, listed, request
-from gobelin.samplers import NoiseSource, Step, sample
+from gobelin.samplers import NoiseSource, Step, flow_edit, sample
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer, Word, Words
 from gobelin.unet import UNet
@@ -230,44 +231,67 @@ class Pipeline:
         to: str,
         *,
         seed: int | None = 0,
-        start: float = 0.3,
+        init_image: Image.Image | None = None,
+        strength: float = 1.0,
         cross: float = 0.8,
-        own: float = 0.4,
-        push: float = 4.0,
+        own: float = 0.6,
+        push: float = 2.0,
         blend: Sequence[Word] | None = None,
-        hold: float = 0.0,
         reweight: Mapping[Word, float] | None = None,
+        together: bool = False,
         **options: Any,
     ) -> Result:
-        """Two pictures: of ``prompt``, and of ``to`` with the first one's layout (prompt-to-prompt).
+        """Two pictures: of ``prompt``, and the same as ``to`` would have it.
 
-        Until the share ``start`` of the way, from noise to picture, the two are one. ``cross`` and ``own`` are those of
-        :func:`gobelin.look.edits.followed`; ``push`` is the strength of :class:`gobelin.look.edits.Push`, and ``hold``
-        that of :func:`gobelin.look.wishes.held`. Outside of the pixels of the ``blend`` words, of either prompt,
-        nothing changes; None takes the words that changed. ``reweight`` says how many times as much words of ``to``
-        are looked at. The other options are those of :meth:`stream`, without ``count``; an ``edit`` comes after these.
-        The method of the paper alone is ``start=0, push=0, blend=()``.
+        The first is painted, or is ``init_image``, of which ``prompt`` says what is on it. Then it is changed by the
+        share ``strength`` of the way from noise (:class:`gobelin.look.edits.FlowEdit`), with prompt-to-prompt:
+        ``cross`` and ``own`` are those of :func:`gobelin.look.edits.followed`. ``push`` is the strength of
+        :class:`gobelin.look.edits.Push`. Outside of the pixels of the ``blend`` words, of either prompt, nothing
+        changes; None takes the words that changed. ``reweight`` says how many times as much words of ``to`` are looked
+        at. The other options are those of :meth:`stream`, without ``count``: an ``edit`` comes after these and concerns
+        the change alone, and what is black in a ``mask`` stays. ``together`` paints both at once, from the same noise:
+        the paper's method alone is ``together=True, own=0.4, push=0, blend=()``.
         """
         if options.pop("count", 1) != 1:
             raise UsageError("an edit paints two pictures: leave out count")
+        if together and init_image is not None:
+            raise UsageError("a picture that is there cannot be painted together with another: leave out together")
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
-        size = latent_size(self.model, options.get("height"), options.get("width"), options.get("init_image"))
+        size = latent_size(self.model, options.get("height"), options.get("width"), init_image)
         source, target = (self.words(text, options.get("weights", "a1111")) for text in (prompt, to))
         edits: list[AnyEdit] = [*followed(source, target, size, cross, own)]
-        if hold and (wish := held(source, target, size, hold)):
-            edits.append(wish)
         if reweight:
             edits.append(reweighted(target, reweight, rows=[1]))
         if push:
-            edits.append(Push(strength=push, start=start))
-        if start:
-            edits.append(Shared(until=start))
+            edits.append(Push(strength=push))
         words = changed_words(source, target) if blend is None else tokens_of(source, target, blend)
         if any(words):
             edits.append(Blend(tokens=words, latent_size=size))
         edits += listed(options.pop("edit", ()))
-        return self([prompt, to], seed=[seed, seed], edit=edits, **options)
+        prompts, seeds = [prompt, to], [seed, seed]
+        if together:
+            return self(prompts, seed=seeds, edit=edits, **options)
+        mask = options.pop("mask", None)
+        first = None
+        if init_image is None:
+            first = self(prompt, seed=seed, **options)
+            picture, latents = first.images[0], first.latents
+            options.pop("latents", None)
+        else:
+            picture, latents = self._fitted(init_image, size)
+        if mask is not None:
+            options |= {"init_image": picture, "mask": mask, "strength": 1.0}
+        factor = self.vae.config.factor
+        options |= {"height": size[0] * factor, "width": size[1] * factor}
+        edits.append(FlowEdit(latents=latents, strength=strength))
+        both = self(prompts, seed=seeds, edit=edits, **options)
+        return Result(
+            images=[picture, both.images[1]],
+            latents=both.latents,
+            settings=[(first or both).settings[0], both.settings[1]],
+            traced=None if both.traced is None else [(first or both).heatmaps[0], both.heatmaps[1]],
+        )
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of the latents of a picture that is ``height`` × ``width`` pixels, None: the model's own.
@@ -307,8 +331,9 @@ class Pipeline:
         generators = [Generator().manual_seed(settings["seed"]) for settings in asked.settings]
         noise = NoiseSource(generators, asked.shape, device)
         begun = asked.canvas
+        flow = next((one for one in asked.edits if isinstance(one, FlowEdit)), None)
         # A U-Net that inpaints is shown what is around a hole, and has no use for the rest but to begin with it.
-        wanted = begun is not None and (asked.over or not inpaints(self.unet))
+        wanted = flow is None and (asked.over or not inpaints(self.unet))
         clean = self._drawn_latents(begun.images, noise) if begun is not None and wanted else None
         start_noise = noise() if asked.latents is None else asked.latents.to(device, torch.float32)
         holes = None if begun is None else begun.holes(asked.shape[1:])
@@ -320,17 +345,21 @@ class Pipeline:
             beside = torch.cat([holes, masked], dim=1) if inpaints(self.unet) else None
         texts = [settings[which] for which in ("prompt", "negative_prompt") for settings in asked.settings]
         embeddings = self.encode_text(texts, options["clip_skip"], options["weights"])
-        shared = [one for one in asked.edits if isinstance(one, Shared)]
         blendings = [Blending(one) for one in asked.edits if isinstance(one, Blend)]
         calls = count()
 
         def adjusted(latents: Tensor, way: float, alpha_cumprod: float) -> Tensor:
-            for change in (*shared, *blendings):
-                latents = change.applied(latents, way)
-            if clean is not None and holes is not None and beside is None and next(calls):
+            for blending in blendings:
+                latents = blending.applied(latents, way)
+            if holes is None or beside is not None:
+                return latents
+            if clean is None:
+                around = latents.chunk(2)[0].repeat(2, 1, 1, 1)
+            elif next(calls):
                 around = math.sqrt(alpha_cumprod) * clean + math.sqrt(1 - alpha_cumprod) * start_noise
-                latents = (1 - holes) * around + holes * latents
-            return latents
+            else:
+                return latents
+            return (1 - holes) * around + holes * latents
 
         denoiser = Denoiser(
             unet=self.unet,
@@ -349,10 +378,21 @@ class Pipeline:
             adjust=adjusted,
             beside=beside,
         )
-        steps = sample(options["sampler"], denoiser, asked.grid, start_noise, noise, clean if asked.over else None)
+        if flow is None:
+            steps = sample(options["sampler"], denoiser, asked.grid, start_noise, noise, clean if asked.over else None)
+        else:
+            steps = flow_edit(denoiser, flow.latents.to(device).repeat(2, 1, 1, 1), asked.grid, noise, flow.gain)
         for step in steps:
             latents = adjusted(step.latents, 1.0, 1.0) if step.index == asked.grid.steps - 1 else step.latents
             yield PaintingStep(**{**vars(step), "latents": latents}, vae=self.vae)
+
+    @torch.no_grad()
+    def _fitted(self, picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, Tensor]:
+        """A picture, and its latents, which are to be ``size``."""
+        height, width = (side * self.vae.config.factor for side in size)
+        images = canvas(picture, None, 1.0, 1, (height, width)).images
+        latents = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).mean.float()
+        return to_pil(images)[0], self.vae.config.scaling_factor * latents
 
     def _drawn_latents(self, images: Tensor, noise: NoiseSource) -> Tensor:
         """Latents of pictures, each drawn from its posterior by its own generator."""

@@ -15,14 +15,14 @@ from gobelin.attention import Change, Edit, Trace, choose_sites
 from gobelin.canvas import Canvas, Pictures, canvas
 from gobelin.checkpoint import Model
 from gobelin.errors import UsageError
-from gobelin.look.edits import Blend, Push, Shared
+from gobelin.look.edits import Blend, FlowEdit, Push
 from gobelin.look.heatmaps import sharp_trace
 from gobelin.look.wishes import Wish
 from gobelin.prompts import Style, chunked
-from gobelin.samplers import Grid, find_grid, over_picture
+from gobelin.samplers import Grid, find_grid, flow_edit_grid, over_picture
 from gobelin.unet import UNet
 
-Asked = Edit | Wish | Blend | Push | Shared
+Asked = Edit | Wish | Blend | Push | FlowEdit
 AnyEdit = Change | Asked
 
 _TEXTS = ("prompt", "negative_prompt", "sampler", "weights")
@@ -124,6 +124,14 @@ def request(
     if over:
         grid = over_picture(grid, chosen["steps"], strength)
     edits = [one if isinstance(one, Asked) else Edit(change=one) for one in listed(edit)]
+    for one in edits:
+        if isinstance(one, FlowEdit):
+            if tuple(one.latents.shape) != (total / 2, *shape):
+                raise UsageError(
+                    f"{list(one.latents.shape)} are edited in a batch of {total}: expected half as many pictures, each "
+                    f"{list(shape)}"
+                )
+            grid = over_picture(flow_edit_grid(model.schedule, chosen["steps"]), chosen["steps"], one.strength)
     traced = _traced(model, trace, shape, grid)
     _refuse_misfits(model, (traced, *edits), total)
     common = {
@@ -257,5 +265,5 @@ def _refuse_misfits(model: Model, asked: Iterable[Trace | Asked | None], total: 
     for one in asked:
         if isinstance(one, Trace | Edit | Wish):
             choose_sites(model.unet.attention_sites, one.sites)
-        if isinstance(one, Wish | Blend | Push | Shared) and one.rows is not None and max(one.rows, default=0) >= total:
+        if isinstance(one, Wish | Blend | Push) and one.rows is not None and max(one.rows, default=0) >= total:
             raise UsageError(f"an edit is about picture {max(one.rows)} of a batch of {total}: the first is 0")

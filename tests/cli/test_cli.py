@@ -158,6 +158,22 @@ def test_edit_keeps_the_picture_and_shows_what_changed(gobelin, trained, tmp_pat
     assert all(Image.open(path).width >= 64 for path in out.split())
 
 
+def test_edit_changes_a_picture_that_is_given(gobelin, trained, tmp_path):
+    picture, hole, out_folder = tmp_path / "given.png", tmp_path / "hole.png", tmp_path / "out"
+    Image.new("RGB", (64, 80), "red").save(picture)
+    Image.new("L", (64, 80), "white").save(hole)
+    options = ("--init-image", picture, "--mask", hole, "--model", trained, "--out", out_folder, "--steps", 2)
+    status, out, err = gobelin("edit", "a red circle", "--to", "a blue circle", *options, "--seed", 5)
+    assert status == 0, err
+    assert [path.rpartition("/")[2] for path in out.split()] == ["a-blue-circle-5.png", "a-blue-circle-5-edit.png"]
+    with Image.open(out.split()[0]) as changed:
+        assert changed.size == (64, 80)
+    status, _, err = gobelin("edit", "a red circle", "--to", "a blue circle", "--init-image", tmp_path / "no.png")
+    assert status == 1
+    assert is_one_sentence(err)
+    assert "cannot be read as a picture" in err
+
+
 def test_the_shipped_model_paints(gobelin, tmp_path):
     status, out, err = gobelin("generate", "a red circle", "--out", tmp_path, "--seed", 1)
     assert status == 0, err

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.look.conftest import COARSE, SITE, SIZE
 from torch import Tensor
 
@@ -12,9 +13,9 @@ from gobelin.look.alignment import alignment
 from gobelin.look.edits import (
     Blend,
     Blending,
+    FlowEdit,
     Push,
     Region,
-    Shared,
     changed_words,
     followed,
     regional,
@@ -192,11 +193,13 @@ def test_an_edit_in_place_is_an_edit_and_what_is_no_probability_is_refused(pipe:
         pipe("a red circle", edit=lambda site, probs: probs.sum(dim=-1))
 
 
-def test_prompt_to_prompt_starts_from_one_noise_and_keeps_the_first_picture(pipe: Pipeline) -> None:
+def test_an_edit_keeps_the_first_picture(pipe: Pipeline) -> None:
     result = pipe.edit("a red circle", "a blue circle", seed=5, steps=4)
     assert [settings["seed"] for settings in result.settings] == [5, 5]
     alone = pipe("a red circle", seed=5, steps=4)
-    assert torch.allclose(result.latents[:1], alone.latents, atol=1e-4)
+    assert torch.equal(result.latents[:1], alone.latents)
+    assert result.settings[0] == alone.settings[0]
+    assert result.settings[1]["edited"] is True
     same = pipe.edit("a red circle", "a red circle", seed=5, steps=4)
     assert torch.allclose(same.latents[1], same.latents[0], atol=1e-4)
     louder = pipe.edit(
@@ -217,7 +220,7 @@ def test_a_changed_word_changes_less_of_the_picture_than_a_picture_by_itself() -
     changed = {"alone": 0.0, "edit": 0.0, "by itself": 0.0}
     for seed in range(4):
         first, edited = shipped.edit(before, after, seed=seed, **options).images
-        _, alone = shipped.edit(before, after, seed=seed, start=0, push=0, blend=(), **options).images
+        _, alone = shipped.edit(before, after, seed=seed, together=True, own=0.4, push=0, blend=(), **options).images
         (itself,) = shipped(after, seed=seed, **options).images
         for name, picture in (("alone", alone), ("edit", edited), ("by itself", itself)):
             apart = np.abs(np.asarray(picture, np.float32) - np.asarray(first, np.float32))
@@ -232,20 +235,50 @@ def test_changed_words_are_those_that_the_other_prompt_has_not(tokenizer: Tokeni
     assert changed_words(source, source) == ([], [])
 
 
-def test_until_they_part_two_pictures_are_one(pipe: Pipeline) -> None:
-    latents = torch.randn(3, 4, *SIZE)
-    shared = Shared(until=0.5, rows=(2, 0))
-    assert shared.applied(latents, 0.5) is latents
-    assert torch.equal(shared.applied(latents, 0.49), latents[[2, 1, 2]])
+def test_two_pictures_may_be_painted_together(pipe: Pipeline) -> None:
+    alone = pipe("a red circle", seed=5, steps=4)
+    result = pipe.edit("a red circle", "a blue circle", seed=5, steps=4, together=True)
+    assert torch.allclose(result.latents[:1], alone.latents, atol=1e-4)
+    assert not torch.equal(result.latents[1], alone.latents[0])
+    same = pipe.edit("a red circle", "a red circle", seed=5, steps=4, together=True)
+    assert torch.allclose(same.latents[1], same.latents[0], atol=1e-4)
+    with pytest.raises(UsageError, match="cannot be painted together with another"):
+        pipe.edit("a red circle", "a blue circle", init_image=alone.images[0], together=True)
 
-    def apart(until: float) -> float:
-        edit = Shared(until=until)
-        one, other = pipe(["a red circle", "a blue circle"], seed=[5, 5], steps=8, edit=edit).latents
-        return (one - other).square().mean().item()
 
-    assert 0 < apart(0.9) < apart(0.5) < apart(0.0)
-    with pytest.raises(UsageError, match=r"shared until 1\.5: give a share of the way"):
-        Shared(until=1.5)
+def test_a_picture_of_ones_own_is_changed(pipe: Pipeline) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 81, 3), np.uint8))
+    result = pipe.edit("a red circle", "a blue circle", init_image=picture, seed=5, steps=4, trace=True)
+    fitted = picture.resize((80, 68), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(result.images[0]), np.asarray(fitted))
+    assert result.images[1].size == (80, 68)
+    assert len(result.heatmaps) == 2
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None] / 127.5 - 1
+        latents = pipe.vae.config.scaling_factor * pipe.vae.encode(pixels).mean
+    assert torch.allclose(result.latents[:1], latents, atol=1e-4)
+    less = pipe.edit("a red circle", "a blue circle", init_image=picture, seed=5, steps=4, strength=0.25)
+    changed = [(each.latents[1] - latents[0]).square().mean() for each in (less, result)]
+    assert 0 < changed[0] < changed[1]
+    with pytest.raises(UsageError, match="a strength of 0 leaves none of 4 steps"):
+        pipe.edit("a red circle", "a blue circle", init_image=picture, steps=4, strength=0)
+
+
+def test_outside_of_a_mask_no_pixel_changes(pipe: Pipeline) -> None:
+    hole = np.zeros((64, 64), np.uint8)
+    hole[16:48, 16:32] = 255
+    options = {"seed": 5, "steps": 4, "blend": ()}
+    first, second = pipe.edit("a red circle", "a blue circle", mask=Image.fromarray(hole), **options).images
+    differ = (np.asarray(first) != np.asarray(second)).any(axis=-1)
+    assert differ[hole > 0].any()
+    assert not differ[hole == 0].any()
+    first, second = pipe.edit("a red circle", "a blue circle", **options).images
+    assert (np.asarray(first) != np.asarray(second)).any(axis=-1)[hole == 0].any()
+
+
+def test_finished_pictures_are_half_of_a_batch(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match=r"\[2, 4, 16, 16\] are edited in a batch of 2: expected half as many"):
+        pipe(["a red circle", "a blue circle"], edit=FlowEdit(latents=torch.zeros(2, 4, 16, 16)))
 
 
 def test_a_push_adds_the_way_from_one_text_to_the_other(pipe: Pipeline) -> None:
@@ -262,7 +295,6 @@ def test_a_push_adds_the_way_from_one_text_to_the_other(pipe: Pipeline) -> None:
     way = texts[1][1] - texts[0][1]
     assert torch.allclose(pushed[1] - plain[1], 0.5 * way, atol=1e-4)
     assert way.abs().max() > 1e-3
-    assert torch.equal(prediction(Push(strength=0.5, start=1.0)), plain)
 
 
 def test_a_blend_leaves_the_rest_of_the_picture_as_it_was(pipe: Pipeline) -> None:

@@ -8,7 +8,7 @@ import torch
 from tests.look.conftest import COARSE, SITE, SIZE
 
 from gobelin.look.edits import Region, regional
-from gobelin.look.wishes import excited, held, placed
+from gobelin.look.wishes import excited, placed
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import grade
 from gobelin.tokenizer import Tokenizer
@@ -26,27 +26,6 @@ def test_the_most_neglected_word_decides_what_is_wished_for(tokenizer: Tokenizer
     assert seen < 0.5
 
 
-def test_what_a_changed_word_speaks_of_is_held_where_it_was(tokenizer: Tokenizer) -> None:
-    source, target = tokenizer.words("a red ring of blue"), tokenizer.words("a blue ring of blue")
-    wish = held(source, target, SIZE)
-    assert wish is not None
-    assert not wish.edited
-    assert wish.rows == [1]
-    probs = torch.full((2, 24, 20), 0.01)
-    probs[:, 3, [*source.tokens("ring")]] = 0.5
-    probs[0, 5, [*source.tokens("red")]] = probs[1, 5, [*target.tokens(("blue", 0))]] = 0.5
-    probs[0, 9, [*source.tokens(("blue", 0))]] = 0.7  # the last word neither changed nor stands after one that did
-    away = torch.rand(2, 6, 20)
-    assert wish.loss({SITE: probs, COARSE: away}).tolist() == pytest.approx([0, 0], abs=1e-6)
-    probs[1, :, [*target.tokens("ring")]] = probs[1, :, [*target.tokens("ring")]].roll(1, dims=0)
-    lost = wish.loss({SITE: probs, COARSE: away})
-    assert lost[0] == 0
-    assert lost[1].item() == pytest.approx((0.49 / 0.73) / 2, abs=1e-5)  # one of two words, all of its peak
-    assert held(tokenizer.words("a ring"), tokenizer.words("a ring and red"), SIZE) is None
-    added = held(tokenizer.words("a ring"), tokenizer.words("a red ring"), SIZE)
-    assert added is not None, "the word after a new one"
-
-
 def test_what_is_outside_of_its_region_is_wished_away(tokenizer: Tokenizer) -> None:
     words = tokenizer.words("a red ring")
     wish = placed(words, [Region.box("ring", 0, 0, 0.5, 1)], SIZE)
@@ -54,14 +33,6 @@ def test_what_is_outside_of_its_region_is_wished_away(tokenizer: Tokenizer) -> N
     left, right, ring = 7, 10, [*words.tokens("ring")]
     probs[0, left, ring] = probs[1, right, ring] = probs[2, left, ring] = probs[2, right, ring] = 0.3
     assert wish.loss({SITE: probs, COARSE: torch.rand(3, 6, 20)}).tolist() == pytest.approx([0, 1, 0.5])
-
-
-def test_what_is_held_moves_the_second_picture_alone(pipe: Pipeline) -> None:
-    plain, moved = (pipe.edit("a red circle", "a blue circle", seed=5, steps=4, hold=hold).latents for hold in (0, 1))
-    assert torch.allclose(moved[0], plain[0], atol=1e-4)
-    assert not torch.allclose(moved[1], plain[1], atol=1e-2)
-    added = pipe.edit("a circle", "a circle and a ring", seed=5, steps=2, hold=1).latents
-    assert torch.equal(added, pipe.edit("a circle", "a circle and a ring", seed=5, steps=2).latents), "nothing to hold"
 
 
 @pytest.mark.parametrize("way", [regional, placed])

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from PIL import Image
 from tyro.conf import Positional, arg
 
 from gobelin.canvas import digest
 from gobelin.cli.options import parse
-from gobelin.cli.painting import NEEDED, PaintingOptions, paint, refuse_others, repeatable
-from gobelin.errors import DataError, UsageError
+from gobelin.cli.painting import NEEDED, PaintingOptions, opened_picture, paint, refuse_others, repeatable
+from gobelin.errors import UsageError
 from gobelin.formats.png import read_remembered, save_picture
 from gobelin.look.sheet import word_sheet
 from gobelin.samplers import SAMPLERS
@@ -89,7 +88,7 @@ def what_to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any]]:
 def pictures(options: Generate, settings: dict[str, Any]) -> dict[str, Any]:
     """The pictures to paint over, opened, in place of what tells them apart from others."""
     given = {"init_image": options.init_image, "mask": options.mask}
-    opened: dict[str, Any] = {name: _opened(file) for name, file in given.items() if file is not None}
+    opened: dict[str, Any] = {name: opened_picture(file) for name, file in given.items() if file is not None}
     for name in ("init_image", "mask"):
         if name in settings and name not in opened:
             raise UsageError(
@@ -100,12 +99,3 @@ def pictures(options: Generate, settings: dict[str, Any]) -> dict[str, Any]:
     if options.strength is not None:
         opened["strength"] = options.strength
     return opened
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        picture = Image.open(file)
-        picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as a picture: {error}") from error
-    return picture

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from gobelin.errors import UsageError
+from gobelin.errors import DataError, UsageError
 from gobelin.pipeline import SHIPPED, PaintingStep, Pipeline, Result
 from gobelin.request import EDITED, LEARNED_WORDS, LORAS, refuse_odd, request
 
@@ -140,6 +141,16 @@ def _weighed(asked: str) -> tuple[Path, float]:
         return (Path(name), float(number)) if name and not Path(asked).exists() else (Path(asked), 1.0)
     except ValueError:
         raise UsageError(f"--lora has {asked!r}: give FILE, or FILE:WEIGHT with a number") from None
+
+
+def opened_picture(file: Path) -> Image.Image:
+    """A picture; raises :class:`DataError` for a file that is none."""
+    try:
+        picture = Image.open(file)
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as a picture: {error}") from error
+    return picture
 
 
 def paint(

@@ -22,7 +22,7 @@ SEED = 78  # of the scenes, apart from training's and attribution's
 BATCH = 16
 MOST_TRIED = 16  # captions for each edit that is wanted
 SAME_PLACE = 0.5  # intersection over union with where an object was
-_ALONE: dict[str, Any] = {"start": 0.0, "push": 0.0, "blend": ()}
+_ALONE: dict[str, Any] = {"together": True, "own": 0.4, "push": 0.0, "blend": ()}
 METHODS: dict[str, dict[str, Any]] = {
     "edit": {},
     "prompt-to-prompt alone": _ALONE,

@@ -147,34 +147,27 @@ class Push:
     """Push a picture of a batch further from another's words to its own.
 
     Guidance goes from no words to a prompt; for the picture ``rows[1]`` this adds ``strength`` times the way from the
-    words of ``rows[0]`` to its own, from the share ``start`` of the way: what is *different* in the prompt grows. It
-    costs one more pass of the U-Net a step, for that picture alone.
+    words of ``rows[0]`` to its own: what is *different* in the prompt grows. It costs one more pass of the U-Net a
+    step, for that picture alone.
     """
 
     strength: float
-    start: float = 0.0
     rows: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
-    """One picture of a batch, ``rows[1]``, is another one, ``rows[0]``, until the share ``until`` of the way."""
+class FlowEdit:
+    """Change finished pictures in place of painting from noise (:func:`gobelin.samplers.flow_edit.flow_edit`).
 
-    until: float
-    rows: tuple[int, int] = (0, 1)
+    ``latents`` are the pictures'. The batch has twice as many: first those as they are, each with a prompt that says
+    what is on it, then what becomes of each, with the changed prompt. Of the way from noise to picture the share
+    ``strength`` is gone, the end of it: less changes less. More ``gain`` holds on to what has changed already; 0 is the
+    method of the paper.
+    """
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.until <= 1:
-            raise UsageError(f"pictures are shared until {self.until}: give a share of the way from 0 to 1")
-
-    def applied(self, latents: Float[Tensor, "batch channels h w"], way: float) -> Float[Tensor, "batch channels h w"]:
-        """The latents at this share of the way."""
-        if way >= self.until:
-            return latents
-        first, second = self.rows
-        result = latents.clone()
-        result[second] = latents[first]
-        return result
+    latents: Float[Tensor, "pictures channels h w"]
+    strength: float = 1.0
+    gain: float = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from gobelin.attention import AttentionMaps, AttentionSite, Sites
 from gobelin.errors import UsageError
-from gobelin.look.alignment import counterparts
-from gobelin.look.edits import Region, grid_of, is_coarse, require_rows
+from gobelin.look.edits import Region, grid_of, is_coarse
 from gobelin.tokenizer import Word, Words
 
 
@@ -24,7 +23,7 @@ class Wish:
 
     They move by ``strength`` · loss in the direction of steepest descent, root mean square over a picture's latents,
     until the share ``end`` of the way. Of a batch only the pictures ``rows`` wish for it, None being all. The maps are
-    those that edits of attention leave, or where ``edited`` is False those that would be without them.
+    those that edits of attention leave.
     """
 
     loss: Callable[[AttentionMaps], Tensor]
@@ -32,7 +31,6 @@ class Wish:
     strength: float = 0.3
     end: float = 0.5
     rows: Sequence[int] | None = None
-    edited: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -99,49 +97,6 @@ def placed(
         return torch.stack(outside).mean(dim=0)
 
     return Wish(loss=loss, sites=_coarse_words(latent_size), strength=strength, end=end, rows=rows)
-
-
-def held(
-    source: Words,
-    target: Words,
-    latent_size: tuple[int, int],
-    strength: float = 3.0,
-    end: float = 0.5,
-    rows: tuple[int, int] = (0, 1),
-) -> Wish | None:
-    """What changed words speak of is to be where it was (after self-guidance: Epstein et al. 2023, arXiv 2306.00986).
-
-    Prompt-to-prompt makes the picture ``rows[1]`` *look* at its words as ``rows[0]`` does; what the changed words make
-    of it may yet settle elsewhere. The loss is how differently, without edits, the two pictures look at each changed
-    word and at the word after it: half the sum of the differences over patches, as shares of the word's attention, a
-    mean over words and over the finest sites with at most 16×16 patches. None where no changed word stands for one
-    before.
-    """
-    first, second = rows
-    stood_for = {now: before for before, now in counterparts(source, target)}
-    pairs = []
-    after_change = False
-    for span in target.spans:
-        before = stood_for.get(span)
-        changed = before is None or before.word.lower() != span.word.lower()
-        if before is not None and (changed or after_change):
-            pairs.append((list(before.tokens), list(span.tokens)))
-        after_change = changed
-    if not pairs:
-        return None
-
-    def loss(maps: AttentionMaps) -> Tensor:
-        apart = []
-        for probs in _finest(maps).values():
-            require_rows(probs, rows)
-            for before, now in pairs:
-                difference = _spread(probs[first], before).detach() - _spread(probs[second], now)
-                apart.append(difference.abs().sum() / 2)
-        losses = torch.zeros(len(next(iter(maps.values()))), device=apart[0].device)
-        losses[second] = torch.stack(apart).mean()
-        return losses
-
-    return Wish(loss=loss, sites=_coarse_words(latent_size), strength=strength, end=end, rows=[second], edited=False)
 
 
 def _finest(maps: AttentionMaps) -> AttentionMaps:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from gobelin.errors import UsageError
 from gobelin.samplers.contract import Denoise, Guess, Latents, NoiseSource, SamplerFunction, Step
+from gobelin.samplers.flow_edit import flow_edit, flow_edit_grid
 from gobelin.samplers.grids import (
     Grid,
     ddim_grid,
@@ -33,6 +34,8 @@ __all__ = [
     "Step",
     "find_grid",
     "find_sampler",
+    "flow_edit",
+    "flow_edit_grid",
     "over_picture",
     "sample",
 ]
