@@ -59,7 +59,7 @@ def test_the_way_is_eulers_in_sigma() -> None:
     sigmas = [math.sqrt((1 - alpha) / alpha) for alpha in grid.alphas_cumprod]
     carried = 0.0
     for alpha, sigma, there in zip(grid.alphas_cumprod, sigmas, [*sigmas[1:], 0.0], strict=True):
-        slope = (carried - alpha * (1 + 0.5 * math.sqrt(1 - alpha))) / sigma
+        slope = (carried - alpha * (1 + 0.5 * (1 - alpha))) / sigma
         carried += (there - sigma) * slope
     assert torch.allclose(latents[3:], pictures + carried * change, atol=1e-4)
     assert grid.timesteps[0] == 999

@@ -167,7 +167,7 @@ class FlowEdit:
 
     latents: Float[Tensor, "pictures channels h w"]
     strength: float = 1.0
-    gain: float = 0.3
+    gain: float = 0.45
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ def flow_edit(
 
     The first half of ``latents`` are finished pictures, which stay as they are, and the second half what becomes of
     them. At each level both are put under the same fresh noise, and the *difference* δ of the two goes an Euler step in
-    σ towards the difference Δ of the two guesses: δ' = σ'/σ · δ + (1 − σ'/σ) · (1 + gain · √(1 − ᾱ)) · Δ. What the two
+    σ towards the difference Δ of the two guesses: δ' = σ'/σ · δ + (1 − σ'/σ) · (1 + gain · (1 − ᾱ)) · Δ. What the two
     prompts agree on takes no part in it. The ``gain`` is ours: under noise a guess sees only a part of what has changed
     already, and so Δ falls short of it. The steps' ``latents`` are pictures without noise.
     """
@@ -30,7 +30,7 @@ def flow_edit(
         before, now = guess.latents.chunk(2)
         seen_before, seen_now = guess.denoised.chunk(2)
         left = math.sqrt((1 - there) / there * here / (1 - here))
-        gained = 1 + gain * math.sqrt(1 - here)
+        gained = 1 + gain * (1 - here)
         target = source + left * (now - before) / signal + (1 - left) * gained * (seen_now - seen_before)
         yield step_from(index, timestep, here, torch.cat([source, target]), guess)
 
