@@ -256,6 +256,8 @@ class Pipeline:
             raise UsageError("an edit paints two pictures: leave out count")
         if together and init_image is not None:
             raise UsageError("a picture that is there cannot be painted together with another: leave out together")
+        if not 0 < strength <= 1:
+            raise UsageError(f"the strength is {strength}: give more than 0 (the picture as it is), and 1 at most")
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
         size = latent_size(self.model, options.get("height"), options.get("width"), init_image)

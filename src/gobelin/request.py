@@ -126,6 +126,8 @@ def request(
     edits = [one if isinstance(one, Asked) else Edit(change=one) for one in listed(edit)]
     for one in edits:
         if isinstance(one, FlowEdit):
+            if latents is not None:
+                raise UsageError("finished pictures are edited, and not noise: leave out the start latents")
             if tuple(one.latents.shape) != (total / 2, *shape):
                 raise UsageError(
                     f"{list(one.latents.shape)} are edited in a batch of {total}: expected half as many pictures, each "

@@ -260,7 +260,7 @@ def test_a_picture_of_ones_own_is_changed(pipe: Pipeline) -> None:
     less = pipe.edit("a red circle", "a blue circle", init_image=picture, seed=5, steps=4, strength=0.25)
     changed = [(each.latents[1] - latents[0]).square().mean() for each in (less, result)]
     assert 0 < changed[0] < changed[1]
-    with pytest.raises(UsageError, match="a strength of 0 leaves none of 4 steps"):
+    with pytest.raises(UsageError, match="the strength is 0: give more than 0"):
         pipe.edit("a red circle", "a blue circle", init_image=picture, steps=4, strength=0)
 
 
@@ -268,7 +268,11 @@ def test_outside_of_a_mask_no_pixel_changes(pipe: Pipeline) -> None:
     hole = np.zeros((64, 64), np.uint8)
     hole[16:48, 16:32] = 255
     options = {"seed": 5, "steps": 4, "blend": ()}
-    first, second = pipe.edit("a red circle", "a blue circle", mask=Image.fromarray(hole), **options).images
+    edited = pipe.edit("a red circle", "a blue circle", mask=Image.fromarray(hole), **options)
+    apart = torch.ne(*edited.latents).any(dim=0)
+    assert apart[4:12, 4:8].all()
+    assert apart.sum() == 8 * 4, "a latent is four pixels wide"
+    first, second = edited.images
     differ = (np.asarray(first) != np.asarray(second)).any(axis=-1)
     assert differ[hole > 0].any()
     assert not differ[hole == 0].any()
@@ -279,6 +283,15 @@ def test_outside_of_a_mask_no_pixel_changes(pipe: Pipeline) -> None:
 def test_finished_pictures_are_half_of_a_batch(pipe: Pipeline) -> None:
     with pytest.raises(UsageError, match=r"\[2, 4, 16, 16\] are edited in a batch of 2: expected half as many"):
         pipe(["a red circle", "a blue circle"], edit=FlowEdit(latents=torch.zeros(2, 4, 16, 16)))
+    picture = torch.randn(1, 4, 16, 16)
+    with pytest.raises(UsageError, match="not noise: leave out the start latents"):
+        pipe(["a red circle"] * 2, latents=picture.repeat(2, 1, 1, 1), edit=FlowEdit(latents=picture))
+    paper, ours = (
+        pipe(["a red circle", "a blue circle"], steps=4, edit=FlowEdit(latents=picture, gain=gain)).latents
+        for gain in (0.0, 0.45)
+    )
+    assert torch.equal(paper[:1], picture)
+    assert (ours[1] - picture[0]).square().mean() > (paper[1] - picture[0]).square().mean() > 0
 
 
 def test_a_push_adds_the_way_from_one_text_to_the_other(pipe: Pipeline) -> None:

@@ -17,11 +17,10 @@ from gobelin.tokenizer import Word
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(PaintingOptions):
-    """Change words of a prompt and keep the layout of its picture (prompt-to-prompt).
+    """Change words of a prompt and keep its picture.
 
-    Writes both pictures, and a sheet of them beside what the changed prompt gives by itself from the same noise.
-
-    The first picture is painted, or given, and then changed towards the second prompt.
+    The first picture is painted, or given, and then changed towards the second prompt (FlowEdit with prompt-to-prompt).
+    Writes what was painted, and a sheet of both beside what the changed prompt gives by itself from the same seed.
 
     Some examples:
       gobelin edit "a red circle left of a blue square" --to "a green circle left of a blue square" --seed 3
