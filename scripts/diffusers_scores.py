@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Generator
 
 from gobelin.cli.evaluate import world_of
-from gobelin.evaluate.faithfulness import (
+from gobelin.evaluate.benchmark import (
     CPU_BATCH,
     Painted,
     Painting,
@@ -28,8 +28,8 @@ from gobelin.evaluate.faithfulness import (
     paint,
     task_scores,
 )
-from gobelin.evaluate.folder import read_gallery, write_list
-from gobelin.evaluate.prompts import Asked, asked_for, batches
+from gobelin.evaluate.picture_folder import read_gallery, write_list
+from gobelin.evaluate.picture_list import Asked, asked_for, batches
 from gobelin.pipeline import Pipeline
 from gobelin.samplers import NoiseSource
 

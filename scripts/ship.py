@@ -11,7 +11,7 @@ from gobelin.clip import ImageEncoder
 from gobelin.evaluate.report import markdown
 from gobelin.formats.files import read_json, write_text
 from gobelin.pipeline import Pipeline, shipped_model
-from gobelin.training.run import IMAGE_ENCODER, config_file
+from gobelin.training.recipes.from_scratch import IMAGE_ENCODER, config_file
 
 NOTES = """## The recipe
 

@@ -111,7 +111,7 @@ def micro():
 @pytest.fixture(scope="session")
 def trained(micro, tmp_path_factory) -> Path:
     """The folder of a model that was trained for a moment."""
-    from gobelin.training.run import train
+    from gobelin.training.recipes.from_scratch import train
 
     return train(micro(), tmp_path_factory.mktemp("trained") / "model", console=Console(quiet=True))
 

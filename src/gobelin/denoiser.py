@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gobelin.attention import AttentionMaps, Edit, Trace
-from gobelin.look.edits import Push
-from gobelin.look.wishes import Wish
-from gobelin.samplers import Guess
+from gobelin.control.attention_control import Push
+from gobelin.control.attention_guidance import Wish
+from gobelin.samplers import DenoiserOutput
 from gobelin.schedule import NoiseSchedule
 from gobelin.unet import UNet
 
@@ -42,7 +42,7 @@ class Denoiser:
     @torch.no_grad()
     def __call__(
         self, noisy_latents: Float[Tensor, "batch channels h w"], timestep: float, alpha_cumprod: float
-    ) -> Guess:
+    ) -> DenoiserOutput:
         """What is seen in ``noisy_latents``, which stand at ``timestep`` and noise level ᾱ."""
         noisy_latents = self.adjust(noisy_latents, self.schedule.way(timestep), alpha_cumprod)
         for wish in self.wishes:
@@ -50,7 +50,7 @@ class Denoiser:
                 noisy_latents = self._wished(wish, noisy_latents, timestep)
         prediction, maps = self._predict(noisy_latents.to(self.unet.dtype), timestep)
         denoised, noise = self.schedule.split(prediction.to(noisy_latents.dtype), noisy_latents, alpha_cumprod)
-        return Guess(latents=noisy_latents, denoised=denoised, noise=noise, maps=maps)
+        return DenoiserOutput(latents=noisy_latents, denoised=denoised, noise=noise, maps=maps)
 
     def _predict(self, noisy_latents: Tensor, timestep: float) -> tuple[Tensor, AttentionMaps]:
         timesteps = torch.full((len(noisy_latents),), timestep, dtype=torch.float32, device=noisy_latents.device)

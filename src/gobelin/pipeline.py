@@ -16,25 +16,35 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Generator, Tensor
 
+from gobelin.adapters.lora import Loras
 from gobelin.attention import Edit, Trace
-from gobelin.canvas import canvas
 from gobelin.checkpoint import Model, Recommended, open_model
-from gobelin.checkpoint.folder import save_folder
+from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.clip import TextEncoder
+from gobelin.control.attention_control import (
+    Blend,
+    Blending,
+    FlowEdit,
+    Push,
+    changed_words,
+    followed,
+    reweighted,
+    tokens_of,
+)
+from gobelin.control.attention_guidance import Wish
+from gobelin.control.flow_edit import flow_edit
 from gobelin.denoiser import Denoiser
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.inversion import read_inversion
 from gobelin.formats.png import write_png
-from gobelin.look.edits import Blend, Blending, FlowEdit, Push, changed_words, followed, reweighted, tokens_of
+from gobelin.formats.textual_inversion import read_inversion
+from gobelin.inpainting import canvas
 from gobelin.look.heatmaps import Collector, HeatMaps
 from gobelin.look.page import framed_page, picture_url
-from gobelin.look.wishes import Wish
-from gobelin.lora import Loras
-from gobelin.prompts import Style, chunked, encode
-from gobelin.request import AnyEdit, Request, inpaints, latent_size, listed, request
-from gobelin.samplers import NoiseSource, Step, flow_edit, sample
+from gobelin.prompt_weighting import Style, chunked, encode
+from gobelin.samplers import NoiseSource, Step, sample
 from gobelin.schedule import NoiseSchedule
+from gobelin.settings import AnyEdit, Request, inpaints, latent_size, listed, request
 from gobelin.tokenizer import Tokenizer, Word, Words
 from gobelin.unet import UNet
 from gobelin.vae import VAE
@@ -216,11 +226,11 @@ class Pipeline:
         ``init_image`` one picture or one for each, which is painted over by the share ``strength`` of the steps, at its
         own size unless another is given; ``mask`` likewise, white where to paint: elsewhere pixels stay what they were;
         ``clip_skip`` layers of the text encoder to leave out; ``weights`` "a1111", "comfyui" or "none", in whose
-        meaning ``(word:1.2)`` is read (:mod:`gobelin.prompts`); ``tile`` latents a side, to decode large pictures in
+        meaning ``(word:1.2)`` is read (:mod:`prompt_weighting`); ``tile`` latents a side, to decode large pictures in
         tiles; ``trace`` True for every step's ``maps`` of what looked
         at which word, "sharp" for heat maps that point best (:meth:`gobelin.look.heatmaps.HeatMaps.sharpened`), or a
         :class:`gobelin.attention.Trace` that says more; ``edit`` one or several of
-        :mod:`gobelin.look.edits` and :mod:`gobelin.look.wishes`, or a plain ``change(site, probs) -> probs``.
+        :mod:`attention_control` and :mod:`attention_guidance`, or a plain ``change(site, probs) -> probs``.
         Raises :class:`UsageError` for what cannot be painted.
         """
         return self._steps(self._asked(prompt, options))
@@ -244,9 +254,9 @@ class Pipeline:
         """Two pictures: of ``prompt``, and the same as ``to`` would have it.
 
         The first is painted, or is ``init_image``, of which ``prompt`` says what is on it. Then it is changed by the
-        share ``strength`` of the way from noise (:class:`gobelin.look.edits.FlowEdit`), with prompt-to-prompt:
-        ``cross`` and ``own`` are those of :func:`gobelin.look.edits.followed`. ``push`` is the strength of
-        :class:`gobelin.look.edits.Push`. Outside of the pixels of the ``blend`` words, of either prompt, nothing
+        share ``strength`` of the way from noise (:class:`FlowEdit`), with prompt-to-prompt:
+        ``cross`` and ``own`` are those of :func:`followed`. ``push`` is the strength of
+        :class:`Push`. Outside of the pixels of the ``blend`` words, of either prompt, nothing
         changes; None takes the words that changed. ``reweight`` says how many times as much words of ``to`` are looked
         at. The other options are those of :meth:`stream`, without ``count``: an ``edit`` comes after these and concerns
         the change alone, and what is black in a ``mask`` stays. ``together`` paints both at once, from the same noise:
@@ -430,7 +440,7 @@ class Pipeline:
     ) -> Float[Tensor, "batch length width"]:
         """Text embeddings of prompts, each distinct one computed once, all as long as the longest of them.
 
-        ``weights`` says in whose meaning words have them (:mod:`gobelin.prompts`).
+        ``weights`` says in whose meaning words have them (:mod:`prompt_weighting`).
         """
         distinct = [chunked(self.tokenizer, text, weights) for text in dict.fromkeys(texts)]
         most = max(len(chunks.token_ids) for chunks in distinct)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from gobelin import scenes
-from gobelin.evaluate.faithfulness import judged
-from gobelin.evaluate.instruments import check_instruments
-from gobelin.evaluate.listening import Heard
-from gobelin.evaluate.prompts import asked_for
+from gobelin.evaluate.benchmark import judged
+from gobelin.evaluate.caption_sensitivity import Heard
+from gobelin.evaluate.contact_sheet import COLUMNS, RED, contact_sheet, what_was_seen
+from gobelin.evaluate.intervals import Share
+from gobelin.evaluate.picture_list import asked_for
 from gobelin.evaluate.report import markdown, report, tables
 from gobelin.evaluate.retrieval import Retrieval
-from gobelin.evaluate.shares import Share
-from gobelin.evaluate.sheet import COLUMNS, RED, contact_sheet, what_was_seen
+from gobelin.evaluate.sanity_checks import check_instruments
 
 WORLD = scenes.CORE
 ASKED = asked_for(WORLD, limit=12, count=1)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gobelin.training import find_preset
-from gobelin.training.loop import make_optimizers
 from gobelin.training.muon import Muon, orthogonal, takes
+from gobelin.training.trainer import make_optimizers
 from gobelin.unet import UNet, UNetConfig
 
 

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from gobelin.data import FolderPairs
-from gobelin.evaluate.instruments import psnr, round_trip
+from gobelin.evaluate.sanity_checks import psnr, round_trip
 from gobelin.pipeline import Pipeline
 from gobelin.training import TrainConfig, find_preset
-from gobelin.training.run import train
+from gobelin.training.recipes.from_scratch import train
 
 COPIES = 10
 Draw = ImageDraw.ImageDraw

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gobelin.checkpoint.families import ONLY, refuse_other_files
+from gobelin.checkpoint.detect import ONLY, refuse_other_files
 from gobelin.checkpoint.model import Model, Recommended
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.errors import ModelError, UsageError

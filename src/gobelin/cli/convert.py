@@ -9,7 +9,7 @@ import torch
 from tyro.conf import Positional
 
 from gobelin.checkpoint import open_model
-from gobelin.checkpoint.folder import save_folder
+from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.cli.options import parse
 from gobelin.cli.painting import ModelOptions

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from gobelin.cli.options import parse, write_report
 from gobelin.data import FolderPairs, ScenePairs, find_world
-from gobelin.data.folder import METADATA
+from gobelin.data.image_folder import METADATA
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import write_text
 from gobelin.scenes import Calibration, calibrate

@@ -11,7 +11,7 @@ from gobelin.cli.options import parse
 from gobelin.cli.painting import PaintingOptions, opened_picture
 from gobelin.errors import UsageError
 from gobelin.formats.png import save_picture
-from gobelin.look.sheet import comparison_sheet
+from gobelin.look.word_sheets import comparison_sheet
 from gobelin.tokenizer import Word
 
 

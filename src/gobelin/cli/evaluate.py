@@ -19,18 +19,18 @@ from gobelin.clip import ImageEncoder
 from gobelin.data import find_world
 from gobelin.errors import UsageError
 from gobelin.evaluate import attribution, editing
-from gobelin.evaluate.faithfulness import Painted, Painting, judged, paint
-from gobelin.evaluate.folder import read_gallery, write_list
-from gobelin.evaluate.instruments import check_instruments
-from gobelin.evaluate.listening import listening
-from gobelin.evaluate.prompts import ALL_TASKS, MAX_PROMPTS, asked_for
+from gobelin.evaluate.benchmark import Painted, Painting, judged, paint
+from gobelin.evaluate.caption_sensitivity import listening
+from gobelin.evaluate.contact_sheet import contact_sheet
+from gobelin.evaluate.picture_folder import read_gallery, write_list
+from gobelin.evaluate.picture_list import ALL_TASKS, MAX_PROMPTS, asked_for
 from gobelin.evaluate.report import describe, markdown, report, tables
 from gobelin.evaluate.retrieval import Retrieval, retrieval
-from gobelin.evaluate.sheet import contact_sheet
+from gobelin.evaluate.sanity_checks import check_instruments
 from gobelin.formats.files import replacing, write_text
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.scenes import WORLDS, World
-from gobelin.training.run import IMAGE_ENCODER
+from gobelin.training.recipes.from_scratch import IMAGE_ENCODER
 
 SHEET_SUFFIXES = (".png", ".jpg")
 SCENES_PER_PROMPT = 10  # pictures that the text encoder is tried on, for each prompt of a task

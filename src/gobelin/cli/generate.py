@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from gobelin.canvas import digest
 from gobelin.cli.options import parse
 from gobelin.cli.painting import NEEDED, PaintingOptions, opened_picture, paint, refuse_others, repeatable
 from gobelin.errors import UsageError
 from gobelin.formats.png import read_remembered, save_picture
-from gobelin.look.sheet import word_sheet
+from gobelin.inpainting import digest
+from gobelin.look.word_sheets import word_sheet
 from gobelin.samplers import SAMPLERS
 
 

@@ -22,9 +22,9 @@ from gobelin.formats.files import replacing, write_text
 from gobelin.formats.png import read_png_settings, save_picture
 from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps, sharp_trace
 from gobelin.look.page import page
-from gobelin.look.sheet import grid_sheet, save_animation, word_sheet
+from gobelin.look.word_sheets import grid_sheet, save_animation, word_sheet
 from gobelin.pipeline import Pipeline, picture_name
-from gobelin.prompts import Style
+from gobelin.prompt_weighting import Style
 from gobelin.tokenizer import Word
 
 MOST_COLUMNS = 12  # steps in a grid

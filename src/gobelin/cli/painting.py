@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from gobelin.errors import DataError, UsageError
 from gobelin.pipeline import SHIPPED, PaintingStep, Pipeline, Result
-from gobelin.request import EDITED, LEARNED_WORDS, LORAS, refuse_odd, request
+from gobelin.settings import EDITED, LEARNED_WORDS, LORAS, refuse_odd, request
 
 NEEDED = (LORAS, LEARNED_WORDS)
 """What of a picture's settings is no option of painting, but has to be there."""

@@ -11,10 +11,10 @@ from tyro.conf import Positional
 
 from gobelin.cli.options import parse
 from gobelin.errors import UsageError
-from gobelin.evaluate.walk import SiteShapes, walk
 from gobelin.formats.component import config_from_json
 from gobelin.formats.files import read_json
 from gobelin.formats.weights import parameter_count
+from gobelin.look.attention_shapes import SiteShapes, walk
 from gobelin.pipeline import shipped_model
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAEConfig

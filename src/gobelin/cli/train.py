@@ -16,8 +16,8 @@ from tyro.conf import Positional
 from gobelin.cli.options import parse
 from gobelin.errors import UsageError
 from gobelin.formats.files import read_json
-from gobelin.training import PRESETS, TrainConfig, find_preset, processes
-from gobelin.training.run import STAGES, config_file, train
+from gobelin.training import PRESETS, TrainConfig, distributed, find_preset
+from gobelin.training.recipes.from_scratch import STAGES, config_file, train
 
 HELP = f"""Train a model from nothing: tokenizer, text encoder, VAE, U-Net.
 
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.out is None:
         raise UsageError("no folder to write to: say --out DIR")
     folder = train(options.config, options.out, resume=options.resume, stage=options.stage)
-    if processes.is_first():
+    if distributed.is_first():
         print(folder)
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from gobelin.checkpoint import open_model
+from gobelin.checkpoint.audit import Audit, audit, differences
 from gobelin.cli.options import parse, write_report
 from gobelin.cli.painting import ModelOptions
-from gobelin.evaluate.verification import Audit, audit, differences
 from gobelin.pipeline import Pipeline
 
 
@@ -48,11 +48,11 @@ def run(arguments: Sequence[str]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pipeline = _open(options.model, options)
-    found = audit(pipeline, [str(one.message) for one in caught], round_trips=not options.no_round_trip)
+    found = audit(pipeline.model, [str(one.message) for one in caught], round_trips=not options.no_round_trip)
     report = found.json()
     _print(found)
     if options.against is not None:
-        report["differences"] = differences(pipeline, _open(options.against, options))
+        report["differences"] = differences(pipeline.model, _open(options.against, options).model)
         _print_differences(report["differences"])
     write_report(options.json, report)
     if not found.sound:

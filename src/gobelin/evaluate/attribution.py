@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from gobelin.attention import AttentionSite, Trace
-from gobelin.evaluate.shares import Z
-from gobelin.look.edits import silenced
+from gobelin.control.attention_control import silenced
+from gobelin.evaluate.intervals import Z
 from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps, sharp_trace
 from gobelin.pipeline import Pipeline, to_pil
 from gobelin.scenes import Sample, Seen, World, grade, sample

@@ -12,7 +12,7 @@ import numpy as np
 
 from gobelin.errors import UsageError
 from gobelin.evaluate.attribution import found_masks
-from gobelin.evaluate.shares import Share
+from gobelin.evaluate.intervals import Share
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import Sample, Seen, World, grade, sample
 from gobelin.scenes.captions import Phrasing

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gobelin.evaluate.faithfulness import (
+from gobelin.evaluate.benchmark import (
     Painted,
     mean_scores,
     shuffled_captions,
     swapped_attributes,
     task_scores,
 )
-from gobelin.evaluate.instruments import Instruments
-from gobelin.evaluate.listening import Heard
+from gobelin.evaluate.caption_sensitivity import Heard
 from gobelin.evaluate.retrieval import Retrieval
+from gobelin.evaluate.sanity_checks import Instruments
 from gobelin.tokenizer import PARTS
 
 SPLITS: dict[str, str] = {"dev": "held in (dev)", "test": "held in (test)", "heldout": "held out"}

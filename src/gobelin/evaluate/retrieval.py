@@ -7,7 +7,7 @@ import torch
 
 from gobelin.clip import ImageEncoder, TextEncoder
 from gobelin.data import Pair, ScenePairs
-from gobelin.evaluate.shares import Share
+from gobelin.evaluate.intervals import Share
 from gobelin.scenes import World
 from gobelin.scenes.captions import NOUNS, NUMBERS, WORDINGS, pluralised
 from gobelin.scenes.colours import COLOURS

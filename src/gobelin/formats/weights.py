@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gobelin.errors import ModelError
 from gobelin.formats.files import read_json, replacing
-from gobelin.formats.pickled import PickledFile, is_pickled
 from gobelin.formats.tensor_file import SafetensorsFile, TensorFile
+from gobelin.formats.torch_pickle import PickledFile, is_pickled
 
 
 class Shards(TensorFile):

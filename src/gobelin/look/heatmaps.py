@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gobelin.attention import AttentionMaps, AttentionSite, Sites, Trace, choose_sites
 from gobelin.errors import UsageError
-from gobelin.look.colours import overlaid
+from gobelin.look.colour_map import overlaid
 from gobelin.tokenizer import PARTS, Word, Words, WordSpan
 
 EVEN = 1e-5  # shares that differ by less are rounding

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gobelin.look.colours import colour_map
+from gobelin.look.colour_map import colour_map
 from gobelin.look.heatmaps import HeatMaps
 
 GRID = 64  # patches at most, a side

@@ -5,37 +5,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from gobelin.errors import UsageError
-from gobelin.samplers.contract import Denoise, Guess, Latents, NoiseSource, SamplerFunction, Step
-from gobelin.samplers.flow_edit import flow_edit, flow_edit_grid
-from gobelin.samplers.grids import (
-    Grid,
-    ddim_grid,
-    ddpm_grid,
-    deis_grid,
-    dpm_2_grid,
-    dpm_grid,
-    euler_grid,
-    lcm_grid,
-    pndm_grid,
-)
+from gobelin.samplers.first_order import ddim, ddpm, euler_ancestral, lcm
 from gobelin.samplers.multistep import deis, dpmpp_2m, dpmpp_2m_sde, lms, pndm, uni_pc
-from gobelin.samplers.one_call import ddim, ddpm, euler_ancestral, lcm
-from gobelin.samplers.two_calls import dpm_2, dpm_2_ancestral, heun
+from gobelin.samplers.noise_levels import (
+    NoiseLevels,
+    ddim_levels,
+    ddpm_levels,
+    deis_levels,
+    dpm_2_levels,
+    dpm_levels,
+    euler_levels,
+    lcm_levels,
+    pndm_levels,
+)
+from gobelin.samplers.second_order import dpm_2, dpm_2_ancestral, heun
+from gobelin.samplers.step import Denoise, DenoiserOutput, Latents, NoiseSource, SamplerFunction, Step
 from gobelin.schedule import NoiseSchedule, Spacing
 
 __all__ = [
     "SAMPLERS",
     "Denoise",
-    "Grid",
-    "Guess",
+    "DenoiserOutput",
     "Latents",
+    "NoiseLevels",
     "NoiseSource",
     "Sampler",
     "Step",
-    "find_grid",
+    "find_noise_levels",
     "find_sampler",
-    "flow_edit",
-    "flow_edit_grid",
     "over_picture",
     "sample",
 ]
@@ -46,7 +43,7 @@ class Sampler:
     """A sampler by name: its function, its grid, and the spacing it takes where the model's folder is silent."""
 
     function: SamplerFunction
-    grid: Callable[[NoiseSchedule, int, Spacing, bool], Grid]
+    levels: Callable[[NoiseSchedule, int, Spacing, bool], NoiseLevels]
     spacing: Spacing
     karras: bool = False
 
@@ -56,27 +53,27 @@ def _with_karras(name: str, sampler: Sampler) -> dict[str, Sampler]:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(function=ddpm, grid=ddpm_grid, spacing="leading"),
-    "ddim": Sampler(function=ddim, grid=ddim_grid, spacing="leading"),
-    "pndm": Sampler(function=pndm, grid=pndm_grid, spacing="leading"),
-    "lcm": Sampler(function=lcm, grid=lcm_grid, spacing="leading"),
-    **_with_karras("euler", Sampler(function=ddim, grid=euler_grid, spacing="linspace")),
-    "euler_ancestral": Sampler(function=euler_ancestral, grid=euler_grid, spacing="linspace"),
-    **_with_karras("heun", Sampler(function=heun, grid=euler_grid, spacing="linspace")),
-    **_with_karras("lms", Sampler(function=lms, grid=euler_grid, spacing="linspace")),
-    **_with_karras("dpm_2", Sampler(function=dpm_2, grid=dpm_2_grid, spacing="linspace")),
-    **_with_karras("dpm_2_ancestral", Sampler(function=dpm_2_ancestral, grid=dpm_2_grid, spacing="linspace")),
-    **_with_karras("dpmpp_2m", Sampler(function=dpmpp_2m, grid=dpm_grid, spacing="linspace")),
-    **_with_karras("dpmpp_2m_sde", Sampler(function=dpmpp_2m_sde, grid=dpm_grid, spacing="linspace")),
-    **_with_karras("uni_pc", Sampler(function=uni_pc, grid=dpm_grid, spacing="linspace")),
-    **_with_karras("deis", Sampler(function=deis, grid=deis_grid, spacing="linspace")),
+    "ddpm": Sampler(function=ddpm, levels=ddpm_levels, spacing="leading"),
+    "ddim": Sampler(function=ddim, levels=ddim_levels, spacing="leading"),
+    "pndm": Sampler(function=pndm, levels=pndm_levels, spacing="leading"),
+    "lcm": Sampler(function=lcm, levels=lcm_levels, spacing="leading"),
+    **_with_karras("euler", Sampler(function=ddim, levels=euler_levels, spacing="linspace")),
+    "euler_ancestral": Sampler(function=euler_ancestral, levels=euler_levels, spacing="linspace"),
+    **_with_karras("heun", Sampler(function=heun, levels=euler_levels, spacing="linspace")),
+    **_with_karras("lms", Sampler(function=lms, levels=euler_levels, spacing="linspace")),
+    **_with_karras("dpm_2", Sampler(function=dpm_2, levels=dpm_2_levels, spacing="linspace")),
+    **_with_karras("dpm_2_ancestral", Sampler(function=dpm_2_ancestral, levels=dpm_2_levels, spacing="linspace")),
+    **_with_karras("dpmpp_2m", Sampler(function=dpmpp_2m, levels=dpm_levels, spacing="linspace")),
+    **_with_karras("dpmpp_2m_sde", Sampler(function=dpmpp_2m_sde, levels=dpm_levels, spacing="linspace")),
+    **_with_karras("uni_pc", Sampler(function=uni_pc, levels=dpm_levels, spacing="linspace")),
+    **_with_karras("deis", Sampler(function=deis, levels=deis_levels, spacing="linspace")),
 }
 
 
 def sample(
     name: str,
     denoise: Denoise,
-    grid: Grid,
+    grid: NoiseLevels,
     start_noise: Latents,
     noise: Callable[[], Latents],
     clean: Latents | None = None,
@@ -93,7 +90,7 @@ def sample(
     return find_sampler(name).function(denoise, start, grid, noise)
 
 
-def over_picture(grid: Grid, steps: int, strength: float) -> Grid:
+def over_picture(grid: NoiseLevels, steps: int, strength: float) -> NoiseLevels:
     """The rest of a grid that painting over a picture goes through: the share ``strength`` of its ``steps``.
 
     Raises :class:`UsageError` where none is left.
@@ -106,7 +103,7 @@ def over_picture(grid: Grid, steps: int, strength: float) -> Grid:
     return grid.after(steps - left)
 
 
-def find_grid(name: str, schedule: NoiseSchedule, steps: int) -> Grid:
+def find_noise_levels(name: str, schedule: NoiseSchedule, steps: int) -> NoiseLevels:
     """The timesteps and noise levels at which a sampler will stand.
 
     Raises :class:`UsageError` for an unknown name, and for more steps than the schedule has timesteps.
@@ -114,7 +111,7 @@ def find_grid(name: str, schedule: NoiseSchedule, steps: int) -> Grid:
     sampler = find_sampler(name)
     if not 1 <= steps <= schedule.config.num_train_timesteps:
         raise UsageError(f"{steps} steps asked for: give a number from 1 to {schedule.config.num_train_timesteps}")
-    return sampler.grid(schedule, steps, schedule.config.timestep_spacing or sampler.spacing, sampler.karras)
+    return sampler.levels(schedule, steps, schedule.config.timestep_spacing or sampler.spacing, sampler.karras)
 
 
 def find_sampler(name: str) -> Sampler:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gobelin.samplers.contract import Denoise, Guess, Latents, Step, sigma_of, step_from
-from gobelin.samplers.grids import Grid
+from gobelin.samplers.noise_levels import NoiseLevels
+from gobelin.samplers.step import Denoise, DenoiserOutput, Latents, Step, sigma_of, step_from
 
 _FEW = 15  # steps: with fewer, DEIS ends with a step of first order
 _LMS_ORDER = 4
@@ -16,19 +16,23 @@ _LMS_ORDER = 4
 _PLMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def dpmpp_2m(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
+def dpmpp_2m(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
     """DPM-Solver++(2M), the midpoint form (Lu et al. 2022, arXiv 2211.01095, algorithm 2)."""
-    yield from _dpmpp_2m(denoise, latents, grid, None)
+    yield from _dpmpp_2m(denoise, latents, levels, None)
 
 
-def dpmpp_2m_sde(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
+def dpmpp_2m_sde(
+    denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]
+) -> Iterator[Step]:
     """The same for the stochastic equation: SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 6)."""
-    yield from _dpmpp_2m(denoise, latents, grid, noise)
+    yield from _dpmpp_2m(denoise, latents, levels, noise)
 
 
-def _dpmpp_2m(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents] | None) -> Iterator[Step]:
+def _dpmpp_2m(
+    denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents] | None
+) -> Iterator[Step]:
     previous, previous_h = None, 0.0
-    for index, timestep, here, there in grid.levels():
+    for index, timestep, here, there in levels.intervals():
         guess = denoise(latents, timestep, here)
         direction = guess.denoised
         h = _log_step(here, there)
@@ -45,11 +49,11 @@ def _dpmpp_2m(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[]
         yield step_from(index, timestep, here, latents, guess)
 
 
-def lms(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
+def lms(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
     """Adams-Bashforth in σ, of fourth order at most (k-diffusion ``sample_lms``)."""
     slopes: list[Latents] = []
-    sigmas = [sigma_of(alpha) for alpha in grid.alphas_cumprod]
-    for index, timestep, here, there in grid.levels():
+    sigmas = [sigma_of(alpha) for alpha in levels.alphas_cumprod]
+    for index, timestep, here, there in levels.intervals():
         guess = denoise(latents, timestep, here)
         slopes = [guess.noise, *slopes[: _LMS_ORDER - 1]]
         weights = _adams(sigmas[index - len(slopes) + 1 : index + 1][::-1], sigmas[index], sigma_of(there))
@@ -58,15 +62,15 @@ def lms(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Late
         yield step_from(index, timestep, here, latents, guess)
 
 
-def deis(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
+def deis(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
     """DEIS with log σ as its variable, of second order (Zhang and Chen 2022, arXiv 2204.13902, table 2)."""
     previous: tuple[float, Latents] | None = None
-    steps = len(grid.timesteps)
-    for index, timestep, here, there in grid.levels():
+    steps = len(levels.timesteps)
+    for index, timestep, here, there in levels.intervals():
         guess = denoise(latents, timestep, here)
         sigma, target = sigma_of(here), sigma_of(there)
         moved = (target - sigma) * guess.noise
-        last_of_few = index == steps - 1 and grid.skipped + steps < _FEW
+        last_of_few = index == steps - 1 and levels.skipped + steps < _FEW
         if previous is not None and not last_of_few and previous[0] != sigma:
             older, slope = previous
 
@@ -81,48 +85,48 @@ def deis(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Lat
         yield step_from(index, timestep, here, latents, guess)
 
 
-def pndm(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
+def pndm(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
     """Pseudo linear multistep, begun by one step that asks twice (Liu et al. 2022, arXiv 2202.09778; CompVis' PLMS).
 
     What is put together are the predictions themselves: the noise, or where the model predicts it the velocity.
     """
     seen: list[Latents] = []
-    rows = list(grid.levels())
+    rows = list(levels.intervals())
     for index, (row, timestep, here, there) in enumerate(rows[:1] + rows[2:]):
         guess = denoise(latents, timestep, here)
-        seen = [_predicted(guess, here, grid), *seen[: len(_PLMS) - 1]]
+        seen = [_predicted(guess, here, levels), *seen[: len(_PLMS) - 1]]
         prediction = _weighed(_PLMS[len(seen) - 1], seen)
-        latents = _transferred(guess.latents, prediction, here, there, grid)
+        latents = _transferred(guess.latents, prediction, here, there, levels)
         if row == 0 and len(rows) > 1:
             # Asked again at the end of the step, which from there began one stride above.
             _, after, level, _ = rows[1]
             second = denoise(latents, after, level)
-            prediction = (_predicted(second, level, grid) + prediction) / 2
-            latents = _transferred(guess.latents, prediction, grid.above[1], level, grid)
+            prediction = (_predicted(second, level, levels) + prediction) / 2
+            latents = _transferred(guess.latents, prediction, levels.above[1], level, levels)
         yield step_from(index, timestep, here, latents, guess)
 
 
-def _predicted(guess: Guess, alpha_cumprod: float, grid: Grid) -> Latents:
+def _predicted(guess: DenoiserOutput, alpha_cumprod: float, levels: NoiseLevels) -> Latents:
     """What the model predicted for this guess."""
-    if not grid.velocity:
+    if not levels.velocity:
         return guess.noise
     return math.sqrt(alpha_cumprod) * guess.noise - math.sqrt(1 - alpha_cumprod) * guess.denoised
 
 
-def _transferred(latents: Latents, prediction: Latents, here: float, there: float, grid: Grid) -> Latents:
+def _transferred(latents: Latents, prediction: Latents, here: float, there: float, levels: NoiseLevels) -> Latents:
     """From one level to another by a prediction at the first (arXiv 2202.09778, equation 9)."""
     noise = prediction
-    if grid.velocity:
+    if levels.velocity:
         noise = math.sqrt(here) * prediction + math.sqrt(1 - here) * latents
     return math.sqrt(there) * (latents / math.sqrt(here) + (sigma_of(there) - sigma_of(here)) * noise)
 
 
-def uni_pc(denoise: Denoise, latents: Latents, grid: Grid, noise: Callable[[], Latents]) -> Iterator[Step]:
+def uni_pc(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
     """UniPC-2 with B(h) = e^h − 1: predict, and correct by what is seen there (Zhao et al. 2023, arXiv 2302.04867)."""
     before: _Seen | None = None
     last: _Seen | None = None
-    order, steps = 1, len(grid.timesteps)
-    for index, timestep, here, there in grid.levels():
+    order, steps = 1, len(levels.timesteps)
+    for index, timestep, here, there in levels.intervals():
         guess = denoise(latents, timestep, here)
         start = guess.latents
         if last is not None:

@@ -17,10 +17,10 @@ from scipy import ndimage
 
 from gobelin.scenes.blobs import BLOBS, blob
 from gobelin.scenes.grader import UNKNOWN, Seen, grade
-from gobelin.scenes.judge import judge, swapped
-from gobelin.scenes.prompts import Prompt
+from gobelin.scenes.prompt_lists import Prompt
 from gobelin.scenes.relations import found_in
 from gobelin.scenes.sampling import Sample, sample
+from gobelin.scenes.scoring import judge, swapped
 from gobelin.scenes.world import World
 
 Image = NDArray[np.uint8]

@@ -14,7 +14,7 @@ from gobelin.layers import Attention
 from gobelin.pipeline import to_pil
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
-from gobelin.training import processes
+from gobelin.training import distributed
 from gobelin.training.config import TextStageConfig, UNetStageConfig, VAEStageConfig
 from gobelin.unet import UNet
 from gobelin.vae import VAE
@@ -207,7 +207,7 @@ class UNetStage:
         dropped = torch.rand(len(indices), generator=generator) < self._config.caption_dropout
         caption = torch.where(dropped, len(self._texts) - 1, self._caption[indices])
 
-        mine = processes.part()
+        mine = distributed.part()
         latents, noise, timesteps = latents[mine], noise[mine], timesteps[mine]
         noisy_latents = self._schedule.add_noise(latents, noise, timesteps)
         target = self._schedule.target(latents, noise, timesteps).to(unet.device)

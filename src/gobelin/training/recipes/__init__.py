@@ -1,0 +1,1 @@
+"""Training recipes: which stages are trained, in which order."""

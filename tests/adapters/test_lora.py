@@ -1,0 +1,303 @@
+"""LoRAs in every layout: the same numbers as diffusers, and none of the file left over."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tests.oracles import differences
+from torch import Tensor
+
+from gobelin.errors import ModelError, UsageError
+from gobelin.formats.lora_layouts import _bases
+from gobelin.pipeline import Pipeline
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+EVERYTHING = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj"]
+TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+def with_adapter(make: Any, targets: list[str], seed: int, alpha: int = 8) -> StableDiffusionPipeline:
+    """The oracle with a LoRA of random numbers in U-Net and text encoder, as PEFT makes one."""
+    pipe = make()
+    for network, layers in ((pipe.unet, targets), (pipe.text_encoder, TEXT)):
+        network.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=layers, init_lora_weights=False))
+    generator = torch.Generator().manual_seed(seed)
+    for network in (pipe.unet, pipe.text_encoder):
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return pipe
+
+
+def saved(pipe: StableDiffusionPipeline, where: Path) -> dict[str, Tensor]:
+    """The adapter as diffusers saves it, in ``where``; returns its tensors."""
+    StableDiffusionPipeline.save_lora_weights(
+        where,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder),
+        unet_lora_adapter_metadata={"lora_alpha": 8, "r": 4},
+        text_encoder_lora_adapter_metadata={"lora_alpha": 8, "r": 4},
+    )
+    return load_file(where / "pytorch_lora_weights.safetensors")
+
+
+def kohya(tensors: dict[str, Tensor], alpha: float | None = 8.0) -> dict[str, Tensor]:
+    """The same in kohya's names."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        module, role = rest.rsplit(".lora_", 1)
+        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part]
+        if part == "text_encoder" and not module.startswith("text_model."):
+            module = f"text_model.{module}"
+        base = prefix + module.replace(".", "_")
+        renamed[f"{base}.lora_{'down' if role.startswith('A') else 'up'}.weight"] = tensor
+        if alpha is not None:
+            renamed[f"{base}.alpha"] = torch.tensor(alpha)
+    return renamed
+
+
+def older(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The attention's part in the names of diffusers before PEFT."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        module, role = name.rsplit(".lora_", 1)
+        way = "down" if role.startswith("A") else "up"
+        if name.startswith("unet."):
+            block, layer = module.replace("to_out.0", "to_out").rsplit(".", 1)
+            renamed[f"{block}.processor.{layer}_lora.{way}.weight"] = tensor
+        else:
+            renamed[f"{module}.lora_linear_layer.{way}.weight"] = tensor
+    return renamed
+
+
+@pytest.fixture(scope="module")
+def full(make_oracle, tmp_path_factory):
+    pipe = with_adapter(make_oracle, EVERYTHING, seed=1)
+    return pipe, saved(pipe, tmp_path_factory.mktemp("lora"))
+
+
+def assert_same(pipe: Pipeline, oracle: StableDiffusionPipeline) -> None:
+    found = differences(pipe, oracle)
+    assert max(found.values()) <= 2e-5, found
+
+
+def test_as_diffusers_saves_it_with_pefts_alpha_in_the_header(full, oracle_folder, tmp_path):
+    theirs, _ = full
+    saved(theirs, tmp_path)
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    before = differences(pipe, theirs)
+    assert before["unet"] > 0.1
+    assert before["text_encoder"] > 0.1
+    assert pipe.load_lora(tmp_path / "pytorch_lora_weights.safetensors") == "pytorch_lora_weights"
+    assert_same(pipe, theirs)
+
+
+def test_in_kohyas_layout(full, oracle_folder, tmp_path):
+    theirs, tensors = full
+    save_file(kohya(tensors), tmp_path / "kohya.safetensors")
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    pipe.load_lora(tmp_path / "kohya.safetensors")
+    assert_same(pipe, theirs)
+
+
+def test_in_the_layout_of_diffusers_before_peft(make_oracle, oracle_folder, tmp_path):
+    theirs = with_adapter(make_oracle, ATTENTION, seed=2, alpha=4)
+    tensors = saved(theirs, tmp_path)
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    save_file(older(tensors), tmp_path / "old.safetensors")
+    pipe.load_lora(tmp_path / "old.safetensors")
+    assert_same(pipe, theirs)
+    bare = {name.removeprefix("unet."): one for name, one in older(tensors).items() if name.startswith("unet.")}
+    torch.save(bare, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(ModelError, match="is a pickle"):
+        pipe.load_lora(tmp_path / "pytorch_lora_weights.bin")
+    other = Pipeline.from_pretrained(oracle_folder, "cpu")
+    other.load_lora(tmp_path / "pytorch_lora_weights.bin", allow_pickle=True)
+    assert differences(other, theirs)["unet"] <= 2e-5
+
+
+def test_several_with_weights_and_out_again_without_a_trace(full, make_oracle, oracle_folder, tmp_path):
+    _, first = full
+    second = saved(with_adapter(make_oracle, ATTENTION, seed=3), tmp_path)
+    save_file(kohya(first), tmp_path / "one.safetensors")
+    save_file(kohya(second), tmp_path / "two.safetensors")
+    theirs = make_oracle()
+    theirs.load_lora_weights(tmp_path / "one.safetensors", adapter_name="one")
+    theirs.load_lora_weights(tmp_path / "two.safetensors", adapter_name="two")
+    theirs.set_adapters(["one", "two"], [0.7, -0.4])
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.load_lora(tmp_path / "one.safetensors", weight=0.7)
+    pipe.load_lora(tmp_path / "two.safetensors", weight=3.0)
+    pipe.loras.set_weight("two", -0.4)
+    assert_same(pipe, theirs)
+    assert pipe("a red circle", steps=1).settings[0]["loras"] == {"one": 0.7, "two": -0.4}
+    pipe.loras.remove("one")
+    theirs.set_adapters(["two"], [-0.4])
+    assert_same(pipe, theirs)
+    pipe.loras.remove("two")
+    assert pipe.loras.weights == {}
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+
+
+def test_the_file_alone_decides_the_scale_without_an_alpha_or_with_zero(full, oracle_folder, tmp_path):
+    _, tensors = full
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    before = pipe.unet.mid_block.resnets[0].conv1.weight.clone()
+    changes = []
+    for alpha in (None, 0.0, 4.0, 2.0):
+        save_file(kohya(tensors, alpha), tmp_path / "x.safetensors")
+        name = pipe.load_lora(tmp_path / "x.safetensors")
+        changes.append(pipe.unet.mid_block.resnets[0].conv1.weight - before)
+        pipe.loras.remove(name)
+    assert torch.equal(changes[0], changes[1])
+    assert torch.equal(changes[0], changes[2])
+    torch.testing.assert_close(changes[3], changes[0] / 2)
+
+
+def test_convolutions_with_a_middle(oracle_folder, tmp_path):
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    layer = pipe.unet.mid_block.resnets[0].conv1
+    before, base = layer.weight.clone(), "lora_unet_mid_block_resnets_0_conv1"
+    out, into = layer.weight.shape[:2]
+    down, middle, up = torch.randn(4, into, 1, 1), torch.randn(4, 4, 3, 3), torch.randn(out, 4, 1, 1)
+    file = tmp_path / "locon.safetensors"
+    save_file({f"{base}.lora_down.weight": down, f"{base}.lora_mid.weight": middle, f"{base}.lora_up.weight": up}, file)
+    pipe.load_lora(file)
+    images = torch.randn(1, into, 5, 6)
+    conv = torch.nn.functional.conv2d
+    expected = conv(images, before, layer.bias, padding=1) + conv(conv(conv(images, down), middle, padding=1), up)
+    torch.testing.assert_close(layer(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_maps_and_edits_go_on_working(full, oracle_folder, tmp_path):
+    _, tensors = full
+    save_file(kohya(tensors), tmp_path / "x.safetensors")
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    plain = pipe("a red circle", steps=2, trace=True)
+    pipe.load_lora(tmp_path / "x.safetensors")
+    traced, silent = (pipe("a red circle", steps=2, trace=trace) for trace in (True, False))
+    assert torch.equal(traced.latents, silent.latents)
+    assert not torch.equal(traced.latents, plain.latents)
+    assert not torch.equal(traced.heatmaps[0]["red"].raw, plain.heatmaps[0]["red"].raw)
+    assert pipe.edit("a red circle", "a blue circle", steps=2).images[1].size == (64, 64)
+
+
+def test_what_is_merged_stays_and_is_saved(full, oracle_folder, tmp_path):
+    theirs, tensors = full
+    save_file(kohya(tensors), tmp_path / "x.safetensors")
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    pipe.load_lora(tmp_path / "x.safetensors")
+    pipe.loras.merge()
+    assert pipe.loras.weights == {}
+    pipe.save_pretrained(tmp_path / "merged")
+    assert_same(Pipeline.from_pretrained(tmp_path / "merged", "cpu"), theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {}, "it holds no tensors"),
+        (
+            lambda t: {"a.lora_down.weight": torch.ones(1)},
+            r"holds 'a\.lora_down\.weight', which is of no layer of this",
+        ),
+        (
+            lambda t: t | {"lora_unet_x.alpha": torch.ones(1)},
+            r"holds 'lora_unet_x\.alpha', which is of no layer of this",
+        ),
+        (lambda t: t | {"lora_unet_y.hada_w1_a": torch.ones(1)}, "is a LoHa"),
+        (lambda t: t | {"lora_unet_y.dora_scale": torch.ones(1)}, "is a DoRA"),
+        (lambda t: dict(list(t.items())[1:]), "lacks the (down|up) that goes with"),
+        (lambda t: {k: one[:, :-1] if k.endswith("down.weight") else one for k, one in t.items()}, "for another model"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_and_leaves_the_model_alone(
+    change,
+    message,
+    full,
+    oracle_folder,
+    tmp_path,
+):
+    _, tensors = full
+    named = {name: one for name, one in kohya(tensors, None).items() if "mid_block" in name}
+    save_file({name: one.contiguous() for name, one in change(named).items()}, tmp_path / "x.safetensors")
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    with pytest.raises(ModelError, match=message):
+        pipe.load_lora(tmp_path / "x.safetensors")
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+    assert pipe.loras.weights == {}
+
+
+def test_names_that_are_taken_or_not_there_are_said(full, oracle_folder, tmp_path):
+    _, tensors = full
+    save_file(kohya(tensors), tmp_path / "x.safetensors")
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    pipe.load_lora(tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="a LoRA 'x' is there already"):
+        pipe.load_lora(tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="no LoRA 'y' was added: there is x"):
+        pipe.loras.remove("y")
+
+
+def test_no_two_layers_share_a_name():
+    from gobelin.unet import UNet, UNetConfig
+
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.sd15())
+    modules = [name for name, module in unet.named_modules() if hasattr(module, "weight")]
+    names = [name for module in modules for name in set(_bases("unet", module))]
+    assert len(set(names)) == len(names)
+
+
+WHERE = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_down.weight": torch.ones(())}, "make no change of one rank"),
+        ({"lora_up.weight": torch.ones(64)}, "make no change of one rank"),
+        ({"lora_up.weight": torch.ones(64, 3)}, "make no change of one rank"),
+        ({"lora_down.weight": torch.ones(0, 64), "lora_up.weight": torch.ones(64, 0)}, "make no change of one rank"),
+        ({"alpha": torch.ones(2)}, "make no change of one rank"),
+        ({"alpha": torch.tensor(torch.nan)}, "holds NaN or infinity"),
+        ({"lora_down.weight": torch.full((2, 64), torch.inf)}, "holds NaN or infinity"),
+        ({"lora_up.weight": torch.ones(10**5, 2), "lora_down.weight": torch.ones(2, 10**5)}, "is for another model"),
+    ],
+)
+def test_odd_tensors_are_refused(change: dict, message: str, oracle_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    whole = {"lora_down.weight": torch.ones(2, 64), "lora_up.weight": torch.ones(64, 2), "alpha": torch.tensor(1.0)}
+    before = {name: one.clone() for name, one in pipe.unet.state_dict().items()}
+    tensors = {f"{WHERE}.{name}": one for name, one in (whole | change).items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=message):
+        pipe.load_lora(tmp_path / "x.safetensors")
+    assert all(torch.equal(one, before[name]) for name, one in pipe.unet.state_dict().items())
+    assert pipe.loras.weights == {}
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["{", "[" * 100_000, "[1]", '{"unet.lora_alpha": "abc"}', '{"unet.lora_alpha": [1]}', '{"unet.lora_alpha": 1e999}'],
+)
+def test_odd_settings_of_pefts_are_refused(said: str, oracle_folder: Path, tmp_path: Path) -> None:
+    name = "unet.mid_block.attentions.0.proj_in"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(64, 2)}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": said})
+    with pytest.raises(ModelError, match=r"x\.safetensors"):
+        Pipeline.from_pretrained(oracle_folder, "cpu").load_lora(tmp_path / "x.safetensors")
+
+
+def test_a_weight_that_is_no_number_is_refused(oracle_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    with pytest.raises(UsageError, match="the weight of a LoRA is nan: give a number"):
+        pipe.load_lora(tmp_path / "x.safetensors", float("nan"))

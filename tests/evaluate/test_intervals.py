@@ -1,0 +1,82 @@
+"""Intervals: by the book, honest about pictures that share a prompt, and sound at the edges."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gobelin.evaluate.intervals import Share
+
+
+@given(hits=st.integers(0, 60), misses=st.integers(0, 60), size=st.integers(1, 5))
+def test_intervals_hold_their_share(hits, misses, size):
+    outcomes = [True] * hits + [False] * misses
+    for groups in (None, [at // size for at in range(len(outcomes))]):
+        share = Share.of(outcomes, groups)
+        assert share.n == hits + misses
+        if share.n:
+            assert 0 <= share.low <= share.value <= share.high <= 1
+            assert share.low < share.high
+
+
+def test_an_interval_known_from_the_books():
+    share = Share.of([True] * 8 + [False] * 2)  # Wilson's interval for 8 of 10
+    assert (share.low, share.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+
+
+def test_groups_of_one_are_no_groups_and_groups_that_agree_count_once():
+    outcomes = [True] * 14 + [False] * 6
+    assert Share.of(outcomes, list(range(20))) == Share.of(outcomes)
+    four_of_each = Share.of([outcome for outcome in outcomes for _ in range(4)], [at // 4 for at in range(80)])
+    once = Share.of(outcomes)
+    assert four_of_each.low == pytest.approx(once.low, abs=0.002)
+    assert four_of_each.high == pytest.approx(once.high, abs=0.002)
+    mixed = Share.of([True, True, True, False] * 20, [at // 4 for at in range(80)])  # all prompts are alike
+    assert mixed.high - mixed.low == pytest.approx(0.186, abs=0.01), "as wide as of 80 independent pictures"
+
+
+def test_one_failure_more_never_raises_an_end_of_the_interval():
+    groups = [at // 4 for at in range(400)]
+    shares = [Share.of([False] * failures + [True] * (400 - failures), groups) for failures in range(40)]
+    for better, worse in pairwise(shares):
+        assert worse.low < better.low + 2e-3
+        assert worse.high <= better.high
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_an_interval_of_grouped_pictures_covers_the_truth(probability):
+    rng = np.random.default_rng(0)
+    trials, prompts, pictures, alike = 300, 60, 4, 1.0  # Beta(p, 1 - p): half of the variance is between prompts
+    groups = [at // pictures for at in range(prompts * pictures)]
+    covered = {"grouped": 0, "not": 0}
+    for _ in range(trials):
+        each = rng.beta(probability * alike, (1 - probability) * alike, prompts)
+        outcomes = (rng.random((prompts, pictures)) < each[:, None]).ravel().tolist()
+        for name, share in (("grouped", Share.of(outcomes, groups)), ("not", Share.of(outcomes))):
+            covered[name] += share.low <= probability <= share.high
+    assert 0.92 <= covered["grouped"] / trials <= 0.99
+    assert covered["not"] / trials < 0.90, "or the test could not fail"
+
+
+def test_a_mean_of_shares_is_narrower_than_each_and_has_a_width_at_one():
+    one, other = Share.of([True] * 60 + [False] * 40), Share.of([True] * 20 + [False] * 80)
+    mean = Share.mean([one, other])
+    assert mean.value == pytest.approx(0.4)
+    assert mean.n == 200
+    assert mean.high - mean.low < min(share.high - share.low for share in (one, other))
+    assert Share.mean([one]) == one
+    perfect = Share.mean([Share.of([True] * 100)] * 6)
+    assert perfect.high == 1
+    assert 0.95 < perfect.low < 0.995
+
+
+def test_a_mean_of_shares_covers_the_truth():
+    rng = np.random.default_rng(1)
+    truth = (0.2, 0.5, 0.95, 0.9, 0.05, 0.7)
+    covered = 0
+    for _ in range(400):
+        mean = Share.mean([Share.of((rng.random(100) < share).tolist()) for share in truth])
+        covered += mean.low <= np.mean(truth) <= mean.high
+    assert 0.92 <= covered / 400 <= 0.985

@@ -1,0 +1,94 @@
+"""Two processes on one machine: the model that one alone makes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tomli_w
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gobelin.cli.train import without_none
+from gobelin.training.recipes.from_scratch import train
+
+TRAIN = ("-m", "gobelin", "train")
+SHARED = """
+import json, pathlib, sys, torch
+from gobelin.training import distributed
+
+with distributed.joined(torch.device("cpu")):
+    rows = torch.arange(7)[distributed.part()]
+    mean = rows.float().mean()
+    distributed.average_([mean])
+    said = [distributed.count(), rows.tolist(), mean.item(), distributed.gathered(10 * rows, 7).tolist(),
+            distributed.told("first" if distributed.is_first() else "other")]
+    pathlib.Path(sys.argv[1], "first.json" if distributed.is_first() else "other.json").write_text(json.dumps(said))
+"""
+
+
+def launch(count, *arguments):
+    """``torchrun`` on this machine alone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.run(
+        [*command, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def config(micro):
+    config = micro()
+    return dataclasses.replace(
+        config,
+        unet=dataclasses.replace(
+            config.unet,
+            train_text_encoder=True,
+            optim=dataclasses.replace(config.unet.optim, precision="float32", optimizer="muon"),
+        ),
+    )
+
+
+def written(config, tmp_path):
+    file = tmp_path / "micro.toml"
+    file.write_text(tomli_w.dumps(without_none(dataclasses.asdict(config))))
+    return str(file)
+
+
+def test_processes_take_turns_and_tell_each_other(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    done = launch(2, str(script), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = [json.loads((tmp_path / f"{process}.json").read_text()) for process in ("first", "other")]
+    whole = [0, 10, 20, 30, 40, 50, 60]
+    assert said == [[2, [0, 2, 4, 6], 3.0, whole, "first"], [2, [1, 3, 5], 3.0, whole, "first"]]
+
+
+def test_two_processes_make_the_model_that_one_makes(config, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(config, one, console=Console(quiet=True))
+    done = launch(2, *TRAIN, written(config, tmp_path), "--out", str(two))
+    assert done.returncode == 0, done.stderr
+    parts = {folder: load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (one, two)}
+    # AdamW divides a gradient by its own size, so where one is nearly zero its rounding becomes a small step.
+    step = config.unet.optim.learning_rate
+    for name, tensor in parts[one].items():
+        torch.testing.assert_close(parts[two][name], tensor, rtol=0, atol=step / 20, msg=f"{name} differs")
+    lines = [(folder / "training" / "metrics.jsonl").read_text().count("\n") for folder in (one, two)]
+    assert lines[0] == lines[1], "both processes wrote"
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(config, tmp_path):
+    uneven = dataclasses.replace(
+        config, unet=dataclasses.replace(config.unet, optim=dataclasses.replace(config.unet.optim, batch_size=5))
+    )
+    done = launch(2, *TRAIN, written(uneven, tmp_path), "--out", str(tmp_path / "two"))
+    assert done.returncode != 0
+    assert "a batch of 5 cannot be shared evenly among 2 processes" in done.stderr

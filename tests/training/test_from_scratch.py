@@ -1,0 +1,235 @@
+"""A whole run: what it writes, that it resumes exactly, and what it refuses."""
+
+import dataclasses
+import json
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gobelin.errors import DataError, TrainingError, UsageError
+from gobelin.pipeline import Pipeline, shipped_model
+from gobelin.training import find_preset
+from gobelin.training.config import DataConfig
+from gobelin.training.recipes.from_scratch import STAGES, first_difference, train
+from gobelin.training.trainer import Run, fit
+
+QUIET = Console(quiet=True)
+
+
+def weights(folder):
+    return {
+        f"{part}/{name}": tensor
+        for part in ("text_encoder", "image_encoder", "vae", "unet")
+        for file in (folder / part).glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def test_the_folder_holds_a_model_its_card_and_its_history(trained):
+    for name in (
+        "model_index.json",
+        "README.md",
+        "gobelin.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "image_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "training/samples/unet-000004.png",
+        "training/samples/vae-000004.png",
+    ):
+        assert (trained / name).is_file(), name
+    lines = [json.loads(line) for line in (trained / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"text_encoder", "vae", "unet"}
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert not list((trained / "training" / "checkpoints").glob("*/*")), "checkpoints outlive their stage"
+    assert "48 scenes" in (trained / "README.md").read_text()
+
+
+@pytest.mark.parametrize("which", ["trained for a moment", "shipped"])
+def test_it_opens_in_diffusers_and_paints_the_same(trained, which):
+    folder = shipped_model() if which == "shipped" else trained
+    ours = Pipeline.from_pretrained(folder)
+    theirs = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    assert isinstance(theirs.scheduler, DDIMScheduler)
+    prompts = ["a red circle", "a blue square above the green ring"]
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    options = {"prompt": prompts, "latents": latents, "negative_prompt": ["a cross"] * 2}
+    with torch.no_grad():
+        expected = theirs(**options, num_inference_steps=20, guidance_scale=3.0, guidance_rescale=0.3).images
+    options["negative_prompt"] = "a cross"
+    painted = ours(**options, steps=20, guidance=3.0, guidance_rescale=0.3, sampler="ddim").images
+    for one, other in zip(painted, expected, strict=True):
+        difference = np.abs(np.asarray(one, int) - np.asarray(other, int))
+        assert difference.max() <= 2
+    assert np.asarray(painted[0]).std() > 1, "an empty picture proves nothing"
+
+
+def test_the_text_encoder_can_go_on_learning_with_the_unet(trained, micro, tmp_path):
+    config = micro()
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, train_text_encoder=True))
+    joint = train(config, tmp_path / "joint", console=QUIET)
+    frozen, moved = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (trained, joint))
+    assert any(not torch.equal(frozen[name], moved[name]) for name in frozen)
+    Pipeline.from_pretrained(joint)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["text_encoder", "vae", "unet"])
+def test_a_killed_run_resumes_to_the_same_weights(trained, micro, tmp_path, monkeypatch, stage):
+    steps = {"count": 0}
+
+    def die(run, name, values):
+        steps["count"] += 1
+
+    import gobelin.training.trainer as loop
+
+    real = loop.batch_indices
+
+    def dying(seed, name, step, batch_size, samples):
+        if name == stage and step == 3 and steps["count"] == 0:
+            steps["count"] = 1
+            raise Interrupted
+        return real(seed, name, step, batch_size, samples)
+
+    monkeypatch.setattr(loop, "batch_indices", dying)
+    out = tmp_path / "model"
+    with pytest.raises(Interrupted):
+        train(micro(), out, console=QUIET)
+    assert (out / "model_index.json").exists() == (stage == "unet"), "usable from its first pictures on"
+    if stage == "unet":
+        assert Pipeline.from_pretrained(out)("a red circle").images
+        assert "| U-Net | 2 of 4: it is still training |" in (out / "README.md").read_text()
+    assert next((out / "training" / "checkpoints" / stage).iterdir()).name == "step-00000002"
+    train(micro(), out, resume=True, console=QUIET)
+    assert "| U-Net | 4 |" in (out / "README.md").read_text()
+    expected, found = weights(trained), weights(out)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_folder_in_use_is_not_overwritten(trained, micro, tmp_path):
+    with pytest.raises(TrainingError, match="holds a training run: add --resume"):
+        train(micro(), trained, console=QUIET)
+    with pytest.raises(TrainingError, match=r"unet\.optim\.steps was 4 and is now 5|text\.optim\.steps"):
+        train(micro(steps=5), trained, resume=True, console=QUIET)
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(TrainingError, match="is not empty and holds no training run"):
+        train(micro(), tmp_path, console=QUIET)
+    with pytest.raises(TrainingError, match="holds no training run to resume"):
+        train(micro(), tmp_path / "new", resume=True, console=QUIET)
+    assert not (tmp_path / "new").exists(), "a refused run leaves nothing behind"
+
+
+def test_a_run_does_not_go_on_with_other_data(micro, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("dark")
+    config = micro()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data), size=32))
+    train(config, tmp_path / "model", stage="tokenizer", console=QUIET)
+    (data / "2.png").unlink()
+    with pytest.raises(TrainingError, match=r"began with other data: 3 pairs.*now it is 2 pairs"):
+        train(config, tmp_path / "model", resume=True, console=QUIET)
+
+
+def test_a_stage_needs_the_ones_before_it(micro, tmp_path):
+    with pytest.raises(TrainingError, match="has no tokenizer yet"):
+        train(micro(), tmp_path / "model", stage="unet", console=QUIET)
+
+
+def test_nothing_is_written_where_the_data_is_bad(micro, tmp_path):
+    config = micro()
+    bad = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match="no folder at"):
+        train(bad, tmp_path / "model", console=QUIET)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_of_pictures_trains_all_stages(micro, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        noise = rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"noise number {number}")
+    config = micro()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data), size=32))
+    out = train(config, tmp_path / "model", console=QUIET)
+    assert Pipeline.from_pretrained(out)("noise number 3").images[0].size == (32, 32)
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
+    class Broken:
+        rates: ClassVar = {}
+        name, samples, optim = "broken", 4, dataclasses.replace(find_preset("nano").vae.optim, steps=3, batch_size=2)
+        module = torch.nn.Linear(1, 1)
+
+        def loss(self, indices, generator):
+            return {"loss": self.module.weight.sum() * float("nan")}
+
+        def picture(self, module):
+            return None
+
+    run = Run(folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, picture_every=9, console=QUIET)
+    before = Broken.module.weight.clone()
+    with pytest.raises(TrainingError, match=r"stage broken, step 0, .* the loss is nan"):
+        fit(Broken(), run)
+    assert torch.equal(Broken.module.weight, before)
+
+
+def test_differences_of_configurations_are_named():
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b was 1 and is now 2"
+    assert first_difference({"a": 1}, {"a": 1}) == ""
+
+
+@pytest.mark.parametrize(("field", "value"), [("size", 40), ("size", 0), ("count", 0)])
+def test_data_of_no_use_is_refused(field, value):
+    with pytest.raises(UsageError, match=f"{field} is {value}: give"):
+        DataConfig(**{field: value})
+
+
+def test_an_unknown_preset_is_told_the_choices():
+    with pytest.raises(UsageError, match="unknown preset 'huge': the choices are nano"):
+        find_preset("huge")
+
+
+def test_the_stages_are_named_in_order():
+    assert STAGES == ("tokenizer", "text_encoder", "vae", "unet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: dataclasses.replace(c, picture_every=0), "picture_every is 0"),
+        (lambda c: dataclasses.replace(c.vae.optim, batch_size=0), "batch_size is 0"),
+        (lambda c: dataclasses.replace(c.vae.optim, precision="float16"), "precision is 'float16': the choices are"),
+        (lambda c: dataclasses.replace(c.unet, preset="huge"), "preset is 'huge': the choices are nano"),
+        (
+            lambda c: dataclasses.replace(c.unet, prediction="epsilon"),
+            "zero_terminal_snr needs prediction v_prediction",
+        ),
+        (
+            lambda c: dataclasses.replace(c, recommended=dataclasses.replace(c.recommended, sampler="magic")),
+            "unknown sampler 'magic'",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_trained_with_are_refused_at_once(change, message):
+    with pytest.raises(UsageError, match=message):
+        change(find_preset("nano"))

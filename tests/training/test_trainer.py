@@ -1,0 +1,162 @@
+"""The loop's parts: order, learning rate, averages, decay, checkpoints, a polite stop."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import nn
+
+from gobelin.errors import TrainingError
+from gobelin.training import checkpoints
+from gobelin.training.config import OptimConfig
+from gobelin.training.trainer import Run, batch_indices, fit, learning_rate, make_optimizers, mix
+
+OPTIM = OptimConfig(steps=10, batch_size=3, learning_rate=0.5, warmup_steps=4, ema=0.5)
+
+
+@given(samples=st.integers(1, 40), batch_size=st.integers(1, 30))
+def test_every_epoch_sees_every_sample_once(samples, batch_size):
+    steps = -(-3 * samples // batch_size)
+    order = torch.cat([batch_indices(5, "vae", step, batch_size, samples) for step in range(steps)])
+    epochs = order[: 3 * samples].reshape(3, samples)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(samples))
+
+
+def test_orders_differ_by_seed_stage_and_epoch():
+    first = batch_indices(0, "vae", 0, 30, 30).tolist()
+    assert first == batch_indices(0, "vae", 0, 30, 30).tolist()
+    for other in ((1, "vae", 0), (0, "unet", 0), (0, "vae", 1)):
+        assert first != batch_indices(*other, 30, 30).tolist()
+
+
+def test_seeds_fit_a_generator_and_differ():
+    seeds = {mix(seed, purpose, number) for seed in (0, 1, 2**40) for purpose in ("a", "b") for number in range(5)}
+    assert len(seeds) == 30
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_end():
+    rates = [learning_rate(OPTIM, step) for step in range(10)]
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.5 * 0.02)
+
+
+def test_the_learning_rate_holds_before_it_falls():
+    optim = dataclasses.replace(OPTIM, hold=0.7)
+    rates = [learning_rate(optim, step) for step in range(10)]
+    assert rates[:8] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5, 0.5])
+    assert rates[7] > rates[8] > rates[9] == pytest.approx(0.5 * 0.02)
+    longer = dataclasses.replace(optim, steps=20)
+    assert [learning_rate(longer, step) for step in range(7)] == rates[:7], "a run that holds can be made longer"
+
+
+def test_rates_slow_the_parameters_they_name():
+    module = nn.ModuleDict({"text": nn.Linear(2, 2), "image": nn.Linear(2, 2, bias=False)})
+    (adamw,) = make_optimizers(module, OPTIM, {"text.": 0.1})
+    rates = {id(p): group["rate"] for group in adamw.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in module["text"].parameters()} == {0.1}
+    assert {rates[id(p)] for p in module["image"].parameters()} == {1.0}
+    assert len(rates) == 3
+
+
+def test_only_matrices_decay():
+    optim = dataclasses.replace(OPTIM, weight_decay=0.1)
+    (adamw,) = make_optimizers(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), optim)
+    decay, free = adamw.param_groups
+    assert [p.ndim for p in decay["params"]] == [2]
+    assert [p.ndim for p in free["params"]] == [1, 1, 1]
+    assert (decay["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+
+
+class Line:
+    """Learn y = 3x: small enough to see everything."""
+
+    name, samples, optim, rates = "line", 7, OPTIM, {}
+
+    def __init__(self, on_step=lambda count: None):
+        self.module = nn.Linear(1, 1)
+        for parameter in self.module.parameters():
+            nn.init.zeros_(parameter)
+        self.on_step, self.count = on_step, 0
+
+    def loss(self, indices, generator):
+        self.count += 1
+        self.on_step(self.count)
+        x = torch.randn(len(indices), 1, generator=generator)
+        return {"loss": (self.module(x) - 3 * x).square().mean()}
+
+    def picture(self, module, step):
+        return None
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(
+        folder=tmp_path,
+        seed=0,
+        device=torch.device("cpu"),
+        save_every=100,
+        picture_every=100,
+        console=Console(quiet=True),
+    )
+
+
+def test_the_average_is_what_comes_out(run):
+    stage = Line()
+    averaged = fit(stage, run)
+    assert averaged is not stage.module
+    assert 0 < averaged.weight.item() < stage.module.weight.item()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on(run, number):
+    whole = fit(Line(), dataclasses.replace(run, folder=run.folder / "whole"))
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Line(on_step=lambda count: os.kill(os.getpid(), number) if count == 6 else None), run)
+    assert signal.getsignal(number) is before
+    assert [path.name for path in run.checkpoints(Line()).iterdir()] == ["step-00000006"]
+    rest = Line()
+    resumed = fit(rest, run)
+    assert rest.count == 4
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_checkpoints_replace_each_other_only_when_whole(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, 1, {"x": torch.ones(1)})
+    checkpoints.save(tmp_path, 2, {"x": torch.full((1,), 2.0)})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(TrainingError, match=r"step 3 could not be written.*No space left.*the previous one stands"):
+        checkpoints.save(tmp_path, 3, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert checkpoints.load(tmp_path)["x"].item() == 2
+
+
+def test_a_request_in_the_last_step_stops_the_run_too(run):
+    last = OPTIM.steps
+    with pytest.raises(KeyboardInterrupt):
+        fit(Line(on_step=lambda count: os.kill(os.getpid(), signal.SIGINT) if count == last else None), run)
+    rest = Line()
+    fit(rest, run)
+    assert rest.count == 0
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    assert checkpoints.load(tmp_path) is None
+    checkpoints.save(tmp_path, 4, {})
+    (tmp_path / "step-00000004" / checkpoints.FILE).write_bytes(b"torn")
+    with pytest.raises(TrainingError, match=r"step-00000004.* cannot be read"):
+        checkpoints.load(tmp_path)
