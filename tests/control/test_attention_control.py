@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.look.conftest import COARSE, SITE, SIZE
+from tests.control.conftest import COARSE, SITE, SIZE
 from torch import Tensor
 
 from gobelin.attention import AttentionSite, Edit, choose_sites

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.look.conftest import COARSE, SITE, SIZE
+from tests.control.conftest import COARSE, SITE, SIZE
 
 from gobelin.control.attention_control import Region, regional
 from gobelin.control.attention_guidance import excited, placed

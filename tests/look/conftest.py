@@ -1,4 +1,4 @@
-"""What the tests of edits and wishes share."""
+"""What the tests of looking share."""
 
 import pytest
 
