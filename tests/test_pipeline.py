@@ -105,7 +105,7 @@ def test_sharp_maps_are_of_the_second_half_of_the_way(trained, dtype):
     sites = sharp_trace(pipe.unet.attention_sites, pipe.latent_size(None, 48)).sites
     assert {site.kind for site in sites} == {"self", "cross"}
     steps = list(pipe.stream(prompts, **options, trace="sharp"))
-    late = [step.maps for step in steps if pipe.schedule.way(step.timestep) >= 0.5]
+    late = [step.maps for step in steps if pipe.schedule.progress(step.timestep) >= 0.5]
     assert [bool(step.maps) for step in steps] == [False, False, True, True]
     assert set(late[0]) == set(sites)
     for place, heatmaps in enumerate(sharp.heatmaps):

@@ -23,7 +23,7 @@ from tests.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
 from torch import Tensor
 
 from gobelin.errors import UsageError
-from gobelin.samplers import SAMPLERS, Denoise, DenoiserOutput, NoiseSource, Step, find_noise_levels, sample
+from gobelin.samplers import SAMPLERS, Denoise, DenoiserOutput, NoiseSource, Step, find_noise_levels, sample_latents
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 
 SPACINGS = ("leading", "linspace", "trailing")
@@ -74,7 +74,7 @@ def denoiser(schedule: NoiseSchedule) -> Denoise:
 
 def ours(name: str, config: ScheduleConfig, steps: int) -> list[Step]:
     schedule = NoiseSchedule(config)
-    return list(sample(name, denoiser(schedule), find_noise_levels(name, schedule, steps), START, noises()))
+    return list(sample_latents(name, denoiser(schedule), find_noise_levels(name, schedule, steps), START, noises()))
 
 
 def scheduler_of(name: str, config: ScheduleConfig, steps: int) -> Any:
@@ -226,7 +226,7 @@ def test_only_stochastic_samplers_draw_noise_and_none_draws_it_for_the_last_step
         drawn.append(1)
         return torch.randn(START.shape)
 
-    list(sample(name, denoiser(schedule), find_noise_levels(name, schedule, 6), START, noise))
+    list(sample_latents(name, denoiser(schedule), find_noise_levels(name, schedule, 6), START, noise))
     assert len(drawn) == (5 if name in STOCHASTIC else 0)
 
 
@@ -240,7 +240,7 @@ def test_a_sampler_goes_on_from_the_latents_that_its_denoiser_saw(name: str) -> 
 
     grid = find_noise_levels(name, schedule, 6)
     starts = ((moving, START), (plain, START + moved / grid.start_scale))
-    first, other = (next(iter(sample(name, denoise, grid, start, noises()))) for denoise, start in starts)
+    first, other = (next(iter(sample_latents(name, denoise, grid, start, noises()))) for denoise, start in starts)
     assert relative_error(first.latents, other.latents) < 1e-5
 
 

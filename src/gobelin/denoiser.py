@@ -44,9 +44,9 @@ class Denoiser:
         self, noisy_latents: Float[Tensor, "batch channels h w"], timestep: float, alpha_cumprod: float
     ) -> DenoiserOutput:
         """What is seen in ``noisy_latents``, which stand at ``timestep`` and noise level ᾱ."""
-        noisy_latents = self.adjust(noisy_latents, self.schedule.way(timestep), alpha_cumprod)
+        noisy_latents = self.adjust(noisy_latents, self.schedule.progress(timestep), alpha_cumprod)
         for wish in self.wishes:
-            if self.schedule.way(timestep) < wish.end:
+            if self.schedule.progress(timestep) < wish.end:
                 noisy_latents = self._wished(wish, noisy_latents, timestep)
         prediction, maps = self._predict(noisy_latents.to(self.unet.dtype), timestep)
         denoised, noise = self.schedule.split(prediction.to(noisy_latents.dtype), noisy_latents, alpha_cumprod)
@@ -82,7 +82,7 @@ class Denoiser:
     ) -> tuple[Tensor, AttentionMaps]:
         """One run of the U-Net; what is looked at in it are its last rows, the text's."""
         edits = self._edits_at(timestep)
-        trace = self.trace if self.trace is not None and self.schedule.way(timestep) >= self.trace.start else None
+        trace = self.trace if self.trace is not None and self.schedule.progress(timestep) >= self.trace.start else None
         if trace is None and not edits:
             return self.unet(noisy_latents, timesteps, text_embeddings), {}
         return self.unet.trace(
@@ -120,7 +120,7 @@ class Denoiser:
         )
 
     def _edits_at(self, timestep: float) -> list[Edit]:
-        return [edit for edit in self.edits if edit.holds(self.schedule.way(timestep))]
+        return [edit for edit in self.edits if edit.holds(self.schedule.progress(timestep))]
 
 
 def rescale_guidance(

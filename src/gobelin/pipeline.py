@@ -42,7 +42,7 @@ from gobelin.inpainting import canvas
 from gobelin.look.heatmaps import Collector, HeatMaps
 from gobelin.look.page import framed_page, picture_url
 from gobelin.prompt_weighting import Style, chunked, encode
-from gobelin.samplers import NoiseSource, Step, sample
+from gobelin.samplers import NoiseSource, Step, sample_latents
 from gobelin.schedule import NoiseSchedule
 from gobelin.settings import AnyEdit, Request, inpaints, latent_size, listed, request
 from gobelin.tokenizer import Tokenizer, Word, Words
@@ -391,7 +391,9 @@ class Pipeline:
             beside=beside,
         )
         if flow is None:
-            steps = sample(options["sampler"], denoiser, asked.grid, start_noise, noise, clean if asked.over else None)
+            steps = sample_latents(
+                options["sampler"], denoiser, asked.grid, start_noise, noise, clean if asked.over else None
+            )
         else:
             steps = flow_edit(denoiser, flow.latents.to(device).repeat(2, 1, 1, 1), asked.grid, noise, flow.gain)
         for step in steps:

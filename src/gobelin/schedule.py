@@ -130,7 +130,7 @@ class NoiseSchedule:
             return (noisy_latents - sigma * prediction) / signal, prediction
         return signal * noisy_latents - sigma * prediction, signal * prediction + sigma * noisy_latents
 
-    def way(self, timestep: float) -> float:
+    def progress(self, timestep: float) -> float:
         """The share of the way from noise (0) to picture (1) at which a timestep stands."""
         return 1 - timestep / (self.config.num_train_timesteps - 1)
 

@@ -20,7 +20,7 @@ from gobelin.errors import UsageError
 from gobelin.inpainting import Canvas, Pictures, canvas
 from gobelin.look.heatmaps import sharp_trace
 from gobelin.prompt_weighting import Style, chunked
-from gobelin.samplers import NoiseLevels, find_noise_levels, over_picture
+from gobelin.samplers import NoiseLevels, find_noise_levels, img2img_levels
 from gobelin.unet import UNet
 
 Asked = Edit | Wish | Blend | Push | FlowEdit
@@ -123,7 +123,7 @@ def request(
     # A hole at full strength is painted from noise alone.
     over = begun is not None and (mask is None or strength < 1)
     if over:
-        grid = over_picture(grid, chosen["steps"], strength)
+        grid = img2img_levels(grid, chosen["steps"], strength)
     edits = [one if isinstance(one, Asked) else Edit(change=one) for one in listed(edit)]
     for one in edits:
         if isinstance(one, FlowEdit):
@@ -134,7 +134,7 @@ def request(
                     f"{list(one.latents.shape)} are edited in a batch of {total}: expected half as many pictures, each "
                     f"{list(shape)}"
                 )
-            grid = over_picture(flow_edit_levels(model.schedule, chosen["steps"]), chosen["steps"], one.strength)
+            grid = img2img_levels(flow_edit_levels(model.schedule, chosen["steps"]), chosen["steps"], one.strength)
     traced = _traced(model, trace, shape, grid)
     _refuse_misfits(model, (traced, *edits), total)
     common = {
@@ -260,7 +260,7 @@ def _traced(model: Model, trace: bool | str | Trace, shape: tuple[int, int, int]
         asked = trace if isinstance(trace, Trace) else Trace()
     if not 0 <= asked.start <= 1:
         raise UsageError(f"a trace starts at {asked.start:g} of the way: give a share from 0 to 1")
-    return replace(asked, start=min(asked.start, model.schedule.way(grid.timesteps[-1])))
+    return replace(asked, start=min(asked.start, model.schedule.progress(grid.timesteps[-1])))
 
 
 def _refuse_misfits(model: Model, asked: Iterable[Trace | Asked | None], total: int) -> None:

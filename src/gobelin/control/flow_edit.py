@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from gobelin.samplers.noise_levels import NoiseLevels, euler_levels
-from gobelin.samplers.step import Denoise, Latents, Step, step_from
+from gobelin.samplers.step import Denoise, Latents, Step
 from gobelin.schedule import NoiseSchedule
 
 
@@ -32,7 +32,7 @@ def flow_edit(
         left = math.sqrt((1 - there) / there * here / (1 - here))
         gained = 1 + gain * (1 - here)
         target = source + left * (now - before) / signal + (1 - left) * gained * (seen_now - seen_before)
-        yield step_from(index, timestep, here, torch.cat([source, target]), guess)
+        yield Step.of(index, timestep, here, torch.cat([source, target]), guess)
 
 
 def flow_edit_levels(schedule: NoiseSchedule, steps: int) -> NoiseLevels:

@@ -159,7 +159,7 @@ def renders(pipeline: Pipeline, world: World, count: int) -> Iterator[Case]:
             noisy_latents = pipeline.schedule.add_noise(latents, noise, timesteps).to(unet.device, unet.dtype)
             _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text_embeddings, reduce="none")
             plain.add(maps)
-            if pipeline.schedule.way(timestep) >= best.start:
+            if pipeline.schedule.progress(timestep) >= best.start:
                 _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text_embeddings, sites=best.sites)
                 sharp.add(maps)
         for place, (each, picture) in enumerate(zip(samples, to_pil(images), strict=True)):

@@ -33,8 +33,8 @@ __all__ = [
     "Step",
     "find_noise_levels",
     "find_sampler",
-    "over_picture",
-    "sample",
+    "img2img_levels",
+    "sample_latents",
 ]
 
 
@@ -70,7 +70,7 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def sample(
+def sample_latents(
     name: str,
     denoise: Denoise,
     grid: NoiseLevels,
@@ -90,7 +90,7 @@ def sample(
     return find_sampler(name).function(denoise, start, grid, noise)
 
 
-def over_picture(grid: NoiseLevels, steps: int, strength: float) -> NoiseLevels:
+def img2img_levels(grid: NoiseLevels, steps: int, strength: float) -> NoiseLevels:
     """The rest of a grid that painting over a picture goes through: the share ``strength`` of its ``steps``.
 
     Raises :class:`UsageError` where none is left.

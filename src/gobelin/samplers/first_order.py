@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from gobelin.samplers.noise_levels import NoiseLevels
-from gobelin.samplers.step import Denoise, Latents, Step, ancestral_noise, sigma_of, step_from
+from gobelin.samplers.step import Denoise, Latents, Step, ancestral_noise, sigma_of
 
 
 def ddim(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
@@ -16,7 +16,7 @@ def ddim(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callabl
     for index, timestep, here, there in levels.intervals():
         guess = denoise(latents, timestep, here)
         latents = math.sqrt(there) * guess.denoised + math.sqrt(1 - there) * guess.noise
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 def ddpm(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
@@ -30,7 +30,7 @@ def ddpm(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callabl
         )
         variance = (1 - there) / (1 - here) * (1 - alpha)
         latents = mean + math.sqrt(variance) * noise() if variance > 0 else mean
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 def euler_ancestral(
@@ -46,7 +46,7 @@ def euler_ancestral(
         if up > 0:
             latents = latents + up * noise()
         latents = math.sqrt(there) * latents
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 _LCM_SPREAD, _LCM_SCALING = 0.5, 10.0  # the data's standard deviation, and how far apart timesteps stand for it
@@ -63,4 +63,4 @@ def lcm(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable
         latents = out * guess.denoised + skip * guess.latents
         if index < last:
             latents = math.sqrt(there) * latents + math.sqrt(1 - there) * noise()
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)

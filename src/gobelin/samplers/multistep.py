@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gobelin.samplers.noise_levels import NoiseLevels
-from gobelin.samplers.step import Denoise, DenoiserOutput, Latents, Step, sigma_of, step_from
+from gobelin.samplers.step import Denoise, DenoiserOutput, Latents, Step, sigma_of
 
 _FEW = 15  # steps: with fewer, DEIS ends with a step of first order
 _LMS_ORDER = 4
@@ -46,7 +46,7 @@ def _dpmpp_2m(
         if noise is not None and there < 1:
             latents = latents + math.sqrt((1 - there) * (1 - kept)) * noise()
         previous, previous_h = guess.denoised, h
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 def lms(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
@@ -59,7 +59,7 @@ def lms(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable
         weights = _adams(sigmas[index - len(slopes) + 1 : index + 1][::-1], sigmas[index], sigma_of(there))
         moved = _weighed(weights, slopes)
         latents = math.sqrt(there) * (guess.latents / math.sqrt(here) + moved)
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 def deis(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
@@ -82,7 +82,7 @@ def deis(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callabl
             moved = moved + (integral(target, older, sigma) - integral(sigma, older, sigma)) * slope
         previous = sigma, guess.noise
         latents = math.sqrt(there) * (guess.latents / math.sqrt(here) + moved)
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 def pndm(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
@@ -103,7 +103,7 @@ def pndm(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callabl
             second = denoise(latents, after, level)
             prediction = (_predicted(second, level, levels) + prediction) / 2
             latents = _transferred(guess.latents, prediction, levels.above[1], level, levels)
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 def _predicted(guess: DenoiserOutput, alpha_cumprod: float, levels: NoiseLevels) -> Latents:
@@ -134,7 +134,7 @@ def uni_pc(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Calla
         order = 1 if last is None or index == steps - 1 else 2
         before, last = last, _Seen(latents=start, denoised=guess.denoised, alpha_cumprod=here)
         latents = _unified(last, before if order == 2 else None, there, None)
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from gobelin.samplers.noise_levels import NoiseLevels
-from gobelin.samplers.step import Denoise, Latents, Step, ancestral_noise, sigma_of, step_from
+from gobelin.samplers.step import Denoise, Latents, Step, ancestral_noise, sigma_of
 
 
 def heun(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
@@ -17,7 +17,7 @@ def heun(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callabl
             arrived = math.sqrt(there) * (start + stride * slope)
             slope = (slope + denoise(arrived, levels.timesteps[index + 1], there).noise) / 2
         latents = math.sqrt(there) * (start + stride * slope)
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)
 
 
 def dpm_2(denoise: Denoise, latents: Latents, levels: NoiseLevels, noise: Callable[[], Latents]) -> Iterator[Step]:
@@ -50,4 +50,4 @@ def _midway(
         if noise is not None and up > 0:
             arrived = arrived + up * noise()
         latents = math.sqrt(there) * arrived
-        yield step_from(index, timestep, here, latents, guess)
+        yield Step.of(index, timestep, here, latents, guess)

@@ -53,6 +53,18 @@ class Step:
     denoised: Latents
     maps: AttentionMaps
 
+    @staticmethod
+    def of(index: int, timestep: float, alpha: float, latents: Latents, output: DenoiserOutput) -> "Step":
+        """Make the step from ``timestep`` and noise level ᾱ (``alpha``) to ``latents``, taken by this output."""
+        return Step(
+            index=index,
+            timestep=timestep,
+            sigma=sigma_of(alpha) if alpha > 0 else math.inf,
+            latents=latents,
+            denoised=output.denoised,
+            maps=output.maps,
+        )
+
 
 class NoiseSource:
     """Noise from one CPU generator per image, so that an image does not depend on its neighbours in the batch."""
@@ -68,18 +80,6 @@ class NoiseSource:
 
 
 SamplerFunction = Callable[[Denoise, Tensor, NoiseLevels, Callable[[], Tensor]], Iterator[Step]]
-
-
-def step_from(index: int, timestep: float, alpha_cumprod: float, latents: Tensor, guess: DenoiserOutput) -> Step:
-    """The step that went from a noise level by this guess, and arrived at ``latents``."""
-    return Step(
-        index=index,
-        timestep=timestep,
-        sigma=sigma_of(alpha_cumprod) if alpha_cumprod > 0 else math.inf,
-        latents=latents,
-        denoised=guess.denoised,
-        maps=guess.maps,
-    )
 
 
 def sigma_of(alpha_cumprod: float) -> float:
