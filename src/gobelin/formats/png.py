@@ -99,7 +99,7 @@ def a1111_parameters(settings: dict[str, Any]) -> str:
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     plain = settings["sampler"].removesuffix("_karras")
-    sampler = next(name for name, ours in _A1111_SAMPLERS.items() if ours == plain)
+    sampler = next((name for name, ours in _A1111_SAMPLERS.items() if ours == plain), plain)
     fields = {
         "Steps": settings["steps"],
         "Sampler": sampler,
