@@ -253,6 +253,7 @@ def test_what_is_printed_names_the_blocks_as_diffusers_does() -> None:
 def test_gradient_checkpointing_recomputes_each_block_and_changes_no_gradient() -> None:
     unet = fill_(UNet(SMALL)).train()
     inputs = random_inputs(SMALL, seed=3)
+    inputs["text_embeddings"].requires_grad_()
     calls = []
     for block in unet.modules():
         if isinstance(block, DownBlock2D | UpBlock2D):
@@ -262,10 +263,12 @@ def test_gradient_checkpointing_recomputes_each_block_and_changes_no_gradient() 
     for recompute in (False, True):
         unet.gradient_checkpointing = recompute
         unet.zero_grad()
+        inputs["text_embeddings"].grad = None
         calls.clear()
         unet(**inputs).square().mean().backward()
         assert (len(calls) > 4) == recompute
-        gradients.append([parameter.grad.clone() for parameter in unet.parameters()])
+        trained = (*unet.parameters(), inputs["text_embeddings"])
+        gradients.append([tensor.grad.clone() for tensor in trained])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
 

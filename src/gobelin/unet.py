@@ -1,12 +1,12 @@
-"""Noisy latents, a timestep and a text in; the predicted noise out: the U-Net of Stable Diffusion 1.5, at any size.
+"""The cross-attention U-Net of Stable Diffusion 1.5, at any size: noisy latents, timestep and text to predicted noise.
 
 Rombach et al. 2022 (arXiv 2112.10752), sections 3.3 and C.1. In every transformer block the patches of the
 latents attend to each other (``attn1``) and to the words (``attn2``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from gobelin.layers import (
     Upsample2D,
 )
 
-TRANSFORMER_NORM_EPS = 1e-6  # the resnets' and the output's is `norm_eps`
+_TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks and the output have `norm_eps`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 
-    # What a config file may say besides, and the only values that this architecture has.
+    # Other fields of a config file, with the only values that this architecture has.
     fixed: ClassVar[dict[str, Any]] = {
         "act_fn": "silu",
         "attention_type": "default",
@@ -118,7 +118,7 @@ class UNetConfig:
 
     @classmethod
     def of(cls, *block_out_channels: int, attention: tuple[bool, ...], **others: Any) -> Self:
-        """A symmetric U-Net: ``attention`` says, from the top down, which levels have transformer blocks."""
+        """Configure a symmetric U-Net; ``attention`` says, from the top down, if a level has transformer blocks."""
         down = tuple(_DOWN_BLOCKS[not attends] for attends in attention)
         up = tuple(_UP_BLOCKS[not attends] for attends in reversed(attention))
         return cls(block_out_channels=block_out_channels, down_block_types=down, up_block_types=up, **others)
@@ -171,8 +171,21 @@ _DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
+class Conditioning(NamedTuple):
+    """The conditioning of a U-Net's blocks, one value for all of them in a forward pass.
+
+    The timestep's embedding is added in every residual block; ``text_embeddings`` are what attn2 attends to, where
+    ``text_mask`` is True, or all without one. ``probe`` records and edits attention.
+    """
+
+    time_embedding: Float[Tensor, "batch time_width"]
+    text_embeddings: Float[Tensor, "batch length text_width"]
+    text_mask: Bool[Tensor, "batch length"] | None = None
+    probe: Probe | None = None
+
+
 class BasicTransformerBlock(nn.Module):
-    """Patches attend to patches, then to words, then each thinks for itself; each step is added to a residual."""
+    """Self-attention of patches, cross-attention to words, feed-forward; each is added to a residual."""
 
     def __init__(self, width: int, config: UNetConfig):
         super().__init__()
@@ -187,10 +200,10 @@ class BasicTransformerBlock(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "batch patches width"],
-        text_embeddings: Float[Tensor, "batch length text_width"],
-        text_mask: Bool[Tensor, "batch length"] | None = None,
-        probe: Probe | None = None,
+        conditioning: Conditioning,
     ) -> Float[Tensor, "batch patches width"]:
+        """Attend to patches and to words, and feed forward."""
+        text_embeddings, text_mask, probe = conditioning.text_embeddings, conditioning.text_mask, conditioning.probe
         hidden = hidden + self.attn1(self.norm1(hidden), probe=probe)
         hidden = hidden + self.attn2(self.norm2(hidden), text_embeddings, text_mask, probe)
         return hidden + self.ff(self.norm3(hidden))
@@ -201,7 +214,7 @@ class Transformer2DModel(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_NORM_EPS)
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=_TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, config)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -209,19 +222,18 @@ class Transformer2DModel(nn.Module):
     def forward(
         self,
         feature_map: Float[Tensor, "batch channels height width"],
-        text_embeddings: Float[Tensor, "batch length text_width"],
-        text_mask: Bool[Tensor, "batch length"] | None = None,
-        probe: Probe | None = None,
+        conditioning: Conditioning,
     ) -> Float[Tensor, "batch channels height width"]:
+        """Take the feature map apart into a row of patches, and put it together again after the blocks."""
         height = feature_map.shape[-2]
         patches = rearrange(self.proj_in(self.norm(feature_map)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
-            patches = block(patches, text_embeddings, text_mask, probe)
+            patches = block(patches, conditioning)
         return feature_map + self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
 
 
 class _Block(nn.Module):
-    """Residual blocks, each followed by a transformer where the block has them; every level is made of these."""
+    """Residual blocks of one level of the U, each followed by a transformer where the level has them."""
 
     def __init__(self, channels: list[tuple[int, int]], transformers: int, config: UNetConfig):
         super().__init__()
@@ -239,12 +251,14 @@ class _Block(nn.Module):
             width = channels[-1][1]
             self.attentions = nn.ModuleList(Transformer2DModel(width, config) for _ in range(transformers))
 
-    def _transformer(self, layer: int) -> Callable[..., Tensor]:
-        return self.attentions[layer] if hasattr(self, "attentions") else lambda hidden, *_: hidden
+    def _layer(self, layer: int, hidden: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run one residual block, and the transformer after it where there is one."""
+        hidden = self.resnets[layer](hidden, conditioning.time_embedding)
+        return self.attentions[layer](hidden, conditioning) if hasattr(self, "attentions") else hidden
 
 
 class DownBlock2D(_Block):
-    """One level of the way down. Returns its output and every feature map that the way up will want back."""
+    """One level of the encoder half. Returns its output and the feature maps of its skip connections."""
 
     def __init__(self, config: UNetConfig, level: int):
         widths = config.block_out_channels
@@ -257,17 +271,12 @@ class DownBlock2D(_Block):
             self.downsamplers = nn.ModuleList([Downsample2D(width, padding=1)])
 
     def forward(
-        self,
-        hidden: Tensor,
-        time: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor | None = None,
-        probe: Probe | None = None,
+        self, hidden: Float[Tensor, "batch in_channels height width"], conditioning: Conditioning
     ) -> tuple[Tensor, list[Tensor]]:
+        """Run the layers, and halve height and width except at the last level."""
         skips = []
-        for layer, resnet in enumerate(self.resnets):
-            hidden = resnet(hidden, time)
-            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask, probe)
+        for layer in range(len(self.resnets)):
+            hidden = self._layer(layer, hidden, conditioning)
             skips.append(hidden)
         if hasattr(self, "downsamplers"):
             hidden = self.downsamplers[0](hidden)
@@ -283,20 +292,14 @@ class UNetMidBlock2DCrossAttn(_Block):
         super().__init__([(width, width)] * 2, 1, config)
 
     def forward(
-        self,
-        hidden: Tensor,
-        time: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor | None = None,
-        probe: Probe | None = None,
-    ) -> Tensor:
-        hidden = self.resnets[0](hidden, time)
-        hidden = self.attentions[0](hidden, text_embeddings, text_mask, probe)
-        return self.resnets[1](hidden, time)
+        self, hidden: Float[Tensor, "batch channels height width"], conditioning: Conditioning
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Run the residual block with its transformer, and the other residual block."""
+        return self.resnets[1](self._layer(0, hidden, conditioning), conditioning.time_embedding)
 
 
 class UpBlock2D(_Block):
-    """One level of the way up. Every residual block sees one feature map of the way down beside its input."""
+    """One level of the decoder half. Every residual block has a skip connection's feature map beside its input."""
 
     def __init__(self, config: UNetConfig, position: int):
         widths = config.block_out_channels
@@ -313,17 +316,14 @@ class UpBlock2D(_Block):
 
     def forward(
         self,
-        hidden: Tensor,
+        hidden: Float[Tensor, "batch in_channels height width"],
         skips: list[Tensor],
         size: tuple[int, int] | None,
-        time: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor | None = None,
-        probe: Probe | None = None,
-    ) -> Tensor:
-        for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            hidden = resnet(torch.cat([hidden, skip], dim=1), time)
-            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask, probe)
+        conditioning: Conditioning,
+    ) -> Float[Tensor, "batch out_channels new_height new_width"]:
+        """Run the layers over ``skips``, from the last one, and grow to ``size`` except at the first level."""
+        for layer, skip in enumerate(reversed(skips)):
+            hidden = self._layer(layer, torch.cat([hidden, skip], dim=1), conditioning)
         return self.upsamplers[0](hidden, size) if hasattr(self, "upsamplers") else hidden
 
 
@@ -364,7 +364,8 @@ class UNet(Component[UNetConfig]):
         attended to; without one all are, the padding too, as in Stable Diffusion. Height and width are free:
         where a level has an odd size, the way up goes back to that size.
         """
-        return self._predict(noisy_latents, timesteps, text_embeddings, text_mask, None)
+        time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
+        return self._predict(noisy_latents, Conditioning(time_embedding, text_embeddings, text_mask))
 
     def trace(
         self,
@@ -377,14 +378,14 @@ class UNet(Component[UNetConfig]):
         rows: slice | None = None,
         edits: Sequence[Edit] = (),
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
-        """The prediction, bit for bit that of a plain call, and what the attentions looked at.
+        """Predict, bit for bit as a plain call, and return the attention maps of this call beside the prediction.
 
-        ``sites`` chooses among ``attention_sites``: None for all of words, a pattern of names (``"up_blocks.*attn2"``),
-        a function of a site, or the sites themselves; a choice that matches none is a :class:`UsageError` that lists
-        what there is. ``reduce`` "heads" gives means over heads [B, patches, keys], "none" every head
-        [B, heads, patches, keys], float32. ``edits`` change what the attentions look at, one after the other, whatever
-        the timestep; what is given back is then what they made of it. ``rows`` limits maps and edits to a part of the
-        batch.
+        ``sites`` chooses among ``attention_sites``: None for all cross-attention, a pattern of names
+        (``"up_blocks.*attn2"``), a function of a site, or the sites themselves. ``reduce`` "heads" gives means over
+        heads [B, patches, keys], "none" every head [B, heads, patches, keys], float32. ``edits`` change attention
+        probabilities, one after the other, at every timestep, and then the maps and the prediction are those of the
+        changed ones. ``rows`` limits maps and edits to a part of the batch. Raises :class:`UsageError`, with a list of
+        the sites, for a choice that matches none.
         """
         changes: dict[AttentionSite, list[Change]] = {}
         for edit in edits:
@@ -396,37 +397,34 @@ class UNet(Component[UNetConfig]):
             rows=slice(None) if rows is None else rows,
             changes=changes,
         )
-        return self._predict(noisy_latents, timesteps, text_embeddings, text_mask, probe), probe.maps
+        time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
+        conditioning = Conditioning(time_embedding, text_embeddings, text_mask, probe)
+        return self._predict(noisy_latents, conditioning), probe.maps
 
-    def _predict(
-        self,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor | None,
-        probe: Probe | None,
-    ) -> Tensor:
-        time = self.time_embedding(self.time_proj(timesteps).to(noisy_latents.dtype))
-        conditions = (time, text_embeddings, text_mask, probe)
+    def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed timesteps: sinusoids, then two linear layers in ``dtype``."""
+        return self.time_embedding(self.time_proj(timesteps).to(dtype))
 
+    def _predict(self, noisy_latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict: down, noting feature maps for the skip connections, through the middle, and up again."""
         hidden = self.conv_in(noisy_latents)
         skips = [hidden]
         for block in self.down_blocks:
-            hidden, block_skips = self._run(block, hidden, *conditions)
+            hidden, block_skips = self._run(block, hidden, conditioning)
             skips += block_skips
 
-        hidden = self._run(self.mid_block, hidden, *conditions)
+        hidden = self._run(self.mid_block, hidden, conditioning)
 
         for block in self.up_blocks:
             count = self.config.layers_per_block + 1
             skips, block_skips = skips[:-count], skips[-count:]
             size = tuple(skips[-1].shape[-2:]) if skips else None
-            hidden = self._run(block, hidden, block_skips, size, *conditions)
+            hidden = self._run(block, hidden, block_skips, size, conditioning)
 
         return self.conv_out(F.silu(self.conv_norm_out(hidden)))
 
     def _name_sites(self) -> Iterator[AttentionSite]:
-        """Every attention in the order in which latents pass through them; each is told which it is."""
+        """Give every attention its site, in the order in which latents pass through them."""
         names = {module: name for name, module in self.named_modules()}
         down = [2**level for level in range(len(self.down_blocks))]
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
@@ -438,12 +436,13 @@ class UNet(Component[UNetConfig]):
                     yield module.site
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        """Run a block, under gradient checkpointing where that is set."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def zero_init_(self) -> Self:
-        """Start training from nothing: every residual branch, and the output, begin at zero.
+        """Set the last layer of every residual branch, and of the network, to zero: training from scratch begins so.
 
         As CompVis trains (``zero_module`` in ``ldm/modules/diffusionmodules/openaimodel.py``); diffusers does not.
         """
@@ -457,5 +456,6 @@ class UNet(Component[UNetConfig]):
 
 
 def _zero_(layer: nn.Conv2d) -> None:
+    """Set a layer's weight and bias to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
