@@ -245,6 +245,7 @@ class TextEncoder(Component[TextEncoderConfig]):
         }
 
     def config_json(self) -> dict[str, Any]:
+        """Write the configuration under the names of transformers in place of diffusers' header."""
         content = super().config_json()
         del content["_class_name"], content["_diffusers_version"]
         return {"architectures": [self.class_name], "model_type": "clip_text_model", **content}

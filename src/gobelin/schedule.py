@@ -110,7 +110,7 @@ class NoiseSchedule:
         noise: Float[Tensor, "batch channels h w"],
         timesteps: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch channels h w"]:
-        """Compute v_t = √ᾱ_t · ε − √(1 − ᾱ_t) · z_0, the velocity (Salimans and Ho 2022, arXiv 2202.00512, appendix D)."""
+        """Compute the velocity, √ᾱ_t · ε − √(1 − ᾱ_t) · z_0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D)."""
         signal, sigma = self._rates(latents, timesteps)
         return signal * noise - sigma * latents
 

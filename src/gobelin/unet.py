@@ -33,10 +33,11 @@ _TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual bloc
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The shape of a U-Net; the fields are those of a diffusers ``unet/config.json``.
+    """The configuration of a U-Net; fields as in a diffusers ``unet/config.json``.
 
     ``attention_head_dim`` is the number of *heads*: the misnomer is the file format's.
-    ``sample_size`` is the latents' usual height and width; any other works too.
+    ``sample_size`` is the latents' usual height and width; any other works too. Raises :class:`UsageError` for fields
+    that do not fit each other.
     """
 
     sample_size: int = 64
@@ -125,12 +126,12 @@ class UNetConfig:
 
     @classmethod
     def sd15(cls) -> Self:
-        """Stable Diffusion 1.5: 859,520,964 parameters."""
+        """Configure Stable Diffusion 1.5's U-Net: 859,520,964 parameters."""
         return cls.of(320, 640, 1280, 1280, attention=(True, True, True, False), cross_attention_dim=768)
 
     @classmethod
     def nano(cls) -> Self:
-        """1.1 million parameters, for 16×16 latents: it trains in minutes on two CPU cores."""
+        """Configure 1.1 million parameters for 16×16 latents: it trains in minutes on two CPU cores."""
         return cls.of(
             *(32, 64),
             attention=(True, True),
@@ -143,7 +144,7 @@ class UNetConfig:
 
     @classmethod
     def tiny(cls) -> Self:
-        """5,060,548 parameters, for 16×16 latents."""
+        """Configure 5,060,548 parameters for 16×16 latents: the shipped model."""
         return cls.of(
             *(48, 96, 144),
             attention=(True, True, False),
@@ -156,7 +157,7 @@ class UNetConfig:
 
     @classmethod
     def small(cls) -> Self:
-        """About 38 million parameters, for 16×16 latents; wants a GPU."""
+        """Configure about 38 million parameters for 16×16 latents; training wants a GPU."""
         return cls.of(
             *(96, 192, 288),
             attention=(True, True, True),

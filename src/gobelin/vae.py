@@ -64,12 +64,12 @@ class VAEConfig:
 
     @classmethod
     def sd15(cls) -> Self:
-        """Stable Diffusion 1.5: 83,653,863 parameters."""
+        """Configure Stable Diffusion 1.5's VAE: 83,653,863 parameters."""
         return cls(block_out_channels=(128, 256, 512, 512))
 
     @classmethod
     def nano(cls) -> Self:
-        """64×64 images to 16×16 latents."""
+        """Configure a VAE of 64×64 images and 16×16 latents, for minutes of training."""
         return cls(
             block_out_channels=(16, 32, 32),
             layers_per_block=1,
@@ -81,7 +81,7 @@ class VAEConfig:
 
     @classmethod
     def tiny(cls) -> Self:
-        """0.52 million parameters, 64×64 images to 16×16 latents."""
+        """Configure 0.52 million parameters for 64×64 images and 16×16 latents: the shipped model."""
         return cls(
             block_out_channels=(24, 48, 48),
             layers_per_block=1,
@@ -93,7 +93,7 @@ class VAEConfig:
 
     @classmethod
     def small(cls) -> Self:
-        """64×64 images to 16×16 latents, with room for texture."""
+        """Configure a VAE of 64×64 images and 16×16 latents, wide enough for texture."""
         return cls(
             block_out_channels=(32, 64, 64),
             norm_num_groups=8,
@@ -350,6 +350,7 @@ class VAE(Component[VAEConfig]):
         return {current(name): tensor for name, tensor in tensors.items()}
 
     def config_json(self) -> dict[str, Any]:
+        """Write the configuration with the block types that diffusers wants named."""
         levels = len(self.config.block_out_channels)
         return {
             **super().config_json(),
