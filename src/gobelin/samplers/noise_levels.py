@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gobelin.errors import UsageError
 from gobelin.schedule import TINY_ALPHA_CUMPROD, NoiseSchedule, PredictionType, Spacing
 
-Array = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 LCM_STEPS = 50
 """The timesteps of the DDIM solver that latent consistency models are distilled with (Luo et al. 2023, arXiv
@@ -77,7 +77,7 @@ class PNDMNoiseLevels(NoiseLevels):
 class DPM2NoiseLevels(NoiseLevels):
     """Noise levels for DPM2, which also calls the denoiser between them: ``training_sigmas`` are σ of all timesteps."""
 
-    training_sigmas: Array
+    training_sigmas: FloatArray
 
     def timestep_of(self, sigma: float) -> float:
         """Find the timestep, fractional, at which the schedule has this σ."""
@@ -210,12 +210,12 @@ def deis_levels(schedule: NoiseSchedule, steps: int, spacing: Spacing, karras: b
     )
 
 
-def _alphas(schedule: NoiseSchedule) -> Array:
+def _alphas(schedule: NoiseSchedule) -> FloatArray:
     """Read ᾱ of every training timestep, falling, as float64."""
     return np.array(schedule.alphas_cumprod.double(), dtype=np.float64)
 
 
-def _sigmas(schedule: NoiseSchedule) -> Array:
+def _sigmas(schedule: NoiseSchedule) -> FloatArray:
     """Compute σ of every training timestep, rising; finite also where ᾱ ends at zero."""
     alphas = _alphas(schedule)
     if schedule.config.rescale_betas_zero_snr:
@@ -223,13 +223,13 @@ def _sigmas(schedule: NoiseSchedule) -> Array:
     return np.sqrt((1 - alphas) / alphas)
 
 
-def _sigma_levels(timesteps: Array, sigmas: Array) -> NoiseLevels:
+def _sigma_levels(timesteps: FloatArray, sigmas: FloatArray) -> NoiseLevels:
     """Make noise levels that go from each σ to the next one, and to no noise at the end."""
     alphas: list[float] = (1 / (1 + sigmas**2)).tolist()
     return NoiseLevels(timesteps=timesteps.tolist(), alphas_cumprod=alphas, next_alphas_cumprod=[*alphas[1:], 1.0])
 
 
-def _spaced(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> Array:
+def _spaced(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> FloatArray:
     """Space timesteps in falling order, not yet rounded (arXiv 2305.08891, table 2)."""
     last = schedule.config.num_train_timesteps
     if spacing == "linspace":
@@ -239,13 +239,13 @@ def _spaced(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> Array:
     return np.arange(last, 0, -last / steps).round() - 1
 
 
-def _karras(low: float, high: float, steps: int) -> Array:
+def _karras(low: float, high: float, steps: int) -> FloatArray:
     """Space σ from ``high`` to ``low`` evenly in σ^(1/ρ) (Karras et al. 2022, equation 5)."""
     ramp = np.linspace(0, 1, steps)
     top, bottom = high ** (1 / _KARRAS_RHO), low ** (1 / _KARRAS_RHO)
     return (top + ramp * (bottom - top)) ** _KARRAS_RHO
 
 
-def _timesteps_of(sigmas: Array, training_sigmas: Array) -> Array:
+def _timesteps_of(sigmas: FloatArray, training_sigmas: FloatArray) -> FloatArray:
     """Find the fractional timesteps at which the schedule has these σ, interpolated in log σ."""
     return np.interp(np.log(sigmas), np.log(training_sigmas), np.arange(len(training_sigmas)))
