@@ -239,9 +239,14 @@ class TextEncoder(Component[TextEncoderConfig]):
         }
 
     def config_json(self) -> dict[str, Any]:
+        """The fields of transformers' ``config.json``.
+
+        ``dtype`` is what transformers computes in, whatever the precision of the weights: from version 5 on it would
+        keep the stored one where none is named, while diffusers loads U-Net and VAE in float32.
+        """
         content = super().config_json()
         del content["_class_name"], content["_diffusers_version"]
-        return {"architectures": [self.class_name], "model_type": "clip_text_model", **content}
+        return {"architectures": [self.class_name], "model_type": "clip_text_model", "dtype": "float32", **content}
 
 
 PLACE_CHANNELS = 16
