@@ -61,9 +61,9 @@ def _calm(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def original_weights(oracle: StableDiffusionPipeline) -> dict[str, Tensor]:
     """The model's tensors under the names of the original code, which diffusers' converters take apart."""
     parts = (
-        (oracle.unet, lambda keys: ldm.unet_names(keys, 2)),
-        (oracle.vae, lambda keys: ldm.vae_names(keys, len(WIDTHS))),
-        (oracle.text_encoder, lambda keys: ldm.text_names([key.removeprefix("text_model.") for key in keys])),
+        (oracle.unet, lambda keys: ldm.map_unet_keys(keys, 2)),
+        (oracle.vae, lambda keys: ldm.map_vae_keys(keys, len(WIDTHS))),
+        (oracle.text_encoder, lambda keys: ldm.map_text_keys([key.removeprefix("text_model.") for key in keys])),
     )
     weights = {}
     for module, names in parts:
@@ -71,9 +71,9 @@ def original_weights(oracle: StableDiffusionPipeline) -> dict[str, Tensor]:
         originals = names(state.keys())
         for key, tensor in state.items():
             name = originals[key.removeprefix("text_model.")]
-            if name.startswith(ldm.TEXT):
-                name = name.replace(ldm.TEXT, f"{ldm.TEXT}text_model.")
-            weights[name] = tensor[:, :, None, None] if ldm.is_vae_attention(name) else tensor
+            if name.startswith(ldm.TEXT_PREFIX):
+                name = name.replace(ldm.TEXT_PREFIX, f"{ldm.TEXT_PREFIX}text_model.")
+            weights[name] = tensor[:, :, None, None] if ldm.is_vae_attention_weight(name) else tensor
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 

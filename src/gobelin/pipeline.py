@@ -37,7 +37,7 @@ from gobelin.control.flow_edit import flow_edit
 from gobelin.denoiser import Denoiser
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.png import write_png
-from gobelin.formats.textual_inversion import read_inversion
+from gobelin.formats.textual_inversion import read_textual_inversion
 from gobelin.inpainting import canvas
 from gobelin.look.heatmaps import Collector, HeatMaps
 from gobelin.look.page import framed_page, picture_url
@@ -185,7 +185,7 @@ class Pipeline:
 
         Raises :class:`ModelError` for a file that is none, and :class:`UsageError` for vectors of another width.
         """
-        named, vectors = read_inversion(Path(path), allow_pickle)
+        named, vectors = read_textual_inversion(Path(path), allow_pickle)
         word = token or named
         self.tokenizer.refuse_known(word)
         self.tokenizer.add_word(word, self.text_encoder.add_vectors(vectors))

@@ -28,9 +28,7 @@ def test_a_folder_paints_in_diffusers_without_an_argument(folder: Path) -> None:
     theirs = StableDiffusionPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    expected = theirs(
-        PROMPTS, generator=generators, num_inference_steps=2, guidance_scale=3.0, output_type="np"
-    ).images
+    expected = theirs(PROMPTS, generator=generators, num_inference_steps=2, guidance_scale=3.0, output_type="np").images
     assert np.isfinite(expected).all()
     assert expected.std() > 0.05, "an image of one colour tells nothing"
 

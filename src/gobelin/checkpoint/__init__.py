@@ -1,4 +1,4 @@
-"""Models on disk in the shapes that people have them in, and back: diffusers folders, single files, the Hub's cache."""
+"""Checkpoints: models from diffusers folders, single files and the Hub's cache, and back into folders and files."""
 
 from gobelin.checkpoint.loading import open_model
 from gobelin.checkpoint.model import Model, Recommended

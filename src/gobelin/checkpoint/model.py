@@ -1,8 +1,9 @@
-"""What a model is made of."""
+"""A model: its networks, tokenizer and noise schedule, and the settings that it recommends."""
 
 from dataclasses import dataclass, field
 
 from gobelin.clip import TextEncoder
+from gobelin.errors import ModelError
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet
@@ -11,7 +12,7 @@ from gobelin.vae import VAE
 
 @dataclass(frozen=True, kw_only=True)
 class Recommended:
-    """How a model asks to be sampled; read from ``gobelin.json`` where its folder has one."""
+    """The sampling settings that a model recommends; read from ``gobelin.json`` where its folder has one."""
 
     sampler: str = "dpmpp_2m"
     steps: int = 25
@@ -23,7 +24,8 @@ class Recommended:
 class Model:
     """Three networks, with the tokenizer and the noise schedule that they were trained with.
 
-    ``world`` names the world of scenes that they know, where they were trained on one.
+    ``world`` names the world of scenes that the model was trained on, if any. Raises :class:`ModelError` for parts that
+    do not fit together.
     """
 
     unet: UNet
@@ -34,3 +36,24 @@ class Model:
     recommended: Recommended = field(default_factory=Recommended)
     world: str | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        text, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
+        for fits, problem in (
+            (
+                self.tokenizer.max_length <= text.max_position_embeddings,
+                "the tokenizer gives more tokens than the text encoder has places",
+            ),
+            (
+                max(self.tokenizer.vocab.values()) < text.vocab_size,
+                "the tokenizer has tokens that the text encoder does not know",
+            ),
+            (text.hidden_size == unet.cross_attention_dim, "the U-Net expects text embeddings of another width"),
+            (
+                # A U-Net that inpaints sees the latents, the masked image's latents and the mask.
+                unet.in_channels in (vae.latent_channels, 2 * vae.latent_channels + 1),
+                "the U-Net expects latents with other channels than the VAE's",
+            ),
+        ):
+            if not fits:
+                raise ModelError(f"the parts of this model do not belong together: {problem}")

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from gobelin.cli.options import parse
 from gobelin.cli.painting import PaintingOptions, opened_picture
 from gobelin.errors import UsageError
-from gobelin.formats.png import save_picture
+from gobelin.formats.png import write_png
 from gobelin.look.word_sheets import comparison_sheet
 from gobelin.tokenizer import Word
 
@@ -78,7 +78,7 @@ def run(arguments: Sequence[str]) -> None:
         result = replace(result, images=result.images[1:], settings=result.settings[1:])
     paths = result.save(options.out)
     sheet = paths[-1].with_name(f"{paths[-1].stem}-edit.png")
-    save_picture(sheet, comparison_sheet([*shown, ("by itself", plain.images[0])]))
+    write_png(sheet, comparison_sheet([*shown, ("by itself", plain.images[0])]))
     for path in (*paths, sheet):
         print(path)
 

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from gobelin.cli.options import parse
 from gobelin.cli.painting import NEEDED, PaintingOptions, opened_picture, paint, refuse_others, repeatable
 from gobelin.errors import UsageError
-from gobelin.formats.png import read_remembered, save_picture
+from gobelin.formats.png import read_generation_info, write_png
 from gobelin.inpainting import digest
 from gobelin.look.word_sheets import word_sheet
 from gobelin.samplers import SAMPLERS
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> None:
         if options.maps:
             heatmaps = result.heatmaps[index]
             sheet = path.with_name(f"{path.stem}-words.png")
-            save_picture(sheet, word_sheet(heatmaps, range(len(heatmaps.words))))
+            write_png(sheet, word_sheet(heatmaps, range(len(heatmaps.words))))
             print(sheet)
 
 
@@ -72,7 +72,7 @@ def what_to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any]]:
         if not options.prompts:
             raise UsageError('no prompt given: say what to paint, as in gobelin generate "a red circle"')
         return options.prompts, options.settings()
-    found = read_remembered(options.from_, SAMPLERS)
+    found = read_generation_info(options.from_, SAMPLERS)
     ours = found.source == "gobelin"
     settings = repeatable(found.settings, options.from_, options.model) if ours else found.settings
     for missing in found.missing:

@@ -19,7 +19,7 @@ from gobelin.cli.options import parse, write_report
 from gobelin.cli.painting import NEEDED, PaintingOptions, paint, refuse_others, repeatable
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
-from gobelin.formats.png import read_png_settings, save_picture
+from gobelin.formats.png import read_png_settings, write_png
 from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps, sharp_trace
 from gobelin.look.page import page
 from gobelin.look.word_sheets import grid_sheet, save_animation, word_sheet
@@ -105,7 +105,7 @@ def run(arguments: Sequence[str]) -> None:
         print_words_at(heatmaps, *options.at)
         sheets[f"{stem}-at-{options.at[0]}-{options.at[1]}.png"] = whole.patches_for(*options.at).overlay(512)
     for file, sheet in sheets.items():
-        save_picture(Path(file), sheet)
+        write_png(Path(file), sheet)
         print(file)
     write_text(Path(f"{stem}.html"), page(heatmaps))
     print(f"{stem}.html")
