@@ -74,9 +74,9 @@ class Loras:
         self._apply(deltas)
 
     def require_fuse(self, fuse_loras: bool) -> None:
-        """Raise :class:`UsageError` where LoRAs are loaded and their caller does not ask to save them fused.
+        """Raise :class:`UsageError` if LoRAs are loaded and ``fuse_loras`` does not ask to save the model with them.
 
-        The layers' weights already hold the LoRAs, so that a model saved now has them for good.
+        Layers hold the changed weights, so a model that is saved now would have its LoRAs for good.
         """
         if self._loaded and not fuse_loras:
             loaded = ", ".join(f"{name!r} at {lora.weight:g}" for name, lora in self._loaded.items())

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.checkpoint.loading import open_model
-from gobelin.checkpoint.model import Model
+from gobelin.checkpoint.model import NETWORKS, Model
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.formats.weights import parameter_count
 
-_NETWORKS = ("unet", "vae", "text_encoder")
 _COARSEST_SIDE = 8  # latents a side at the U-Net's coarsest level: attention there has 64 places to tell apart
 
 
@@ -121,7 +120,7 @@ def audit_model(model: Model, warnings: Sequence[str] = (), round_trips: bool = 
     alphas_cumprod = model.schedule.alphas_cumprod
     return Audit(
         name=model.name,
-        networks={name: _audit_network(getattr(model, name)) for name in _NETWORKS},
+        networks={name: _audit_network(getattr(model, name)) for name in NETWORKS},
         schedule={
             **asdict(model.schedule.config),
             "first_alpha_cumprod": alphas_cumprod[0].item(),
@@ -138,7 +137,7 @@ def audit_model(model: Model, warnings: Sequence[str] = (), round_trips: bool = 
 def compare_models(model: Model, other: Model) -> ModelComparison:
     """Run both models' networks on the same random input and compare the outputs of their blocks."""
     differences = {}
-    for name in _NETWORKS:
+    for name in NETWORKS:
         networks = [getattr(model, name), getattr(other, name)]
         shapes = [{key: tensor.shape for key, tensor in network.state_dict().items()} for network in networks]
         if shapes[0] != shapes[1]:
@@ -172,7 +171,7 @@ def _audit_network(network: nn.Module) -> NetworkAudit:
 
 def _check_round_trips(model: Model) -> dict[str, bool]:
     """Write and read a model as a folder and as a single file; True where it came back identical."""
-    before = {name: getattr(model, name).state_dict() for name in _NETWORKS}
+    before = {name: getattr(model, name).state_dict() for name in NETWORKS}
     identical = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -183,7 +182,7 @@ def _check_round_trips(model: Model) -> dict[str, bool]:
         ):
             save(model, target)
             again = open_model(target, torch.device("cpu"), None, tokenizer=folder / "tokenizer")
-            same_weights = all(_is_identical(before[name], getattr(again, name).state_dict()) for name in _NETWORKS)
+            same_weights = all(_is_identical(before[name], getattr(again, name).state_dict()) for name in NETWORKS)
             identical[kind] = same_weights and again.schedule.config == model.schedule.config
     return identical
 

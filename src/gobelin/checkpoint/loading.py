@@ -8,20 +8,19 @@ import torch
 
 from gobelin.checkpoint.clip_tokenizer import find_clip_tokenizer
 from gobelin.checkpoint.diffusers_folder import MODEL_INDEX, open_folder
-from gobelin.checkpoint.model import Model
+from gobelin.checkpoint.model import NETWORKS, Model
 from gobelin.checkpoint.single_file import open_single_file, open_vae_file
 from gobelin.errors import ModelError, UsageError
 from gobelin.tokenizer import Tokenizer
 from gobelin.vae import VAE
 
 # The files of a repository that are needed; nothing else is downloaded.
-_NETWORKS = ("unet", "vae", "text_encoder")
 _CONFIG_PATTERNS = (
     "model_index.json",
     "gobelin.json",
     "scheduler/*.json",
     "tokenizer/*",
-    *(f"{network}/*.json" for network in _NETWORKS),
+    *(f"{network}/*.json" for network in NETWORKS),
 )
 _WEIGHT_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "*-of-*")
 
@@ -95,7 +94,7 @@ def _download(name: str, variant: str | None, allow_pickle: bool) -> Path:
         raise ModelError(f"no file or folder at {name}; to open it from the Hub, pip install 'gobelin[hub]'") from error
     suffixes = ("safetensors", "bin") if allow_pickle else ("safetensors",)
     patterns = [*_CONFIG_PATTERNS]
-    for network, suffix in product(_NETWORKS, suffixes):
+    for network, suffix in product(NETWORKS, suffixes):
         # A variant stands before the suffix, after a dot; shards have "-of-" instead.
         names = [f"*.{variant}*"] if variant else _WEIGHT_STEMS
         patterns += [f"{network}/{stem}.{suffix}" for stem in names]

@@ -9,6 +9,8 @@ from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
+NETWORKS = ("unet", "vae", "text_encoder")  # of a model, by the names of their folders
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recommended:

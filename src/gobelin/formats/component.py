@@ -48,7 +48,8 @@ def _check_types(config_class: type, values: Mapping[str, Any], source: Path) ->
     hints = get_type_hints(config_class)
     for name, value in values.items():
         if not _matches_type(value, hints[name]):
-            raise ModelError(f"{source}: {name} is {value!r}: {_describe_type(hints[name])}")
+            given = list(value) if isinstance(value, tuple) else value  # as in the file
+            raise ModelError(f"{source}: {name} is {given!r}: {_describe_type(hints[name])}")
 
 
 def _matches_type(value: Any, hint: Any) -> bool:

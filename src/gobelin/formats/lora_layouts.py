@@ -36,7 +36,7 @@ _OTHER_KINDS = {"hada_w": "a LoHa", "lokr_w": "a LoKr", "dora_scale": "a DoRA", 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraDelta:
-    """What a LoRA adds to one layer's weight: ΔW = scale · up · (mid ·) down.
+    """LoRA's change of one layer's weight: ΔW = scale · up · (mid ·) down.
 
     ``down`` is [rank, in, …], ``up`` [out, rank, …] and ``mid``, of convolutions alone, [rank, rank, height, width].
     """
