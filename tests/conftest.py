@@ -95,7 +95,7 @@ def micro():
         config = dataclasses.replace(
             preset,
             save_every=2,
-            picture_every=2,
+            sample_every=2,
             device="cpu",
             data=DataConfig(count=48),
             text=dataclasses.replace(preset.text, width=32, optim=dataclasses.replace(preset.text.optim, **optim)),

@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gobelin import scenes
+    from gobelin import scenes, training
     from gobelin.clip import TextEncoder, TextEncoderConfig
     from gobelin.errors import GobelinError
     from gobelin.pipeline import Pipeline
     from gobelin.schedule import NoiseSchedule, ScheduleConfig
     from gobelin.tokenizer import Tokenizer
+    from gobelin.training import TrainConfig
+    from gobelin.training.recipes.from_scratch import train
     from gobelin.unet import UNet, UNetConfig
     from gobelin.vae import VAE, VAEConfig
 
@@ -26,11 +28,14 @@ _HOMES = {
     "TextEncoder": "clip",
     "TextEncoderConfig": "clip",
     "Tokenizer": "tokenizer",
+    "TrainConfig": "training",
     "UNet": "unet",
     "UNetConfig": "unet",
     "VAE": "vae",
     "VAEConfig": "vae",
+    "train": "training.recipes.from_scratch",
 }
+_PACKAGES = ("scenes", "training")
 
 __all__ = [
     "VAE",
@@ -41,16 +46,19 @@ __all__ = [
     "TextEncoder",
     "TextEncoderConfig",
     "Tokenizer",
+    "TrainConfig",
     "UNet",
     "UNetConfig",
     "VAEConfig",
     "scenes",
+    "train",
+    "training",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "scenes":
-        return import_module("gobelin.scenes")
+    if name in _PACKAGES:
+        return import_module(f"gobelin.{name}")
     if name in _HOMES:
         return getattr(import_module(f"gobelin.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'gobelin' has no attribute {name!r}")

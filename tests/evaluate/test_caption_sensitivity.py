@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gobelin import scenes
-from gobelin.data import ScenePairs
+from gobelin.data import SceneDataset
 from gobelin.evaluate import caption_sensitivity as module
 from gobelin.evaluate.caption_sensitivity import listening
 from gobelin.evaluate.retrieval import kind_of
@@ -18,7 +18,7 @@ def pipeline(trained):
 
 def hearing(pipeline, wrong):
     """A U-Net that is off by one with the captions that ``wrong`` says yes to."""
-    source = ScenePairs(world=scenes.NANO, count=200, split="dev")
+    source = SceneDataset(world=scenes.NANO, count=200, split="dev")
     kinds = {}
     for index in range(len(source)):
         kinds[source[index].caption] = None

@@ -5,7 +5,7 @@ import torch
 
 from gobelin import scenes
 from gobelin.clip import ImageEncoder
-from gobelin.data import ScenePairs
+from gobelin.data import SceneDataset
 from gobelin.evaluate import retrieval as module
 from gobelin.evaluate.retrieval import kind_of, retrieval
 from gobelin.pipeline import Pipeline
@@ -30,7 +30,7 @@ def test_what_is_wrong_about_a_negative_is_told(caption, negative, kind):
 
 
 def test_every_kind_of_negative_of_the_scenes_has_a_name():
-    source = ScenePairs(world=scenes.CORE, count=60, split="dev")
+    source = SceneDataset(world=scenes.CORE, count=60, split="dev")
     pairs = [source[index] for index in range(60)]
     kinds = {kind_of(pair.caption, negative) for pair in pairs for negative in pair.negatives}
     assert kinds == {"order", "colour", "shape", "number", "relation"}
@@ -44,7 +44,7 @@ def encoders(trained):
 
 def test_shares_are_of_scenes_and_of_negatives(encoders):
     found = retrieval(*encoders, scenes.CORE, count=70)
-    pairs = ScenePairs(world=scenes.CORE, count=70, split="dev")
+    pairs = SceneDataset(world=scenes.CORE, count=70, split="dev")
     negatives = [len(pairs[index].negatives) for index in range(70)]
     assert found.correct.n == 70
     assert sum(share.n for share in found.by_kind.values()) == sum(negatives)
@@ -68,7 +68,7 @@ def test_encoders_that_know_all_and_that_are_always_wrong(encoders, monkeypatch,
 def test_a_margin_is_that_of_the_caption_and_the_negative_themselves(encoders):
     """Computed one pair at a time, apart from the batch: a caption mixed up with its neighbour's would show."""
     text_encoder, image_encoder, tokenizer = encoders
-    pairs = ScenePairs(world=scenes.NANO, count=3, split="dev")
+    pairs = SceneDataset(world=scenes.NANO, count=3, split="dev")
     batch = [pairs[index] for index in range(3)]
     with torch.no_grad():
         together = module._margins(text_encoder, image_encoder, tokenizer, batch)

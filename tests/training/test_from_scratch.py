@@ -143,7 +143,7 @@ def test_a_run_does_not_go_on_with_other_data(micro, tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data), size=32))
     train(config, tmp_path / "model", stage="tokenizer", console=QUIET)
     (data / "2.png").unlink()
-    with pytest.raises(TrainingError, match=r"began with other data: 3 pairs.*now it is 2 pairs"):
+    with pytest.raises(TrainingError, match=r"began with other data: 3 captioned images.*now it is 2 captioned images"):
         train(config, tmp_path / "model", resume=True, console=QUIET)
 
 
@@ -176,17 +176,21 @@ def test_a_folder_of_pictures_trains_all_stages(micro, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
     class Broken:
-        rates: ClassVar = {}
-        name, samples, optim = "broken", 4, dataclasses.replace(find_preset("nano").vae.optim, steps=3, batch_size=2)
+        lr_ratios: ClassVar = {}
+        name, dataset_size, optim = (
+            "broken",
+            4,
+            dataclasses.replace(find_preset("nano").vae.optim, steps=3, batch_size=2),
+        )
         module = torch.nn.Linear(1, 1)
 
         def loss(self, indices, generator):
             return {"loss": self.module.weight.sum() * float("nan")}
 
-        def picture(self, module):
+        def sample_grid(self, module, step):
             return None
 
-    run = Run(folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, picture_every=9, console=QUIET)
+    run = Run(folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, sample_every=9, console=QUIET)
     before = Broken.module.weight.clone()
     with pytest.raises(TrainingError, match=r"stage broken, step 0, .* the loss is nan"):
         fit(Broken(), run)
@@ -216,7 +220,7 @@ def test_the_stages_are_named_in_order():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: dataclasses.replace(c, picture_every=0), "picture_every is 0"),
+        (lambda c: dataclasses.replace(c, sample_every=0), "sample_every is 0"),
         (lambda c: dataclasses.replace(c.vae.optim, batch_size=0), "batch_size is 0"),
         (lambda c: dataclasses.replace(c.vae.optim, precision="float16"), "precision is 'float16': the choices are"),
         (lambda c: dataclasses.replace(c.unet, preset="huge"), "preset is 'huge': the choices are nano"),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from gobelin.data import ScenePairs
+from gobelin.data import SceneDataset
 from gobelin.evaluate.retrieval import kind_of
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import World
@@ -65,7 +65,7 @@ def listening(pipeline: Pipeline, world: World, count: int = 200) -> list[Heard]
 
 def _negatives(world: World, count: int) -> dict[str, list[tuple[np.ndarray, str, str]]]:
     """(image, caption, wrong caption) by what is wrong, at most one of a kind from a scene."""
-    pairs = ScenePairs(world=world, count=10 * count, split="dev")
+    pairs = SceneDataset(world=world, count=10 * count, split="dev")
     rows: dict[str, list[tuple[np.ndarray, str, str]]] = {}
     for index in range(len(pairs)):
         pair = pairs[index]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from gobelin.clip import ImageEncoder, TextEncoder
-from gobelin.data import Pair, ScenePairs
+from gobelin.data import CaptionedImage, SceneDataset
 from gobelin.evaluate.intervals import Share
 from gobelin.scenes import World
 from gobelin.scenes.captions import NOUNS, NUMBERS, WORDINGS, pluralised
@@ -43,7 +43,7 @@ def retrieval(
     text_encoder: TextEncoder, image_encoder: ImageEncoder, tokenizer: Tokenizer, world: World, count: int = 1000
 ) -> Retrieval:
     """Let the encoders choose the caption of each of ``count`` held-in scenes of the "dev" split."""
-    pairs = ScenePairs(world=world, count=count, split="dev")
+    pairs = SceneDataset(world=world, count=count, split="dev")
     correct: list[bool] = []
     chances: list[float] = []
     beaten: dict[str, list[bool]] = {}
@@ -75,7 +75,7 @@ def _words(caption: str) -> list[str]:
 
 
 def _margins(
-    text_encoder: TextEncoder, image_encoder: ImageEncoder, tokenizer: Tokenizer, batch: list[Pair]
+    text_encoder: TextEncoder, image_encoder: ImageEncoder, tokenizer: Tokenizer, batch: list[CaptionedImage]
 ) -> list[list[float]]:
     """By how much each image's caption is more similar to it than each of its negatives."""
     texts = [text for pair in batch for text in (pair.caption, *pair.negatives)]
