@@ -324,6 +324,8 @@ def test_resume_takes_the_numbers_of_the_run(gobelin, trained):
         ("unet = 3", "unet is 3, expected a table [unet]"),
         ("seed = 'x'", "seed is 'x', expected a int like 0"),
         ("seed = ", "cannot be read"),
+        ("[unet.optim]\nlearning_rate = -1", "bad.toml, unet, optim: learning_rate is -1.0: give a number above 0"),
+        ("[recommended]\nsteps = 0", "bad.toml: recommended.steps is 0: give a whole number of 1 or more"),
     ],
 )
 def test_a_wrong_configuration_file_is_wrong_usage(gobelin, tmp_path, text, message):

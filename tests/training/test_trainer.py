@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,6 +131,13 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(run, number):
     resumed = fit(rest, run)
     assert rest.count == 4
     assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_it_trains_outside_the_main_thread_where_no_signal_can_be_caught(run):
+    whole = fit(Line(), dataclasses.replace(run, folder=run.folder / "whole"))
+    with ThreadPoolExecutor(1) as pool:
+        averaged = pool.submit(fit, Line(), run).result()
+    assert torch.equal(averaged.weight, whole.weight)
 
 
 def test_checkpoints_replace_each_other_only_when_whole(tmp_path, monkeypatch):
