@@ -82,6 +82,7 @@ class ImageFolderDataset:
                 yield file, text
 
     def _from_metadata(self, metadata: Path) -> Iterator[tuple[Path, str]]:
+        """List (image file, caption) from ``metadata.jsonl``; raises :class:`DataError` that names the broken line."""
         inside = self.folder.resolve()
         try:
             lines = metadata.read_text(encoding="utf-8-sig").split("\n")
@@ -104,6 +105,7 @@ class ImageFolderDataset:
             yield file, str(caption)
 
     def _refuse_if_mostly_unusable(self) -> None:
+        """Raise :class:`DataError` for a folder without images, or with too many that cannot be used."""
         found = len(self) + len(self.skipped)
         if not found:
             raise DataError(
@@ -137,5 +139,6 @@ def unreadable(file: Path) -> str:
 
 
 def _open_upright(file: Path) -> Image.Image:
+    """Open an image as RGBA, rotated by its EXIF orientation."""
     with Image.open(file) as opened:
         return ImageOps.exif_transpose(opened).convert("RGBA")

@@ -18,12 +18,13 @@ from gobelin.tokenizer import MIN_VOCABULARY
 _Rule = tuple[str, Callable[[float], bool]]
 _ABOVE_ZERO: _Rule = ("a number above 0", lambda value: 0 < value < math.inf)
 _ZERO_OR_MORE: _Rule = ("a number of 0 or more", lambda value: 0 <= value < math.inf)
-_WHOLE: _Rule = ("a whole number of 0 or more", lambda value: isinstance(value, int) and value >= 0)
+_WHOLE_NUMBER: _Rule = ("a whole number of 0 or more", lambda value: isinstance(value, int) and value >= 0)
 _FRACTION: _Rule = ("a fraction from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_ONE: _Rule = ("a fraction from 0 to less than 1", lambda value: 0 <= value < 1)
 
 
 def _fits(value: Any, rule: _Rule) -> bool:
+    """Tell whether a value is a number that keeps the rule; NaN keeps none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and rule[1](value)
 
 
@@ -88,7 +89,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_counts(self, "steps", "batch_size")
         require_choices(self)
-        _require(self, _WHOLE, "warmup_steps")
+        _require(self, _WHOLE_NUMBER, "warmup_steps")
         _require(self, _ABOVE_ZERO, "learning_rate", "clip_norm")
         _require(self, _ZERO_OR_MORE, "weight_decay")
         _require(self, _FRACTION, "final_lr_ratio")
@@ -231,7 +232,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_counts(self, "save_every", "sample_every")
-        _require(self, _WHOLE, "seed")
+        _require(self, _WHOLE_NUMBER, "seed")
         find_sampler(self.recommended.sampler)
         try:
             require_counts(self.recommended, "steps")

@@ -238,6 +238,7 @@ def _restore(
 
 
 def _save_sample_grid(stage: Stage[Module], run: Run, module: Module, step: int) -> None:
+    """Write the stage's sample grid, if it has one, to ``samples/STAGE-STEP.png``."""
     module.eval()
     with torch.no_grad():
         image = stage.sample_grid(module, step)

@@ -263,6 +263,7 @@ class _FromScratch:
         return component.from_pretrained(self.out / (folder or name))
 
     def _save(self, component: Any, name: str) -> None:
+        """Write a component into the model folder, in the main process."""
         if distributed.is_main_process():
             component.save_pretrained(self.out / name)
 
