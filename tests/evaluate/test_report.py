@@ -1,14 +1,12 @@
-"""The report: its JSON, its tables, its Markdown, and the sheet."""
+"""The report: its JSON, its tables and its Markdown."""
 
 import json
 
-import numpy as np
 import pytest
 
 from gobelin import scenes
 from gobelin.evaluate.benchmark import judged
 from gobelin.evaluate.caption_sensitivity import Heard
-from gobelin.evaluate.contact_sheet import COLUMNS, RED, contact_sheet, what_was_seen
 from gobelin.evaluate.intervals import Share
 from gobelin.evaluate.picture_list import asked_for
 from gobelin.evaluate.report import markdown, report, tables
@@ -17,7 +15,6 @@ from gobelin.evaluate.sanity_checks import check_instruments
 
 WORLD = scenes.CORE
 ASKED = asked_for(WORLD, limit=12, count=1)
-RED_PIXEL = tuple(int(RED[at : at + 2], 16) for at in (1, 3, 5))
 
 
 @pytest.fixture(scope="module")
@@ -75,31 +72,3 @@ def test_a_gate_that_fails_stands_out(content):
     broken = json.loads(json.dumps(content))
     broken["instruments"]["gates"][0]["passed"] = False
     assert tables(broken)[-1].rows[0][-1] == "NO"
-
-
-def test_a_sheet_frames_what_is_wrong_and_shows_more_of_it(exhibits):
-    def framed(sheet):
-        return bool((np.asarray(sheet) == RED_PIXEL).all(axis=-1).any())
-
-    right = contact_sheet(exhibits["perfect"])
-    assert not framed(right)
-    wrong = contact_sheet(exhibits["swapping"], title="mine")
-    assert framed(wrong)
-    assert wrong.width == right.width
-    assert wrong.height > right.height + 7 * 132, "seven tasks have a row of failures more"
-    assert COLUMNS < 12, "or there would be no failures left for a second row"
-
-
-def test_what_was_seen_is_said_in_few_words(portrait):
-    def said(asked, painted):
-        prompt = scenes.Prompt(text="…", task="x", **asked)
-        return what_was_seen(prompt, scenes.grade(portrait(scenes.Prompt(text="…", task="x", **painted), WORLD), WORLD))
-
-    circle, ring = ("circle", "red"), ("ring", "blue")
-    assert said({"objects": (circle,)}, {"objects": ()}) == "nothing"
-    assert said({"objects": (circle,)}, {"objects": (ring, ring)}) == "2 blue rings"
-    assert said({"objects": (circle, ring)}, {"objects": (circle,)}) == "red circle"
-    wrong = said({"objects": (circle, ring), "relation": "above"}, {"objects": (circle, ring), "relation": "left of"})
-    assert wrong == "red circle left of blue ring"
-    missing = said({"objects": (circle, ring), "relation": "above"}, {"objects": (circle, circle)})
-    assert missing == "2 red circles"

@@ -21,7 +21,7 @@ from gobelin.errors import UsageError
 from gobelin.evaluate import attribution, editing
 from gobelin.evaluate.benchmark import Painted, Painting, judged, paint
 from gobelin.evaluate.caption_sensitivity import listening
-from gobelin.evaluate.contact_sheet import contact_sheet
+from gobelin.evaluate.failures_sheet import failures_sheet
 from gobelin.evaluate.picture_folder import read_gallery, write_list
 from gobelin.evaluate.picture_list import ALL_TASKS, MAX_PROMPTS, asked_for
 from gobelin.evaluate.report import describe, markdown, report, tables
@@ -128,7 +128,7 @@ def run(arguments: Sequence[str]) -> None:
         write_text(options.report, markdown(measured.content))
     if options.sheet is not None:
         title = f"{measured.content['model']}: what it paints, and where it fails"
-        write_sheet(options.sheet, contact_sheet(measured.pictures, title))
+        write_sheet(options.sheet, failures_sheet(measured.pictures, title))
 
 
 def open_model(options: Evaluate) -> tuple[Pipeline, World]:
