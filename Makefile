@@ -26,6 +26,7 @@ test-slow: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/oxlint --deny-warnings src
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 

@@ -140,7 +140,7 @@ def test_a_notebook_shows_pictures_and_words_that_light_up(pipe):
     plain, traced = (pipe('a "red" circle', count=2, steps=1, trace=trace) for trace in (False, True))
     assert plain._repr_html_().count('<img src="data:image/png;base64,') == 2
     assert 'alt="a &quot;red&quot; circle"' in plain._repr_html_()
-    assert traced._repr_html_().count("<iframe srcdoc=") == 2
+    assert traced._repr_html_().count("<word-map>") == 2
     assert traced.heatmaps[0]._repr_html_() in traced._repr_html_()
     assert "tensor" not in repr(traced.heatmaps[0])
 

@@ -40,7 +40,7 @@ from gobelin.formats.png import write_png
 from gobelin.formats.textual_inversion import read_inversion
 from gobelin.inpainting import canvas
 from gobelin.look.heatmaps import Collector, HeatMaps
-from gobelin.look.page import framed_page, picture_url
+from gobelin.look.page import picture_url, word_map_element
 from gobelin.prompt_weighting import Style, chunked, encode
 from gobelin.samplers import NoiseSource, Step, sample
 from gobelin.schedule import NoiseSchedule
@@ -87,7 +87,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         if self.traced is not None:
-            return "".join(framed_page(heatmaps) for heatmaps in self.traced)
+            return "".join(word_map_element(heatmaps) for heatmaps in self.traced)
         pairs = zip(self.images, self.settings, strict=True)
         return "".join(f'<img src="{picture_url(image)}" alt="{html.escape(made["prompt"])}">' for image, made in pairs)
 

@@ -21,7 +21,7 @@ from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
 from gobelin.formats.png import read_png_settings, save_picture
 from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps, sharp_trace
-from gobelin.look.page import page
+from gobelin.look.page import word_map_page
 from gobelin.look.word_sheets import grid_sheet, save_animation, word_sheet
 from gobelin.pipeline import Pipeline, picture_name
 from gobelin.prompt_weighting import Style
@@ -107,7 +107,7 @@ def run(arguments: Sequence[str]) -> None:
     for file, sheet in sheets.items():
         save_picture(Path(file), sheet)
         print(file)
-    write_text(Path(f"{stem}.html"), page(heatmaps))
+    write_text(Path(f"{stem}.html"), word_map_page(heatmaps))
     print(f"{stem}.html")
     if options.animation:
         frames = [

@@ -13,6 +13,7 @@ INK, PALE, LINEN, RED, PAPER = "#1f2328", "#6b7280", "#d8d5cc", "#c8102e", "#fbf
 
 SHEET_MARGIN = 32  # pixels around everything, as all below
 _TITLE, _HEADING, _CAPTION, _SMALL = 26, 20, 15, 13
+_FOOTER = 24  # the colour scale and the room above it
 _LEADING = 1.3  # the distance of lines, of the letters' size
 _LINES = 3  # of a caption, a note, a column's heading or a title, at most
 _FAILED = 4  # the frame of a failure, plain to see beside the thin line of the others
@@ -67,7 +68,7 @@ def captioned_grid(
     tops = [wrap_text(heading, wide, _SMALL, _LINES) for heading in headings]
     top = SHEET_MARGIN + (_height(len(titles), _TITLE) + 10 if titles else 0)
     first = top + (_height(max(map(len, tops)), _SMALL) + 4 if tops else 0)
-    height = first + sum(line.height(gap, text) for line in lines) + (16 if scale else -gap) + SHEET_MARGIN
+    height = first + sum(line.height(gap, text) for line in lines) + (_FOOTER if scale else -gap) + SHEET_MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     _draw_lines(draw, SHEET_MARGIN, SHEET_MARGIN, titles, _TITLE, INK)
@@ -78,7 +79,7 @@ def captioned_grid(
         _draw_line(sheet, draw, line, left, y, wide + gap, text)
         y += line.height(gap, text)
     if scale:
-        _draw_scale(sheet, draw, SHEET_MARGIN, y, *scale)
+        _draw_scale(sheet, draw, SHEET_MARGIN, y + _FOOTER - 16, *scale)
     return sheet
 
 

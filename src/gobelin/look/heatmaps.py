@@ -115,9 +115,9 @@ class HeatMaps:
         return f"HeatMaps(words={self.words.text!r}, sites={len(self.maps)}, size={self.picture.size})"
 
     def _repr_html_(self) -> str:
-        from gobelin.look.page import framed_page  # which is made of heat maps
+        from gobelin.look.page import word_map_element  # which is made of heat maps
 
-        return framed_page(self)
+        return word_map_element(self)
 
     def __getitem__(self, key: Word) -> HeatMap:
         """A word or a phrase, wherever it stands; a pair for one of its occurrences, 0 the first; a word by its number.
