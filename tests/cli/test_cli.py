@@ -217,7 +217,7 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["generate", "x", "--device", "cpu:x"], 2, "unknown device 'cpu:x'"),
         (["generate", "x", "--height", "0"], 2, "64×0 pixels asked for"),
         (["look", "a red circle", "--words", "cat"], 2, "'cat' is not in the prompt, whose words are a, red, circle"),
-        (["look", "a red circle", "--at", "64", "0"], 2, "is not in the picture of 64×64 pixels"),
+        (["look", "a red circle", "--at", "64", "0"], 2, "is not in the image of 64×64 pixels"),
         (["look", "a red circle", "--sites", "attn3"], 2, "'attn3' matches no attention"),
         (["look", "!?"], 2, "'!?' has no word to look at"),
         (["edit", "a red circle", "--to", "a ring", "--reweight", "a=nan"], 2, "the weight of 'a' is nan"),
@@ -425,7 +425,7 @@ def test_evaluate_needs_a_world_and_can_do_without_an_image_encoder(gobelin, tra
     assert json.loads((tmp_path / "scores.json").read_text())["retrieval"] is None
 
 
-def test_show_prints_the_tree_and_the_walk(gobelin, trained):
+def test_show_prints_the_tree_and_the_shapes(gobelin, trained):
     status, out, _ = gobelin("show", "sd15")
     assert status == 0
     for name in (
@@ -439,7 +439,7 @@ def test_show_prints_the_tree_and_the_walk(gobelin, trained):
     assert "16 self-attentions (attn1), 16 cross-attentions (attn2)." in out
     status, out, _ = gobelin("show", trained, "--width", 96, "--no-tree")
     assert status == 0
-    assert "A 96×64 picture is [1, 4, 16, 24] latents; a prompt is 32 tokens." in out
+    assert "A 96×64 image is [1, 4, 16, 24] latents; a prompt is 32 tokens." in out
     assert "[1, 2, 384, 32]" in out
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gobelin.attention import AttentionMaps, AttentionSite, Trace
 from gobelin.errors import UsageError
 from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
-from gobelin.tokenizer import Tokenizer
+from gobelin.tokenizer import Tokenizer, Words
 
 PROMPT = "A red circle, left of a blue Circle"
 LENGTH = 14
@@ -110,6 +110,34 @@ def test_shares_of_tokens_sum_to_one(tokenizer: Tokenizer, heatmaps: HeatMaps) -
     assert heatmaps.shares()["bos"] == pytest.approx(
         torch.stack([maps[site][1][..., 0].mean() for maps in steps(tokenizer.max_length) for site in CROSS]).mean()
     )
+
+
+class TwoChunks(Words):
+    """Words of a prompt in two chunks of seven tokens: BOS, text, EOS and padding of each."""
+
+    def part(self, part: str) -> tuple[int, ...]:
+        return {"bos": (0, 7), "eos": (4, 12), "padding": (5, 6, 13)}[part]
+
+
+def test_shares_count_every_chunks_bos_eos_and_padding() -> None:
+    words = TwoChunks(text="", spans=(), end=12, length=14)
+    share = torch.arange(1.0, 15) / sum(range(1, 15))
+    site = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
+    maps = {site: share.expand(1, 1, 54, 14)}
+    heatmaps = HeatMaps(words=words, maps=maps, latent_size=LATENT_SIZE, picture=Image.new("RGB", (36, 24)))
+    text = (1, 2, 3, 8, 9, 10, 11)
+    assert heatmaps.shares() == pytest.approx(
+        {
+            "text": share[list(text)].sum().item(),
+            "bos": share[[0, 7]].sum().item(),
+            "eos": share[[4, 12]].sum().item(),
+            "padding": share[[5, 6, 13]].sum().item(),
+        }
+    )
+    assert sum(heatmaps.shares().values()) == pytest.approx(1)
+    assert heatmaps.part("text").raw.mean().item() == pytest.approx(heatmaps.shares()["text"])
+    left = heatmaps.without("bos", "eos", "padding")
+    assert left.shares() == pytest.approx({"text": 1, "bos": 0, "eos": 0, "padding": 0})
 
 
 def test_what_is_left_out_leaves_the_others_their_proportions(heatmaps: HeatMaps) -> None:
@@ -252,9 +280,9 @@ def test_values_are_for_display(heatmaps: HeatMaps) -> None:
         (lambda maps: maps.select(sites="*attn1")["red"], r"no attention to words \(attn2\) was traced"),
         (lambda maps: maps.select(sites="*attn2").patches_for(1, 1), r"no attention to patches \(attn1\) was traced"),
         (lambda maps: maps.sharpened(), "no attention to patches was traced where mid_block.attn2 is: trace its attn1"),
-        (lambda maps: maps.words_at(36, 0), "is not in the picture of 36×24 pixels"),
-        (lambda maps: maps.words_in((5, 5, 5, 9)), "is not in the picture"),
-        (lambda maps: maps.patches_for(0, 24), "the pixel 0, 24 is not in the picture"),
+        (lambda maps: maps.words_at(36, 0), "is not in the image of 36×24 pixels"),
+        (lambda maps: maps.words_in((5, 5, 5, 9)), "is not in the image"),
+        (lambda maps: maps.patches_for(0, 24), "the pixel 0, 24 is not in the image"),
     ],
 )
 def test_what_is_not_there_is_said(heatmaps: HeatMaps, ask, message: str) -> None:

@@ -119,7 +119,7 @@ def run(arguments: Sequence[str]) -> None:
     where = {"shares": whole.shares(), "entropy": whole.entropy()}
     write_report(options.json, {**summary(heatmaps, words), **where, "settings": result.settings[0]})
     if options.npz is not None:
-        write_npz(options.npz, whole, words, heatmaps.stacked(words))
+        write_npz(options.npz, whole, words, heatmaps.stack_words(words))
 
 
 def is_picture(source: str) -> bool:
@@ -155,7 +155,7 @@ def require_sense(options: Look, pipeline: Pipeline, prompt: str, weights: Style
     choose_sites(cross, options.sites)
     height, width = (side * pipeline.vae.config.factor for side in size)
     if options.at is not None and not (0 <= options.at[0] < width and 0 <= options.at[1] < height):
-        raise UsageError(f"the pixel {options.at[0]}, {options.at[1]} is not in the picture of {width}×{height} pixels")
+        raise UsageError(f"the pixel {options.at[0]}, {options.at[1]} is not in the image of {width}×{height} pixels")
 
 
 def trace_for(options: Look, pipeline: Pipeline, size: tuple[int, int]) -> Trace:

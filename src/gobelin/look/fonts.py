@@ -68,7 +68,7 @@ def wrap_text(text: str, width: float, size: int, lines: int) -> list[str]:
         if text_width(longer, size) <= width:
             broken[-1] = longer
         else:
-            *full, last = _pieces(word, width, size)
+            *full, last = _split_word(word, width, size)
             broken += [*full, last]
     broken = broken[1:] if not broken[0] and len(broken) > 1 else broken
     if len(broken) <= lines:
@@ -121,7 +121,7 @@ def _runs(text: str) -> tuple[_Run, ...]:
     return tuple(runs)
 
 
-def _pieces(word: str, width: float, size: int) -> Iterator[str]:
+def _split_word(word: str, width: float, size: int) -> Iterator[str]:
     """A word that may be wider than a line, in pieces that are not; at least a letter each."""
     piece = ""
     for letter in word:

@@ -60,7 +60,7 @@ def word_map_data(heatmaps: HeatMaps) -> dict[str, Any]:
     tops = shares.amax(dim=(0, 2, 3)).clamp(min=1e-9)
     levels = (shares / tops[:, None, None] * 255).round().byte()
     return {
-        "text": _pieces(heatmaps),
+        "text": _split_prompt(heatmaps),
         "words": [span.word for span in heatmaps.words.spans],
         "rows": shares.shape[2],
         "columns": shares.shape[3],
@@ -85,11 +85,11 @@ def _on_grid(heatmaps: HeatMaps) -> Tensor:
     height, width = heatmaps.latent_size
     scale = min(1.0, _MOST_SIDE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    shares = [heatmaps.raw(span.tokens, size) for span in heatmaps.words.spans]
+    shares = [heatmaps.token_share(span.tokens, size) for span in heatmaps.words.spans]
     return torch.stack(shares) if shares else torch.zeros(0, *size)
 
 
-def _pieces(heatmaps: HeatMaps) -> list[tuple[str, int | None]]:
+def _split_prompt(heatmaps: HeatMaps) -> list[tuple[str, int | None]]:
     """Split the prompt into words with their numbers, and the text between them with None."""
     pieces: list[tuple[str, int | None]] = []
     end = 0
