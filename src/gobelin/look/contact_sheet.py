@@ -1,4 +1,4 @@
-"""The contact sheet: images in rows with captions, and what may stand around them."""
+"""Contact sheet: images in rows with captions, notes, labels, headings, a title and a colour scale."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _FAILED = 4  # the frame of a failure, plain to see beside the thin line of the 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """An image, its caption beneath it, and a note beneath that in pale; in red and with a red frame where failed."""
+    """An image, its caption beneath it, and a pale note beneath that; if ``failed``, a red note and a red frame."""
 
     image: Image.Image
     caption: str = ""
@@ -164,7 +164,7 @@ def _draw_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str],
 
 
 def _draw_scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, low: str, high: str) -> None:
-    """The colours from low to high, and what they stand for."""
+    """Draw the colour map between what its lowest and its highest colour stand for."""
     bar = Image.fromarray(np.repeat(colour_map()[None], 12, axis=0)).resize((LEVELS // 2, 12))
     draw_text(draw, (x, y), low, _SMALL, PALE)
     x += round(text_width(low, _SMALL)) + 8

@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import fontpkg
-from PIL import ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont, features
 
 _REGULAR = 400  # of Source Sans 3's weights 200 to 900; the file's default is 200, too thin to read at 12 pixels
 _BASELINE = 0.85  # of the size, below the top of a line
@@ -56,12 +56,12 @@ class _Run:
 
 
 def text_width(text: str, size: int) -> float:
-    """Pixels that a line of text takes."""
+    """Measure a line of text in pixels."""
     return sum(run.width(size) for run in _runs(text))
 
 
 def wrap_text(text: str, width: float, size: int, lines: int) -> list[str]:
-    """Text in lines of at most ``width`` pixels; where there are more than ``lines``, the last ends in "…"."""
+    """Break text into lines of at most ``width`` pixels; the last ends in "…" if there would be more than ``lines``."""
     broken = [""]
     for word in text.split():
         longer = f"{broken[-1]} {word}".lstrip()
@@ -100,7 +100,7 @@ def draw_text(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, 
 
 @lru_cache(maxsize=4096)
 def _runs(text: str) -> tuple[_Run, ...]:
-    """Text in runs of letters of one font each."""
+    """Split text into runs of letters in one font each; warn of letters that no font has."""
     runs: list[_Run] = []
     for letter in unicodedata.normalize("NFC", text):
         if unicodedata.category(letter) in ("Cc", "Cf") or "\ufe00" <= letter <= "\ufe0f":
@@ -122,7 +122,7 @@ def _runs(text: str) -> tuple[_Run, ...]:
 
 
 def _split_word(word: str, width: float, size: int) -> Iterator[str]:
-    """A word that may be wider than a line, in pieces that are not; at least a letter each."""
+    """Split a word that may be wider than a line into pieces that are not, of at least a letter each."""
     piece = ""
     for letter in word:
         if piece and text_width(piece + letter, size) > width:
@@ -133,7 +133,7 @@ def _split_word(word: str, width: float, size: int) -> Iterator[str]:
 
 
 def _ordered(text: str) -> str:
-    """Letters as they are laid from left to right, where Pillow cannot order Hebrew and Arabic itself."""
+    """Order letters from left to right if Pillow cannot do that itself for Hebrew and Arabic (without raqm)."""
     if features.check("raqm"):
         return text
     leftward = any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
@@ -150,7 +150,7 @@ def _code_size(size: int) -> int:
 
 @cache
 def _own() -> Path:
-    """The file of Source Sans 3 (SIL Open Font License 1.1)."""
+    """Find the file of Source Sans 3 (SIL Open Font License 1.1)."""
     return Path(fontpkg.path("Source Sans 3"))
 
 
@@ -166,7 +166,7 @@ def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _font_of(letter: str) -> Path | None:
-    """The first font that has a letter; spaces are in all."""
+    """Find the first font that has a letter; every font has spaces."""
     if letter.isspace() or _has(_own(), letter):
         return _own()
     return next((file for file in _installed() if _has(file, letter)), None)
@@ -176,16 +176,22 @@ def _font_of(letter: str) -> Path | None:
 def _has(file: Path, letter: str) -> bool:
     """Tell a letter that a font has from one that it draws as its missing-letter box."""
     try:
-        shapes = [_font(file, 20).getmask(one) for one in (letter, _NO_CHARACTER)]
+        ink, missing = _ink(file, letter), _ink(file, _NO_CHARACTER)
     except OSError:  # a damaged file, or pictures of one size
         return False
-    drawn, missing = ((shape.size, bytes(shape)) for shape in shapes)
-    return drawn != missing and (letter.isspace() or any(drawn[1]))
+    return ink != missing and (letter.isspace() or any(ink))
+
+
+def _ink(file: Path, letter: str) -> bytes:
+    """Draw a letter alone."""
+    image = Image.new("L", (40, 40))
+    ImageDraw.Draw(image).text((8, 8), letter, fill=255, font=_font(file, 20))
+    return image.tobytes()
 
 
 @cache
 def _installed() -> tuple[Path, ...]:
-    """The machine's font files, those with wide coverage and plain shapes first."""
+    """List the machine's font files, those with wide coverage and plain shapes first."""
     found = [
         file
         for folder in _folders()
@@ -202,7 +208,7 @@ def _rank(file: Path) -> tuple[bool, int]:
 
 
 def _folders() -> list[Path]:
-    """Where Linux, macOS and Windows keep fonts."""
+    """List the folders in which Linux, macOS and Windows keep fonts."""
     home = Path.home()
     if sys.platform == "darwin":
         return [Path("/System/Library/Fonts"), Path("/Library/Fonts"), home / "Library/Fonts"]
