@@ -15,7 +15,7 @@ SHEET_MARGIN = 32  # pixels around everything, as all below
 _TITLE, _HEADING, _CAPTION, _SMALL = 26, 20, 15, 13
 _FOOTER = 24  # the colour scale and the room above it
 _LEADING = 1.3  # the distance of lines, of the letters' size
-_LINES = 3  # of a caption, a note, a column's heading or a title, at most
+_LINES = 5  # of a caption, a note, a column's heading or a title, at most: the longest caption of a scene has four
 _FAILED = 4  # the frame of a failure, plain to see beside the thin line of the others
 
 
