@@ -221,25 +221,12 @@ def test_what_is_cut_off_a_long_prompt_is_said(gobelin, trained, tmp_path):
         (["look", "a red circle", "--sites", "attn3"], 2, "'attn3' matches no attention"),
         (["look", "!?"], 2, "'!?' has no word to look at"),
         (["edit", "a red circle", "--to", "a ring", "--reweight", "a=nan"], 2, "the weight of 'a' is nan"),
-        (["evaluate", "--attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),
-        (["evaluate", "--attribution", "--editing"], 2, "two measurements: ask for one"),
-        (["evaluate", "--attribution", "--count", "2"], 2, "leave out --count"),
         (["look", "nowhere.png"], 2, "there is no picture at nowhere.png"),
         (["edit", "a red circle", "--to", "a ring", "--reweight", "red"], 2, "--reweight has 'red': give WORD=NUMBER"),
         (["edit", "a red circle", "--to", "a ring", "--cross", "2"], 2, "cross is 2.0: give a share of the way"),
-        (["evaluate", "--sheet", "sheet"], 2, "--sheet is sheet: give a name that ends in .png or .jpg"),
         (["data", "scenes", "--out", "x", "--split", "all"], 2, "unknown split 'all': the choices are train"),
         (["data", "scenes", "--out", "x", "--count", "0"], 2, "0 scenes asked for: give 1 or more"),
         (["train", "--data.path", "nowhere", "--out", "x"], 1, "no folder at nowhere"),
-        (["evaluate", "nowhere"], 1, "no model at nowhere"),
-        (["evaluate", "--tasks", "juggling"], 2, "unknown task 'juggling': the choices are single_object"),
-        (["evaluate", "--world", "mars"], 2, "unknown world 'mars'"),
-        (["evaluate", "--splits", "train"], 2, "unknown split 'train': the choices are dev, test, heldout"),
-        (["evaluate", "--limit", "0"], 2, "limit is 0: give a number from 1 to 1000"),
-        (["evaluate", "--count", "0"], 2, "count is 0"),
-        (["evaluate", "--seed", "-1"], 2, "the seed is -1"),
-        (["evaluate", "--steps", "0"], 2, "0 steps asked for"),
-        (["evaluate", "--pictures", "nowhere"], 1, "nowhere/metadata.jsonl cannot be read: expected the list that"),
         (["show", "sd99"], 2, "'sd99' is neither a folder nor a preset: the presets are nano, tiny, small, sd15"),
         (["show", "sd15", "--height", "12"], 2, "512×12 pixels: this model paints sizes that are multiples of 8"),
         (["data", "dance"], 2, "unknown action 'dance': the choices are scenes, check"),
@@ -333,96 +320,6 @@ def test_a_wrong_configuration_file_is_wrong_usage(gobelin, tmp_path, text, mess
     assert status == 2
     assert is_one_sentence(err)
     assert message in err
-
-
-def test_evaluate_reports_scores_with_intervals(gobelin, trained, tmp_path):
-    files = {name: tmp_path / name for name in ("scores.json", "scores.md", "sheet.png")}
-    options = ("--limit", 3, "--count", 2, "--steps", 1, "--tasks", "colours", "position")
-    written = ("--json", files["scores.json"], "--report", files["scores.md"], "--sheet", files["sheet.png"])
-    status, out, err = gobelin("evaluate", trained, *options, *written)
-    assert status == 0, err
-    report = json.loads(files["scores.json"].read_text())
-    assert [(row["task"], row["split"]) for row in report["scores"]] == [
-        (task, split) for split in ("dev", "heldout") for task in ("colours", "position")
-    ]
-    for row in [*report["scores"], *report["controls"]]:
-        assert row["correct"]["low"] <= row["correct"]["value"] <= row["correct"]["high"]
-        assert row["correct"]["n"] == 6
-    assert (report["world"], report["settings"]["steps"], report["pictures"]) == ("nano", 1, 24)
-    assert report["retrieval"]["correct"]["n"] == 30
-    assert report["instruments"]["renders"]["two"]["value"] == 1
-    assert "position" in out
-    assert "| colours | held out |" in files["scores.md"].read_text()
-    with Image.open(files["sheet.png"]) as sheet:
-        assert sheet.width > 500
-
-
-def test_evaluate_measures_attribution(gobelin, trained, tmp_path):
-    file, report = tmp_path / "attribution.json", tmp_path / "attribution.md"
-    options = ("--world", "nano", "--limit", 3, "--json", file, "--report", report)
-    status, out, err = gobelin("evaluate", trained, "--attribution", *options)
-    assert status == 0, err
-    found = json.loads(file.read_text())["attribution"]
-    assert found["renders"]["pictures"] == 3
-    assert 0 < found["renders"]["whole_image"]["value"] < 0.3
-    assert found["renders"]["protocols"].keys() == {"DAAM", "sharp"}
-    assert "True scenes, noised".lower() in out.lower()
-    assert "a perfect map reaches" in report.read_text()
-
-
-def test_evaluate_measures_editing(gobelin, trained, tmp_path):
-    file, report = tmp_path / "editing.json", tmp_path / "editing.md"
-    options = ("--world", "nano", "--limit", 2, "--json", file, "--report", report)
-    status, out, err = gobelin("evaluate", trained, "--editing", *options)  # it paints all green: a green square
-    assert status == 0, err
-    found = json.loads(file.read_text())["editing"]
-    methods = found["methods"]
-    assert methods.keys() == {"edit", "prompt-to-prompt alone", "painted anew"}
-    assert 1 <= found["edits"] <= 2
-    assert all(
-        shares[what]["n"] == found["edits"] for shares in methods.values() for what in ("answers", "keeps", "both")
-    )
-    assert "one colour word changed" in out
-    assert "painted anew" in report.read_text()
-
-
-def test_evaluate_judges_what_another_program_painted(gobelin, trained, tmp_path):
-    folder = tmp_path / "elsewhere"
-    status, out, err = gobelin("evaluate", trained, "--write-prompts", folder, "--limit", 2, "--count", 1)
-    assert (status, out) == (0, f"16 pictures to paint: {folder}\n"), err
-    status, _, err = gobelin("evaluate", "--pictures", folder)
-    assert (status, is_one_sentence(err)) == (1, True)
-    assert "dev-single_object-000-0.png cannot be judged: no such file" in err
-    for line in (folder / "metadata.jsonl").read_text().splitlines():
-        Image.new("RGB", (128, 128), "grey").save(folder / json.loads(line)["file_name"])
-    status, out, err = gobelin("evaluate", "--pictures", folder, "--json", tmp_path / "scores.json")
-    assert status == 0
-    assert err == "gobelin: 16 of 16 pictures are not 64×64 and were resized\n"
-    report = json.loads((tmp_path / "scores.json").read_text())
-    assert all(row["correct"]["value"] == 0 for row in report["scores"])
-    assert (report["world"], report["model"], report["retrieval"]) == ("nano", "elsewhere", None)
-    assert report["instruments"]["round_trips"] is None
-    for option in (trained, "--steps=3", "--dtype=bfloat16"):
-        status, _, err = gobelin("evaluate", option, "--pictures", folder)
-        assert (status, is_one_sentence(err)) == (2, True)
-        assert "leave out" in err
-
-
-def test_evaluate_needs_a_world_and_can_do_without_an_image_encoder(gobelin, trained, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(trained, model)
-    said = json.loads((model / "gobelin.json").read_text())
-    (model / "gobelin.json").write_text(json.dumps({name: said[name] for name in said if name != "world"}))
-    status, _, err = gobelin("evaluate", model)
-    assert status == 2
-    assert is_one_sentence(err)
-    assert "the model model does not say which world of scenes it knows: say --world NAME, one of core, nano" in err
-    shutil.rmtree(model / "image_encoder")
-    options = ("--limit", 1, "--count", 1, "--steps", 1, "--tasks", "colours")
-    status, _, err = gobelin("evaluate", model, "--world", "nano", *options, "--json", tmp_path / "scores.json")
-    assert status == 0
-    assert err == f"gobelin: no retrieval scores, as there is no {model / 'image_encoder'}\n"
-    assert json.loads((tmp_path / "scores.json").read_text())["retrieval"] is None
 
 
 def test_show_prints_the_tree_and_the_walk(gobelin, trained):

@@ -5,11 +5,11 @@ import torch
 from PIL import Image
 
 from gobelin.look.colour_map import colour_map, coloured, overlaid
-from gobelin.scenes.colours import lab
+from gobelin.scenes.colours import rgb_to_lab
 
 
 def test_lightness_rises_in_even_steps() -> None:
-    lightness = lab(colour_map())[:, 0]
+    lightness = rgb_to_lab(colour_map())[:, 0]
     steps = np.diff(lightness[::16])
     assert steps.min() > 0
     assert steps.max() < 2 * steps.mean()

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from gobelin.data import FolderPairs
-from gobelin.evaluate.sanity_checks import psnr, round_trip
+from gobelin.evaluate.sanity_checks import psnr, vae_round_trip
 from gobelin.pipeline import Pipeline
 from gobelin.training import TrainConfig, find_preset
 from gobelin.training.recipes.from_scratch import train
@@ -110,7 +110,7 @@ def test_sixty_pictures_of_six_motifs_are_learned(pictures, tmp_path):
     images = np.stack([pairs[index].image for index in range(len(pairs))])
     captions = [pairs[index].caption for index in range(len(pairs))]
 
-    decoded = np.stack([np.asarray(image) for image in round_trip(pipe.vae, images)])
+    decoded = np.stack([np.asarray(image) for image in vae_round_trip(pipe.vae, images)])
     quality = psnr(images, decoded)
     print(f"VAE round trip: {quality:.1f} dB")
     assert quality >= 22

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from gobelin.evaluate.benchmark import Painted, by_task
-from gobelin.evaluate.report import SPLITS
+from gobelin.evaluate.report import SPLIT_TITLES
+from gobelin.evaluate.scored_images import ScoredImage, group_by_task
 from gobelin.look.drawing import INK, LINEN, PALE, PAPER, RED, font, wrapped
-from gobelin.scenes import Prompt, Seen
+from gobelin.scenes import Detection, Prompt
 from gobelin.scenes.captions import pluralised
 from gobelin.scenes.grader import UNKNOWN
 from gobelin.scenes.relations import found_in, relations
@@ -27,7 +27,7 @@ class _Row:
 
     heading: str
     more: str
-    cells: list[tuple[Painted, list[str], list[str]]]
+    cells: list[tuple[ScoredImage, list[str], list[str]]]
 
     @property
     def height(self) -> int:
@@ -36,12 +36,12 @@ class _Row:
         return _above(self) + CELL + 8 + LINE * lines + 12
 
 
-def contact_sheet(pictures: Sequence[Painted], title: str = "") -> Image.Image:
+def contact_sheet(pictures: Sequence[ScoredImage], title: str = "") -> Image.Image:
     """For each task and split a row of pictures spread evenly over its prompts, then a row of more that failed.
 
     Failures are framed in red, and beneath them stands what the grader saw.
     """
-    rows = [row for (task, split), chosen in by_task(pictures).items() for row in _rows(task, split, chosen)]
+    rows = [row for (task, split), chosen in group_by_task(pictures).items() for row in _rows(task, split, chosen)]
     top = MARGIN + (44 if title else 0)
     size = (2 * MARGIN + COLUMNS * CELL + (COLUMNS - 1) * GAP, top + sum(row.height for row in rows) + MARGIN // 2)
     sheet = Image.new("RGB", size, PAPER)
@@ -64,7 +64,7 @@ def contact_sheet(pictures: Sequence[Painted], title: str = "") -> Image.Image:
     return sheet
 
 
-def what_was_seen(prompt: Prompt, seen: Sequence[Seen]) -> str:
+def what_was_seen(prompt: Prompt, seen: Sequence[Detection]) -> str:
     """What the grader saw, in few words: the place where only that is wrong, else the things."""
     if prompt.relation and found_in(prompt.objects, None, seen):
         first, second = (next(thing for thing in seen if found_in([one], None, [thing])) for one in prompt.objects)
@@ -76,27 +76,27 @@ def what_was_seen(prompt: Prompt, seen: Sequence[Seen]) -> str:
     )
 
 
-def _rows(task: str, split: str, pictures: Sequence[Painted]) -> list[_Row]:
+def _rows(task: str, split: str, pictures: Sequence[ScoredImage]) -> list[_Row]:
     """Pictures spread evenly over a task's prompts, then failures that are not among them, spread evenly too."""
-    right = sum(picture.verdict.correct for picture in pictures)
+    right = sum(picture.score.correct for picture in pictures)
     shown = _spread(pictures)
-    failures = _spread([p for p in pictures if not p.verdict.correct and not any(p is other for other in shown)])
-    counted = f"{SPLITS.get(split, split)}: {right:,} of {len(pictures):,} correct"
+    failures = _spread([p for p in pictures if not p.score.correct and not any(p is other for other in shown)])
+    counted = f"{SPLIT_TITLES[split]}: {right:,} of {len(pictures):,} correct"
     rows = [_Row(heading=task.replace("_", " "), more=counted, cells=[_cell(picture) for picture in shown])]
     if failures:
         rows.append(_Row(heading="", more="more that failed", cells=[_cell(picture) for picture in failures]))
     return rows
 
 
-def _spread(pictures: Sequence[Painted]) -> list[Painted]:
+def _spread(pictures: Sequence[ScoredImage]) -> list[ScoredImage]:
     """At most a row of pictures, evenly chosen, from as many prompts as there are."""
-    ordered = sorted(pictures, key=lambda picture: (picture.asked.number, picture.asked.picture))
+    ordered = sorted(pictures, key=lambda picture: (picture.request.number, picture.request.repeat))
     count = min(COLUMNS, len(ordered))
     return [ordered[place * len(ordered) // count] for place in range(count)]
 
 
-def _cell(picture: Painted) -> tuple[Painted, list[str], list[str]]:
-    seen = [] if picture.verdict.correct else _wrapped(f"seen: {what_was_seen(picture.prompt, picture.seen)}")
+def _cell(picture: ScoredImage) -> tuple[ScoredImage, list[str], list[str]]:
+    seen = [] if picture.score.correct else _wrapped(f"seen: {what_was_seen(picture.prompt, picture.detections)}")
     return picture, _wrapped(picture.prompt.text), seen
 
 
@@ -110,5 +110,5 @@ def _above(row: _Row) -> int:
     return 40 if row.heading else 24
 
 
-def _name(thing: Seen) -> str:
+def _name(thing: Detection) -> str:
     return f"{thing.colour} {'blob' if thing.shape == UNKNOWN else thing.shape}"
