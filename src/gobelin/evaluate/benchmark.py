@@ -341,4 +341,5 @@ def _canonical(prompt: Prompt) -> Prompt:
 
 
 def _task_title(task: str) -> str:
+    """Write a task's name as words."""
     return task.replace("_", " ")

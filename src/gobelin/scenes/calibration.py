@@ -193,8 +193,10 @@ def _shuffled(scenes: dict[str, list[Sample]], detected: dict[str, list[list[Det
 
 
 def _mean_outcome(outcomes: Sequence[bool]) -> float:
+    """Compute the share of True; NaN without outcomes."""
     return sum(outcomes) / len(outcomes) if outcomes else math.nan
 
 
 def _to_uint8(levels: NDArray[np.floating]) -> _Image:
+    """Round levels and clip them to [0, 255]."""
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)

@@ -29,7 +29,7 @@ _FOREGROUND = 18.0  # ΔE of an object from the background
 _LEAST_CONTRAST = 60.0  # sRGB distance; half of it is more than noise
 _BORDER_SPREAD = 24.0  # sRGB distance within which border pixels are of one colour
 _LEAST_AREA = 25  # pixels
-_LEAST_CORE = 6  # pixels; thinner objects are judged whole
+_LEAST_CORE = 6  # pixels; thinner objects are read whole
 _LEAST_IOU = 0.8
 _MOST_STRAY = 0.5  # pixels; true renders stay below 0.4, blurred by 0.7 px or through a VAE as well
 # Shapes are compared on a grid of 30 × 30 points about the centre of the box, in units of √(width · height).
