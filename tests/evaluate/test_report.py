@@ -60,7 +60,7 @@ def test_the_markdown_says_what_a_reader_needs(content):
     assert "| attribute binding | held in (dev) | 0.000 [0.000, 0.242] |" in text
     assert "| **mean of 6 tasks** | **held in (dev)** | **0.500 [" in text
     assert "Worst task: held in (dev), counting 0.000 [" in text
-    assert "GenEval's own numbers are of another world" in text
+    assert "GenEval's own numbers come from another world" in text
     assert "| attributes swapped | position | held out | 1.000 [" in text
     assert "| all | 0.500 [" not in text.replace("**", "x")
     assert "| **all** | **0.500 [" in text
