@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PROMPTS := "a red circle to the left of a blue star" "a yellow star above a purple ring" "three green rings" \
 	"a white cross" "a blue ring and a red star" "four orange squares"
 
-.PHONY: help run install test test-slow lint format clean
+.PHONY: help run install test test-slow lint format docs clean
 
 help:
 	@echo "make run        install, then paint pictures with the shipped model, and what each word painted, into out/"
@@ -13,12 +13,13 @@ help:
 	@echo "make test-slow  the tests that take minutes to hours"
 	@echo "make lint       formatting, lint, types, levels of the architecture"
 	@echo "make format     format the code"
+	@echo "make docs       the site, into site/: open site/index.html"
 
 run: .venv/installed
 	$(BIN)/gobelin generate $(PROMPTS) --seed 1 --out out --maps
 
 test: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 test-slow: .venv/installed-dev
 	$(BIN)/pytest -m slow
@@ -26,12 +27,17 @@ test-slow: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/oxlint --deny-warnings src
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/installed-dev
+	$(BIN)/python scripts/site/pages.py docs/reference
+	$(BIN)/zensical build --strict
 
 install: .venv/installed
 
@@ -49,4 +55,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out build dist .pytest_cache .ruff_cache
+	rm -rf .venv out build dist site docs/reference .cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Paint the same prompts with Gobelin and with diffusers, from the same noise, and judge both.
+"""Paint the same prompts with Gobelin and with diffusers, from the same noise, and score both.
 
 python scripts/diffusers_scores.py runs/tiny --limit 25
 
@@ -18,18 +18,17 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from PIL import Image
 from torch import Generator
 
-from gobelin.cli.evaluate import world_of
-from gobelin.evaluate.benchmark import (
-    CPU_BATCH,
-    Painted,
-    Painting,
-    judged,
-    mean_scores,
-    paint,
-    task_scores,
+from gobelin.evaluate.benchmark import mean_scores, task_scores
+from gobelin.evaluate.picture_folder import read_gallery, write_image_list
+from gobelin.evaluate.picture_list import RequestedImage, request_batches, requested_images
+from gobelin.evaluate.scene_models import find_model_world
+from gobelin.evaluate.scored_images import (
+    CPU_BATCH_SIZE,
+    GenerationSettings,
+    ScoredImage,
+    generate_images,
+    score_images,
 )
-from gobelin.evaluate.picture_folder import read_gallery, write_list
-from gobelin.evaluate.picture_list import Asked, asked_for, batches
 from gobelin.pipeline import Pipeline
 from gobelin.samplers import NoiseSource
 
@@ -37,30 +36,30 @@ from gobelin.samplers import NoiseSource
 def main(model: Path, limit: int, count: int) -> None:
     """Print the scores of both, and how far their pictures are apart."""
     pipeline = Pipeline.from_pretrained(model, "cpu")
-    world = world_of(pipeline)
-    asked = asked_for(world, limit=limit, count=count)
-    ours = judged(asked, paint(pipeline, asked, Painting(sampler="ddim")), world)
+    world = find_model_world(pipeline)
+    requests = requested_images(world, limit=limit, count=count)
+    ours = score_images(requests, generate_images(pipeline, requests, GenerationSettings(sampler="ddim")), world)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_list(folder, asked, world)
-        paint_with_diffusers(model, pipeline, asked, folder)
+        write_image_list(folder, requests, world)
+        paint_with_diffusers(model, pipeline, requests, folder)
         gallery = read_gallery(folder)
-    theirs = judged(gallery.asked, gallery.images, world)
+    theirs = score_images(gallery.requests, gallery.images, world)
     print_both(ours, theirs)
     apart = [difference(one.image, other.image) for one, other in zip(ours, theirs, strict=True)]
     print(
-        f"{len(asked):,} pictures; largest difference of a pixel: {max(apart)} of 255; of the median picture: ", end=""
+        f"{len(requests):,} images; largest difference of a pixel: {max(apart)} of 255; of the median image: ", end=""
     )
     print(f"{int(np.median(apart))}")
 
 
-def paint_with_diffusers(model: Path, pipeline: Pipeline, asked: Sequence[Asked], folder: Path) -> None:
+def paint_with_diffusers(model: Path, pipeline: Pipeline, requests: Sequence[RequestedImage], folder: Path) -> None:
     """Every picture at its name in the folder; ``pipeline`` says how, and diffusers does it."""
     theirs: Any = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     side, recommended = pipeline.unet.config.sample_size, pipeline.recommended
     shape = (pipeline.unet.config.in_channels, side, side)
-    for batch in batches(asked, CPU_BATCH):
+    for batch in request_batches(requests, CPU_BATCH_SIZE):
         images = theirs(
             prompt=[each.prompt.text for each in batch],
             latents=NoiseSource([Generator().manual_seed(each.seed) for each in batch], shape)(),
@@ -72,7 +71,7 @@ def paint_with_diffusers(model: Path, pipeline: Pipeline, asked: Sequence[Asked]
             image.save(folder / each.file_name)
 
 
-def print_both(ours: Sequence[Painted], theirs: Sequence[Painted]) -> None:
+def print_both(ours: Sequence[ScoredImage], theirs: Sequence[ScoredImage]) -> None:
     """The means, and the tasks, side by side."""
     for one, other in zip(task_scores(ours), task_scores(theirs), strict=True):
         print(f"{one.split:8} {one.task:18} gobelin {one.correct}   diffusers {other.correct}")

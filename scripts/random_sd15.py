@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gobelin.checkpoint import Model
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.schedule import NoiseSchedule
@@ -27,14 +28,14 @@ def main() -> None:
     networks = UNet(UNetConfig.sd15()), VAE(VAEConfig.sd15()), TextEncoder(TextEncoderConfig.sd15())
     torch.set_default_dtype(torch.float32)
     unet, vae, text_encoder = networks
-    pipeline = Pipeline(
+    model = Model(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=Tokenizer.from_pretrained(shipped_model() / "tokenizer"),
         schedule=NoiseSchedule(),
     )
-    pipeline.save_single_file(Path(sys.argv[1]), torch.float16)
+    Pipeline(model).save_single_file(Path(sys.argv[1]), torch.float16)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gobelin.clip import ImageEncoder
-from gobelin.evaluate.report import markdown
+from gobelin.evaluate.benchmark import benchmark_report
 from gobelin.formats.files import read_json, write_text
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.training.recipes.from_scratch import IMAGE_ENCODER, config_file
@@ -17,7 +17,7 @@ NOTES = """## The recipe
 
 ```
 torchrun --standalone --nproc-per-node 2 -m gobelin train --preset tiny --out runs/tiny
-gobelin evaluate runs/tiny --splits test heldout --json runs/tiny/scores.json
+gobelin evaluate scenes runs/tiny --splits test heldout --json runs/tiny/scores.json
 python scripts/ship.py runs/tiny
 ```
 
@@ -38,7 +38,7 @@ def ship(run: Path, note: str = "") -> None:
     pipeline = Pipeline.from_pretrained(run)
     image_encoder = ImageEncoder.from_pretrained(run / IMAGE_ENCODER)
     card = (run / "README.md").read_text(encoding="utf-8")
-    card = "\n".join([card, *([note, ""] if note else []), NOTES, markdown(scores, level=2)])
+    card = "\n".join([card, *([note, ""] if note else []), NOTES, benchmark_report(scores).markdown(level=2)])
     config = config_file(run).read_text(encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     pipeline.save_pretrained(target, torch.float16)
@@ -50,7 +50,7 @@ def ship(run: Path, note: str = "") -> None:
 
 
 def read_scores(file: Path) -> dict[str, Any]:
-    """What ``gobelin evaluate --json`` wrote; leaves with a sentence where it is not of the test list."""
+    """Read what ``gobelin evaluate scenes --json`` wrote; leaves with a sentence where it is not of the test list."""
     scores = read_json(file)
     splits = {row["split"] for row in scores["scores"]}
     if splits != {"test", "heldout"}:

@@ -6,6 +6,7 @@ The oracles are diffusers and transformers: each network is compared with theirs
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -22,9 +23,20 @@ from torch import Tensor, nn
 _beartype = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any}), is_pep484_tower=True))
 
 
+# These are given what people write, and say what is wrong with it in sentences of their own.
+_WRITTEN_BY_PEOPLE = re.compile(
+    r"\w*(Config|Settings|Trace|AttentionEdit|Guidance|FlowEdit|LocalBlend|Region)\.__init__"
+    r"|Pipeline\.(__call__|start|edit|_start|_encoded|words|to)|make_plan|control_list|_prompts|_images|_one_each"
+    r"|open_image|open_mask|_opened|attach_controls|_attached|Batch\.rows|Words\.(find|has|tokens|part)|HeatMaps\.part|parse_weights"
+    r"|reweight|suppress|regional_attention|listed_regions|Region\.box|prompt_to_prompt|attend_and_excite|box_guidance"
+    r"|classifier_free_guidance|guidance_interval|adaptive_projected_guidance|cfg_zero_star"
+    r"|perturbed_attention_guidance|_adapter"
+)
+
+
 def type_checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Beartype, except for configurations: they hold what users wrote, and their own checks say what is wrong."""
-    return function if "Config.__init__" in function.__qualname__ else _beartype(function)
+    """Beartype, except for what people write into: its own checks are to be seen."""
+    return function if _WRITTEN_BY_PEOPLE.fullmatch(function.__qualname__) else _beartype(function)
 
 
 # Before anything imports gobelin: every annotated type and shape in it is checked at every call.
@@ -73,6 +85,19 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def sentence_of(call: Callable[[], object]) -> str | None:
+    """The one sentence by which a call refuses, None where it does not; any other error is not caught."""
+    from gobelin.errors import GobelinError
+
+    said = None
+    try:
+        call()
+    except GobelinError as error:
+        said = str(error)
+    assert said is None or (said and "\n" not in said and len(said) < 600), said
+    return said
+
+
 def norm_eps(module: nn.Module) -> dict[str, float]:
     """The ε of every norm by its name: too small a number to show in outputs of ordinary size."""
     return {name: norm.eps for name, norm in module.named_modules() if isinstance(norm, nn.GroupNorm | nn.LayerNorm)}
@@ -95,7 +120,7 @@ def micro():
         config = dataclasses.replace(
             preset,
             save_every=2,
-            picture_every=2,
+            sample_every=2,
             device="cpu",
             data=DataConfig(count=48),
             text=dataclasses.replace(preset.text, width=32, optim=dataclasses.replace(preset.text.optim, **optim)),
@@ -145,3 +170,47 @@ def oracle_folder(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("model")
     oracle.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_model() -> Callable[..., Any]:
+    """Makes small models of Stable Diffusion 1.x's kind, with random weights and CLIP's vocabulary of 77 tokens."""
+    from importlib.util import find_spec
+
+    from gobelin.checkpoint import Model
+    from gobelin.checkpoint.clip_tokenizer import read_bpe_merges
+    from gobelin.clip import TextEncoder, TextEncoderConfig
+    from gobelin.schedule import NoiseSchedule
+    from gobelin.unet import UNet, UNetConfig
+    from gobelin.vae import VAE, VAEConfig
+
+    found = find_spec("open_clip")
+    assert found is not None
+    assert found.origin is not None
+    tokenizer = read_bpe_merges(Path(found.origin).with_name("bpe_simple_vocab_16e6.txt.gz"))
+    attention = (True, True, True, False)
+
+    def make(in_channels: int = 4) -> Model:
+        unet = UNetConfig.of(
+            *(32, 64, 64, 64), attention=attention, layers_per_block=1, cross_attention_dim=32, norm_num_groups=8
+        )
+        with torch.device("meta"):
+            networks = (
+                UNet(dataclasses.replace(unet, sample_size=8, in_channels=in_channels)),
+                VAE(VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, sample_size=64)),
+                TextEncoder(TextEncoderConfig.of(32, layers=2, heads=2, vocab_size=len(tokenizer.vocab))),
+            )
+        unet, vae, text_encoder = (fill_(network, number) for number, network in enumerate(networks))
+        with torch.no_grad():
+            unet.conv_out.weight.mul_(0.3)
+        schedule = NoiseSchedule()
+        return Model(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            schedule=schedule,
+            name="small",
+        )
+
+    return make

@@ -1,6 +1,8 @@
 """A small model of Stable Diffusion 1.5's kind with random weights, as diffusers and transformers make it."""
 
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -61,9 +63,9 @@ def _calm(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def original_weights(oracle: StableDiffusionPipeline) -> dict[str, Tensor]:
     """The model's tensors under the names of the original code, which diffusers' converters take apart."""
     parts = (
-        (oracle.unet, lambda keys: ldm.unet_names(keys, 2)),
-        (oracle.vae, lambda keys: ldm.vae_names(keys, len(WIDTHS))),
-        (oracle.text_encoder, lambda keys: ldm.text_names([key.removeprefix("text_model.") for key in keys])),
+        (oracle.unet, lambda keys: ldm.map_unet_keys(keys, 2)),
+        (oracle.vae, lambda keys: ldm.map_vae_keys(keys, len(WIDTHS))),
+        (oracle.text_encoder, lambda keys: ldm.map_text_keys([key.removeprefix("text_model.") for key in keys])),
     )
     weights = {}
     for module, names in parts:
@@ -71,27 +73,38 @@ def original_weights(oracle: StableDiffusionPipeline) -> dict[str, Tensor]:
         originals = names(state.keys())
         for key, tensor in state.items():
             name = originals[key.removeprefix("text_model.")]
-            if name.startswith(ldm.TEXT):
-                name = name.replace(ldm.TEXT, f"{ldm.TEXT}text_model.")
-            weights[name] = tensor[:, :, None, None] if ldm.is_vae_attention(name) else tensor
+            if name.startswith(ldm.TEXT_PREFIX):
+                name = name.replace(ldm.TEXT_PREFIX, f"{ldm.TEXT_PREFIX}text_model.")
+            weights[name] = tensor[:, :, None, None] if ldm.is_vae_attention_weight(name) else tensor
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def differences(ours, oracle: StableDiffusionPipeline) -> dict[str, float]:
-    """The largest relative difference of each network's output from the oracle's, on the same inputs."""
+def differences(ours, oracle: StableDiffusionPipeline, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """The largest relative difference of each network's output from the oracle's, on the same inputs.
+
+    In float64, what is left is how the weights were read and put together, and no processor's way of rounding.
+    """
     generator = torch.Generator().manual_seed(5)
     channels = oracle.unet.config.in_channels
-    latents = torch.randn(2, channels, 8, 6, generator=generator)
-    embeddings = torch.randn(2, 16, 64, generator=generator)
+    latents = torch.randn(2, channels, 8, 6, generator=generator).to(dtype)
+    embeddings = torch.randn(2, 16, 64, generator=generator).to(dtype)
     ids = ours.tokenizer(["a red circle", "blue"])
     times = torch.tensor([7.0, 801.0])
+    parts = ("unet", "text_encoder", "vae")
+    if dtype != torch.float32:
+        ours, oracle = (
+            SimpleNamespace(
+                tokenizer=pipe.tokenizer, **{part: deepcopy(getattr(pipe, part)).to(dtype) for part in parts}
+            )
+            for pipe in (ours, oracle)
+        )
     with torch.no_grad():
         pairs = {
             "unet": (ours.unet(latents, times, embeddings), oracle.unet(latents, times, embeddings).sample),
             "text_encoder": (ours.text_encoder(ids), oracle.text_encoder(ids).last_hidden_state),
             "decoder": (ours.vae.decode(latents[:, :4]), oracle.vae.decode(latents[:, :4]).sample),
             "encoder": (
-                ours.vae.encode(images := torch.rand(1, 3, 32, 48, generator=generator)).mean,
+                ours.vae.encode(images := torch.rand(1, 3, 32, 48, generator=generator).to(dtype)).mean,
                 oracle.vae.encode(images).latent_dist.mean,
             ),
         }

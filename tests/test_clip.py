@@ -125,7 +125,7 @@ def test_weights_load_with_and_without_prefix_and_position_ids(prefix: str, posi
     ("fields", "message"),
     [
         ({"num_attention_heads": 5}, "hidden_size 12 must divide into 5 heads"),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu': the choices are quick_gelu, gelu"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu': give one of 'quick_gelu', 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     ],
 )

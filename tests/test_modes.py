@@ -142,7 +142,7 @@ def test_into_a_hole(
     guidance: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gobelin.canvas.Canvas.kept", lambda self, index, painted: painted)  # before the overlay
+    monkeypatch.setattr("gobelin.inpainting.InitImage.paste", lambda self, index, painted: painted)
     options = {"guidance": guidance, "init_image": picture, "mask": mask, "strength": strength}
     found = ours(folder / model, sampler, **options)
     options = {"image": [picture] * 3, "mask_image": [mask] * 3, "guidance_scale": guidance, "strength": strength}

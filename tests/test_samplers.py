@@ -3,10 +3,13 @@
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -18,13 +21,31 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
+from PIL import Image
 from tests.conftest import relative_error
 from tests.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
 from torch import Tensor
 
+from gobelin.cli.main import main
 from gobelin.errors import UsageError
-from gobelin.samplers import SAMPLERS, Denoise, DenoiserOutput, NoiseSource, Step, find_noise_levels, sample
+from gobelin.formats.png import parse_a1111_parameters, read_png_settings
+from gobelin.pipeline import Pipeline
+from gobelin.samplers import (
+    SAMPLERS,
+    Denoise,
+    DenoiserOutput,
+    DrawNoise,
+    NoiseLevels,
+    NoiseSource,
+    Sampler,
+    Step,
+    find_noise_levels,
+    img2img_levels,
+    sample_latents,
+)
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
+from gobelin.training import find_preset
+from gobelin.training.config import SamplingConfig
 
 SPACINGS = ("leading", "linspace", "trailing")
 STEPS = (1, 2, 7, 20, 30, 50)
@@ -39,7 +60,7 @@ STOCHASTIC = (
 )
 EULERS = ("euler", "euler_karras", "euler_ancestral")
 TWO_CALLS = (HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
-ASK_TWICE = (PNDMScheduler, *TWO_CALLS)
+WITH_TWO_CALLS = (PNDMScheduler, *TWO_CALLS)
 SIGMA_SPACE = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LMSDiscreteScheduler, *TWO_CALLS)
 # diffusers adds up x = z_0 + σ·ε in float32, and with few steps the last ones lose z_0's last digits.
 TOLERANCES = {"dpm_2_ancestral": 1e-4, "dpm_2_ancestral_karras": 1e-4}
@@ -47,7 +68,18 @@ TOLERANCES = {"dpm_2_ancestral": 1e-4, "dpm_2_ancestral_karras": 1e-4}
 START = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
 MIXING = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) * 0.3
 
-on_every_grid = pytest.mark.parametrize(("spacing", "steps"), list(product(SPACINGS, STEPS)))
+
+def every_case(names: Iterable[str], prediction_types: Iterable[str]) -> pytest.MarkDecorator:
+    """Every sampler with every prediction type, spacing and number of steps.
+
+    For each sampler, every number of steps and every pair of the other two stand in one test or more that is not slow.
+    """
+    kinds = list(product(prediction_types, SPACINGS))
+    cases = [
+        pytest.param(name, *kind, steps, marks=[] if (row + column - place) % len(kinds) == 0 else pytest.mark.slow)
+        for (row, name), (column, steps), (place, kind) in product(*map(enumerate, (names, STEPS, kinds)))
+    ]
+    return pytest.mark.parametrize(("name", "prediction_type", "spacing", "steps"), cases)
 
 
 def toy_model(latents: Tensor, timestep: float) -> Tensor:
@@ -74,7 +106,7 @@ def denoiser(schedule: NoiseSchedule) -> Denoise:
 
 def ours(name: str, config: ScheduleConfig, steps: int) -> list[Step]:
     schedule = NoiseSchedule(config)
-    return list(sample(name, denoiser(schedule), find_noise_levels(name, schedule, steps), START, noises()))
+    return list(sample_latents(name, denoiser(schedule), find_noise_levels(name, schedule, steps), START, noises()))
 
 
 def scheduler_of(name: str, config: ScheduleConfig, steps: int) -> Any:
@@ -96,9 +128,9 @@ def scheduler_of(name: str, config: ScheduleConfig, steps: int) -> Any:
 
 
 def theirs(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[float, Tensor, Tensor | None]]:
-    """(timestep, latents after the step, guess at the clean latents) of each step, variance preserving as ours.
+    """(timestep, latents after the step, denoised latents) of each step, variance preserving as ours.
 
-    Where a step asks twice, it is at its end, and the guess is not looked at.
+    Where a step has two calls, it is taken at the second, and its denoised latents are not compared.
     """
     noise = noises()
     monkeypatch.setattr(
@@ -117,8 +149,8 @@ def theirs(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[fl
             began = timestep.item()
             continue
         second_half = began and (twice or index == 1) and index % 2
-        guess = None if second_half or twice else getattr(output, "pred_original_sample", None)
-        yield began if second_half else timestep.item(), latents / scale, guess
+        denoised = None if second_half or twice else getattr(output, "pred_original_sample", None)
+        yield began if second_half else timestep.item(), latents / scale, denoised
         began = 0.0
 
 
@@ -132,9 +164,7 @@ def assert_same(steps: list[Step], expected: list[tuple[float, Tensor, Tensor | 
             assert relative_error(step.denoised, denoised.to(step.latents.dtype)) < tolerance
 
 
-@on_every_grid
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@every_case(SCHEDULERS, ("epsilon", "v_prediction"))
 def test_every_step_is_diffusers(
     name: str, prediction_type: Any, spacing: Any, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,12 +173,11 @@ def test_every_step_is_diffusers(
     assert_same(ours(name, config, steps), expected, TOLERANCES.get(name, 1e-5))
 
 
-@on_every_grid
-@pytest.mark.parametrize("name", ZERO_TERMINAL_SNR)
+@every_case(ZERO_TERMINAL_SNR, ("v_prediction",))
 def test_every_step_is_diffusers_with_zero_terminal_snr(
-    name: str, spacing: Any, steps: int, monkeypatch: pytest.MonkeyPatch
+    name: str, prediction_type: Any, spacing: Any, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing=spacing)
+    config = ScheduleConfig(prediction_type=prediction_type, rescale_betas_zero_snr=True, timestep_spacing=spacing)
     scheduler = scheduler_of(name, config, steps)
     if name == "dpmpp_2m_karras" and steps >= 30:
         # Karras' first two σ round to one timestep, and diffusers, which looks the step up by its timestep, skips one.
@@ -173,13 +202,12 @@ def sigma_space(scheduler: Any, ancestral: bool) -> Iterator[tuple[float, Tensor
         yield timestep, x / math.sqrt(next_sigma**2 + 1), denoised
 
 
-@on_every_grid
-@pytest.mark.parametrize("name", EULERS)
+@every_case(EULERS, ("v_prediction",))
 def test_every_euler_step_is_the_exact_one_with_zero_terminal_snr(
-    name: str, spacing: Any, steps: int, monkeypatch: pytest.MonkeyPatch
+    name: str, prediction_type: Any, spacing: Any, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """σ starts at 4096 here, and diffusers, which adds up x = z_0 + σ·ε in float32, loses z_0's last digits."""
-    config = ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing=spacing)
+    config = ScheduleConfig(prediction_type=prediction_type, rescale_betas_zero_snr=True, timestep_spacing=spacing)
     steps_here = ours(name, config, steps)
     exact = list(sigma_space(scheduler_of(name, config, steps), ancestral=name == "euler_ancestral"))
     assert_same(steps_here, exact, tolerance=1e-5)
@@ -198,9 +226,9 @@ def test_ddim_ends_at_the_first_noise_level_unless_told_to_end_at_none(
     assert torch.equal(steps[-1].latents, steps[-1].denoised) == to_one
 
 
-@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_steps_offset_moves_the_leading_grid(name: str, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_steps_offset_moves_leading_timesteps(name: str, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ScheduleConfig(timestep_spacing="leading", steps_offset=offset)
     assert_same(ours(name, config, 8), list(theirs(scheduler_of(name, config, 8), monkeypatch)), tolerance=1e-5)
 
@@ -226,11 +254,11 @@ def test_only_stochastic_samplers_draw_noise_and_none_draws_it_for_the_last_step
         drawn.append(1)
         return torch.randn(START.shape)
 
-    list(sample(name, denoiser(schedule), find_noise_levels(name, schedule, 6), START, noise))
+    list(sample_latents(name, denoiser(schedule), find_noise_levels(name, schedule, 6), START, noise))
     assert len(drawn) == (5 if name in STOCHASTIC else 0)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if not issubclass(SCHEDULERS[name][0], ASK_TWICE)])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if not issubclass(SCHEDULERS[name][0], WITH_TWO_CALLS)])
 def test_a_sampler_goes_on_from_the_latents_that_its_denoiser_saw(name: str) -> None:
     schedule = NoiseSchedule(ScheduleConfig(timestep_spacing="trailing"))
     plain, moved = denoiser(schedule), torch.full_like(START, 0.1)
@@ -238,9 +266,9 @@ def test_a_sampler_goes_on_from_the_latents_that_its_denoiser_saw(name: str) -> 
     def moving(latents: Tensor, timestep: float, alpha_cumprod: float) -> DenoiserOutput:
         return plain(latents + moved, timestep, alpha_cumprod)
 
-    grid = find_noise_levels(name, schedule, 6)
-    starts = ((moving, START), (plain, START + moved / grid.start_scale))
-    first, other = (next(iter(sample(name, denoise, grid, start, noises()))) for denoise, start in starts)
+    levels = find_noise_levels(name, schedule, 6)
+    starts = ((moving, START), (plain, START + moved / levels.start_scale))
+    first, other = (next(iter(sample_latents(name, denoise, levels, start, noises()))) for denoise, start in starts)
     assert relative_error(first.latents, other.latents) < 1e-5
 
 
@@ -264,11 +292,66 @@ def test_an_unknown_sampler_is_refused_with_the_choices() -> None:
         ours("unipcc", ScheduleConfig(), 5)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
-def test_a_number_of_steps_that_the_schedule_lacks_is_refused(name: str, steps: int) -> None:
-    with pytest.raises(UsageError, match=f"{steps} steps asked for: give a number from 1 to 1000"):
-        ours(name, ScheduleConfig(), steps)
+def test_a_number_of_steps_that_the_schedule_lacks_is_refused(steps: int) -> None:
+    for name in SAMPLERS:
+        with pytest.raises(UsageError, match=f"{steps} steps asked for: give a number from 1 to 1000"):
+            ours(name, ScheduleConfig(), steps)
+
+
+def test_img2img_goes_through_the_last_share_of_the_steps() -> None:
+    for name in SAMPLERS:
+        levels = find_noise_levels(name, NoiseSchedule(), 10)
+        assert levels.steps == 10
+        cut = img2img_levels(levels, 10, 0.35)
+        assert type(cut) is type(levels)
+        assert cut.steps == 3
+        assert list(cut.intervals())[-1][1:] == list(levels.intervals())[-1][1:]
+        assert img2img_levels(levels, 10, 1.0).timesteps == levels.timesteps
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"),
+    [
+        (1.01, "the strength is 1.01: give a number from 0"),
+        (-0.1, "the strength is -0.1: give a number from 0"),
+        (0.09, "a strength of 0.09 leaves none of 10 steps: give 0.1 or more"),
+    ],
+)
+def test_a_strength_that_leaves_no_step_is_refused(strength: float, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        img2img_levels(find_noise_levels("ddim", NoiseSchedule(), 10), 10, strength)
+
+
+def test_a_sampler_of_ones_own_is_one_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In calls, over an init image, in a training run's recommendation, on the command line and in PNGs."""
+    calls = []
+
+    def mine(denoise: Denoise, latents: Tensor, levels: NoiseLevels, draw_noise: DrawNoise) -> Iterator[Step]:
+        calls.append(levels.steps)
+        yield from SAMPLERS["ddim"].function(denoise, latents, levels, draw_noise)
+
+    entry = Sampler(function=mine, levels=SAMPLERS["ddim"].levels, spacing=SAMPLERS["ddim"].spacing)
+    monkeypatch.setitem(SAMPLERS, "mine", entry)
+    pipe = Pipeline.from_pretrained()
+    result = pipe("a red circle", sampler="mine", steps=4, seed=3)
+    assert torch.equal(result.latents, pipe("a red circle", sampler="ddim", steps=4, seed=3).latents)
+    pipe("a red circle", sampler="mine", steps=4, init_image=result.images[0], strength=0.5)
+    assert calls == [4, 2]
+    replace(find_preset("nano"), recommended=SamplingConfig(sampler="mine"))
+
+    options = ("--seed", "3", "--out")
+    main(["generate", "a red circle", "--sampler", "mine", "--steps", "4", *options, str(tmp_path / "painted")])
+    (painted,) = map(Path, capsys.readouterr().out.split())
+    assert read_png_settings(painted)["sampler"] == "mine"
+    assert np.array_equal(Image.open(painted), result.images[0])
+    assert parse_a1111_parameters(Image.open(painted).info["parameters"], SAMPLERS).settings["sampler"] == "mine"
+    main(["generate", "--from", str(painted), *options, str(tmp_path / "again")])
+    (again,) = map(Path, capsys.readouterr().out.split())
+    assert np.array_equal(Image.open(again), Image.open(painted))
+    assert calls == [4, 2, 4, 4]
 
 
 def test_an_image_gets_the_same_noise_alone_and_in_a_batch() -> None:

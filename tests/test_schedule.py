@@ -94,11 +94,11 @@ def test_split_undoes_noising(timestep: int, seed: int, config: ScheduleConfig) 
 @pytest.mark.parametrize(
     ("field", "value", "choices"),
     [
-        ("beta_schedule", "cosine", "scaled_linear, linear"),
-        ("prediction_type", "sample", "epsilon, v_prediction"),
-        ("timestep_spacing", "even", "None, leading, linspace, trailing"),
+        ("beta_schedule", "cosine", "'scaled_linear', 'linear'"),
+        ("prediction_type", "sample", "'epsilon', 'v_prediction'"),
+        ("timestep_spacing", "even", "'leading', 'linspace', 'trailing'"),
     ],
 )
 def test_an_unknown_choice_is_refused_with_the_choices(field: str, value: str, choices: str) -> None:
-    with pytest.raises(UsageError, match=f"{field} is '{value}': the choices are {choices}"):
+    with pytest.raises(UsageError, match=f"{field} is '{value}': give one of {choices}"):
         ScheduleConfig(**{field: value})

@@ -195,3 +195,68 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     (rewrite(tmp_path) / name).unlink()
     with pytest.raises(ModelError, match=name):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a red circle,blue square", ["a", "red", "circle", "blue", "square"]),
+        ("e\u0301toile, nai\u0308ve", ["e\u0301toile", "nai\u0308ve"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("ภาษาไทย สวย", ["ภาษาไทย", "สวย"]),
+        ("赤い円、青い四角。", ["赤い円", "青い四角"]),
+        ("「猫」と犬", ["猫", "と犬"]),
+        ("قطة حمراء، كلب", ["قطة", "حمراء", "كلب"]),
+        ("🐈 🐕‍🦺, a cat", ["🐈", "🐕‍🦺", "a", "cat"]),
+        ("light-grey, isn't 3.5 x", ["light-grey", "isn't", "3.5", "x"]),
+        ("(a)[b]{c}<d>|e;f", ["a", "b", "c", "d", "e", "f"]),
+        ("“red” „blue“ «vert»", ["red", "blue", "vert"]),
+        ("... ,,, !!", []),
+    ],
+)
+def test_words_of_every_script_and_style(roomy: Tokenizer, text: str, words: list[str]) -> None:
+    found = roomy.words(text)
+    assert [span.word for span in found.spans] == words
+    taken = [token for span in found.spans for token in span.tokens]
+    assert len(taken) == len(set(taken)), "no token is two words'"
+    assert all(found.kinds[token] == "text" for token in taken)
+
+
+@given(text=st.lists(words, max_size=60).map(" ".join), room=st.integers(1, 20), longer=st.integers(0, 30))
+def test_kinds_name_every_position_of_every_chunk(tokenizer: Tokenizer, text: str, room: int, longer: int) -> None:
+    tokens = tokenizer.tokens(text)
+    room = min(room, tokenizer.max_length - 2)
+    groups = [tokens[at : at + room] for at in range(0, max(1, len(tokens)), room)]
+    found = tokenizer.words_of(text, groups).at_length(len(groups) * LENGTH + longer)
+    assert found.length == len(found.kinds) == len(groups) * LENGTH + longer
+    assert [list(chunk) for chunk in found.chunks()] == [
+        list(range(number * LENGTH, (number + 1) * LENGTH)) for number in range(len(groups))
+    ]
+    places = [place for kind in ("bos", "text", "eos", "padding", "masked") for place in found.part(kind)]
+    assert sorted(places) == list(range(found.length))
+    assert len(found.part("bos")) == len(found.part("eos")) == len(groups)
+    assert len(found.part("text")) == len(tokens)
+    assert len(found.part("masked")) == longer
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("cat", "'cat' is not in the prompt, whose words are a, red, circle"),
+        ("", "'' is not in the prompt"),
+        (3, "there is no word number 3: the prompt has 3"),
+        (-4, "there is no word number -4"),
+        (("red", 1), "'red' occurs 1 times"),
+        (2.5, "give"),
+        (None, "give"),
+        (("red",), "give"),
+        (("red", "0"), "give"),
+        (["red"], "give"),
+        (True, "give"),
+    ],
+)
+def test_words_that_are_not_there_are_said(roomy: Tokenizer, key, message: str) -> None:
+    found = roomy.words("a red circle")
+    with pytest.raises(UsageError, match=message) as raised:
+        found.tokens(key)
+    assert "\n" not in str(raised.value)

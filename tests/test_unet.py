@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import edit_config, fill_, norm_eps, relative_error
 from torch import Tensor
 
-from gobelin.attention import AttentionSite, Edit
+from gobelin.attention import AttentionEdit, AttentionSite
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.weights import parameter_count
 from gobelin.layers import ResnetBlock2D
@@ -174,7 +174,7 @@ def test_edits_change_the_rows_and_sites_that_they_concern() -> None:
     def first_alone(site: AttentionSite, probs: Tensor) -> Tensor:
         return F.one_hot(torch.zeros(probs.shape[:-1], dtype=torch.int64), probs.shape[-1]).float()
 
-    watching, first = Edit(change=watched, sites="up*"), Edit(change=first_alone)
+    watching, first = AttentionEdit(change=watched, sites="up*"), AttentionEdit(change=first_alone)
     prediction, maps = unet.trace(**BATCH, edits=[watching])
     assert torch.equal(prediction, plain)
     assert seen == [site for site in unet.attention_sites if site.name.startswith("up")]
@@ -253,6 +253,7 @@ def test_what_is_printed_names_the_blocks_as_diffusers_does() -> None:
 def test_gradient_checkpointing_recomputes_each_block_and_changes_no_gradient() -> None:
     unet = fill_(UNet(SMALL)).train()
     inputs = random_inputs(SMALL, seed=3)
+    inputs["text_embeddings"].requires_grad_()
     calls = []
     for block in unet.modules():
         if isinstance(block, DownBlock2D | UpBlock2D):
@@ -262,10 +263,12 @@ def test_gradient_checkpointing_recomputes_each_block_and_changes_no_gradient() 
     for recompute in (False, True):
         unet.gradient_checkpointing = recompute
         unet.zero_grad()
+        inputs["text_embeddings"].grad = None
         calls.clear()
         unet(**inputs).square().mean().backward()
         assert (len(calls) > 4) == recompute
-        gradients.append([parameter.grad.clone() for parameter in unet.parameters()])
+        trained = (*unet.parameters(), inputs["text_embeddings"])
+        gradients.append([tensor.grad.clone() for tensor in trained])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
 

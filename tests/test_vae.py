@@ -185,5 +185,5 @@ def test_tiles_have_no_seams(size: tuple[int, int]) -> None:
     steps = torch.cat([apart.diff(dim=-1).abs().flatten(), apart.diff(dim=-2).abs().flatten()])
     within = torch.cat([whole.diff(dim=-1).abs().flatten(), whole.diff(dim=-2).abs().flatten()])
     assert steps.max() < 0.25 * within.max()
-    with pytest.raises(UsageError, match="overlap by 40: give from 1 to half"):
+    with pytest.raises(UsageError, match="overlap by 40: give an overlap from 1 to half"):
         vae.latents_to_large_images(latents, tile=64, overlap=40)

@@ -7,50 +7,74 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gobelin import scenes
+    from gobelin import control, guidance, samplers, scenes, training
+    from gobelin.checkpoint import Model, open_model
     from gobelin.clip import TextEncoder, TextEncoderConfig
     from gobelin.errors import GobelinError
+    from gobelin.painting import Painting, Result
     from gobelin.pipeline import Pipeline
     from gobelin.schedule import NoiseSchedule, ScheduleConfig
+    from gobelin.settings import Settings
     from gobelin.tokenizer import Tokenizer
+    from gobelin.training import TrainConfig
+    from gobelin.training.recipes.from_scratch import train
     from gobelin.unet import UNet, UNetConfig
     from gobelin.vae import VAE, VAEConfig
 
 __version__ = "0.1.0"
 
+_PACKAGES = ("control", "guidance", "samplers", "scenes", "training")
 _HOMES = {
     "GobelinError": "errors",
+    "Model": "checkpoint",
     "NoiseSchedule": "schedule",
+    "Painting": "painting",
     "Pipeline": "pipeline",
+    "Result": "painting",
     "ScheduleConfig": "schedule",
+    "Settings": "settings",
     "TextEncoder": "clip",
     "TextEncoderConfig": "clip",
     "Tokenizer": "tokenizer",
+    "TrainConfig": "training",
     "UNet": "unet",
     "UNetConfig": "unet",
     "VAE": "vae",
     "VAEConfig": "vae",
+    "open_model": "checkpoint",
+    "train": "training.recipes.from_scratch",
 }
 
 __all__ = [
     "VAE",
     "GobelinError",
+    "Model",
     "NoiseSchedule",
+    "Painting",
     "Pipeline",
+    "Result",
     "ScheduleConfig",
+    "Settings",
     "TextEncoder",
     "TextEncoderConfig",
     "Tokenizer",
+    "TrainConfig",
     "UNet",
     "UNetConfig",
     "VAEConfig",
+    "control",
+    "guidance",
+    "open_model",
+    "samplers",
     "scenes",
+    "train",
+    "training",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "scenes":
-        return import_module("gobelin.scenes")
+    if name in _PACKAGES:
+        return import_module(f"gobelin.{name}")
     if name in _HOMES:
         return getattr(import_module(f"gobelin.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'gobelin' has no attribute {name!r}")

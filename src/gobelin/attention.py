@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the one operation by which words reach pixels, and what it looks at.
+"""Scaled dot-product attention: the one operation by which words reach pixels, and its probabilities.
 
 Every attention in Gobelin, in the U-Net, the VAE and the text encoder, goes through :func:`attention`. That is a fused
 kernel, which never returns its probabilities. :func:`attention_probs` computes them beside it, when a :class:`Probe`
@@ -27,7 +27,7 @@ def attention(
     mask: Bool[Tensor, "#batch #heads #queries keys"] | None = None,
     causal: bool = False,
 ) -> Float[Tensor, "batch heads queries width"]:
-    """softmax(Q Kᵀ / √width) V, per head (Vaswani et al. 2017, equation 1).
+    """Scaled dot-product attention, softmax(Q Kᵀ / √width) V, per head (Vaswani et al. 2017, equation 1).
 
     ``mask`` is True where a query may attend to a key: the field's convention, and the opposite of a
     ``masked_fill(mask, -inf)``. ``causal`` lets a query attend to itself and to what stands before it.
@@ -42,7 +42,7 @@ def attention_probs(
     key: Float[Tensor, "batch heads keys width"],
     mask: Bool[Tensor, "#batch #heads #queries keys"] | None = None,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """softmax(Q Kᵀ / √width) in float32: what each query looks at. Rows sum to 1; ``mask`` as in :func:`attention`."""
+    """Attention probabilities, softmax(Q Kᵀ / √width), in float32; rows sum to 1, ``mask`` as in :func:`attention`."""
     logits = query.float() * query.shape[-1] ** -0.5 @ key.float().transpose(-1, -2)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
@@ -51,7 +51,7 @@ def attention_probs(
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSite:
-    """One attention of a U-Net.
+    """Name one attention of a U-Net.
 
     ``name`` is its state-dict prefix; ``kind`` is "self" (attn1: patches to patches) or "cross" (attn2: patches to
     words); a patch of it covers ``downscale`` × ``downscale`` latents.
@@ -63,22 +63,22 @@ class AttentionSite:
     heads: int
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of its patches, for latents of that height and width: every halving rounds up."""
+        """Count rows and columns of its patches, for latents of that height and width: every halving rounds up."""
         return -(-height // self.downscale), -(-width // self.downscale)
 
 
 AttentionMaps = dict[AttentionSite, Tensor]
 """Probabilities by site: [B, patches, keys], a mean over heads, or [B, heads, patches, keys]."""
 
-Change = Callable[[AttentionSite, Tensor], Tensor]
-"""``change(site, probs) -> probs``, [B, heads, patches, keys] both; giving back equal ones changes nothing."""
+AttentionChange = Callable[[AttentionSite, Tensor], Tensor]
+"""``change(site, probs) -> probs``, both [B, heads, patches, keys]; returning equal ones changes no bit."""
 
 Sites = str | Callable[[AttentionSite], bool] | Sequence[AttentionSite] | None
-"""A choice of sites: a pattern of names, a question about each, the sites themselves, or None: all that see words."""
+"""A choice of sites: a pattern of names, a predicate, the sites themselves, or None for all cross-attention."""
 
 
 def choose_sites(there: Sequence[AttentionSite], choice: Sites = None) -> tuple[AttentionSite, ...]:
-    """The chosen among the sites that are ``there``, in their order.
+    """Choose among the sites that are ``there``, keeping their order.
 
     A pattern has ``*`` for anything: ``"*attn2"``, ``"up_blocks.1.*"``. Raises :class:`UsageError` that lists what
     there is for a choice that matches none; an empty sequence chooses none on purpose.
@@ -103,10 +103,10 @@ def choose_sites(there: Sequence[AttentionSite], choice: Sites = None) -> tuple[
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What to keep of the attentions while painting: of which ``sites`` (:func:`choose_sites`), heads and steps.
+    """Choose which attention maps to keep while sampling: of which ``sites`` (:func:`choose_sites`), heads and steps.
 
-    A mean over heads, and over steps, unless ``per_head`` or ``per_step`` keeps each apart. Only steps from the share
-    ``start`` (0 to 1) of the way from noise to picture on are kept, in timesteps, and always the last.
+    Maps are means over heads and steps, unless ``per_head`` or ``per_step`` keeps each apart. Only steps from the share
+    ``start`` (0 to 1) of the way from noise to image on are kept, measured in timesteps, and always the last one.
     """
 
     sites: Sites = None
@@ -116,39 +116,39 @@ class Trace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
-    """A change of what attentions look at. Where it gives back what it got, nothing changes, bit for bit.
+class AttentionEdit:
+    """Change attention probabilities at some ``sites`` (:func:`choose_sites`), for a part of the way.
 
-    ``sites`` are those it concerns, as in :func:`choose_sites`. It holds from the share ``start`` of the way from noise
-    to picture, in timesteps, until the share ``end``: 0 is never, 1 until the picture is done.
+    It holds from the share ``start`` of the way from noise to image, measured in timesteps, until the share ``end``:
+    0 is never, 1 until the image is done.
     """
 
-    change: Change
+    change: AttentionChange
     sites: Sites = None
     start: float = 0.0
     end: float = 1.0
 
-    def holds(self, way: float) -> bool:
-        """Whether it holds at this share of the way."""
-        return self.start <= way and (way < self.end or self.end >= 1)
+    def holds(self, progress: float) -> bool:
+        """Tell whether the edit holds at this share of the way."""
+        return self.start <= progress and (progress < self.end or self.end >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What is asked of the attentions in one forward pass, and the ``maps`` that come of it.
+    """Record attention maps in one forward pass, and change them on the way.
 
-    ``sites`` are recorded, as means over heads or with ``reduce`` "none" head by head; ``changes`` may replace a site's
-    probabilities, one after the other. Both concern the ``rows`` of the batch alone.
+    ``sites`` are recorded into ``maps``, as means over heads or, with ``reduce`` "none", head by head; ``changes``
+    replace a site's probabilities, one after the other. Both concern the ``rows`` of the batch alone.
     """
 
     sites: Sequence[AttentionSite]
     reduce: Reduction
     rows: slice
-    changes: Mapping[AttentionSite, Sequence[Change]]
+    changes: Mapping[AttentionSite, Sequence[AttentionChange]]
     maps: AttentionMaps = field(default_factory=dict)
 
     def attend(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """:func:`attention`, by the same kernel wherever nothing is edited; notes down what was asked for."""
+        """Attend as :func:`attention` does, by the same kernel wherever no probability changes, and record the maps."""
         attended = attention(query, key, value, mask)
         if site not in self.sites and site not in self.changes:
             return attended
@@ -157,7 +157,7 @@ class Probe:
             probs = change(site, probs.clone())
             if not isinstance(probs, Tensor) or probs.shape != seen.shape:
                 what = list(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
-                raise UsageError(f"an edit gave back {what} at {site.name}: expected probabilities {list(seen.shape)}")
+                raise UsageError(f"a control returned {what} at {site.name}: expected probabilities {list(seen.shape)}")
         if probs is not seen and not torch.equal(probs, seen):
             attended = attended.clone()
             attended[self.rows] = probs.to(value.dtype) @ value[self.rows]
@@ -167,5 +167,5 @@ class Probe:
 
 
 def _trains_in_bfloat16_on_cpu(query: Tensor) -> bool:
-    """Where the fused kernel and its backward are slow: the plain product made a nano step 1.5 times as fast."""
+    """Tell where the fused kernel is slow: there the plain product makes a training step of ``nano`` 1.5 × as fast."""
     return query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"

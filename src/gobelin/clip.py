@@ -1,8 +1,8 @@
-"""Words to vectors, and the contrast with pictures that teaches them to mean something.
+"""The CLIP text encoder, tokens to text embeddings, and the image encoder that it is trained against.
 
 CLIP (Radford et al. 2021, arXiv 2103.00020): :class:`TextEncoder` is its text transformer at any size, keys and
 numbers as in transformers' ``CLIPTextModel``; :class:`ImageEncoder` is a small convolutional counterpart of our
-own; :func:`contrastive_loss` pulls the two of a pair together.
+own; :func:`contrastive_loss` trains the two.
 """
 
 from dataclasses import dataclass, replace
@@ -17,46 +17,48 @@ from torch import Tensor, nn
 
 from gobelin.attention import attention
 from gobelin.errors import UsageError
-from gobelin.formats.component import Component, require_counts
+from gobelin.formats.component import Component
 from gobelin.layers import Downsample2D, ResnetBlock2D
+from gobelin.validation import Count, WholeNumber, validate_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
-    """The shape of a text encoder; the fields are those of transformers' ``text_encoder/config.json``."""
+    """The configuration of a text encoder; fields as in transformers' ``text_encoder/config.json``.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int = 77
+    Raises :class:`UsageError` for one that cannot be built.
+    """
+
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    max_position_embeddings: Count = 77
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    bos_token_id: int
-    eos_token_id: int
-    pad_token_id: int
+    bos_token_id: WholeNumber
+    eos_token_id: WholeNumber
+    pad_token_id: WholeNumber
 
     fixed: ClassVar[dict[str, Any]] = {"attention_dropout": 0.0}
 
     def __post_init__(self) -> None:
-        require_counts(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        validate_fields(self)
         if self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"hidden_size {self.hidden_size} must divide into {self.num_attention_heads} heads "
                 "(num_attention_heads)"
             )
-        if self.hidden_act not in _ACTIVATIONS:
-            raise UsageError(f"hidden_act is {self.hidden_act!r}: the choices are {', '.join(_ACTIVATIONS)}")
 
     @classmethod
     def sd15(cls) -> Self:
-        """The text encoder of CLIP ViT-L/14, which Stable Diffusion 1.5 uses: 123,060,480 parameters."""
+        """Configure Stable Diffusion 1.5's text encoder, of CLIP ViT-L/14: 123,060,480 parameters."""
         return cls.of(768, layers=12, heads=12, vocab_size=49408)
 
     @classmethod
     def of(cls, width: int, *, layers: int, heads: int, vocab_size: int, max_position_embeddings: int = 77) -> Self:
-        """An encoder of this width and depth, for a vocabulary that ends with its BOS and EOS tokens."""
+        """Configure an encoder by width, depth and heads, for a vocabulary that ends with its BOS and EOS tokens."""
         return cls(
             vocab_size=vocab_size,
             hidden_size=width,
@@ -70,16 +72,16 @@ class TextEncoderConfig:
         )
 
 
-def quick_gelu(hidden: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x), which CLIP was trained with."""
+def _quick_gelu(hidden: Tensor) -> Tensor:
+    """Approximate GELU by x · sigmoid(1.702 x), as CLIP was trained (OpenAI's ``QuickGELU``)."""
     return hidden * torch.sigmoid(1.702 * hidden)
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+_ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": F.gelu}
 
 
-class SelfAttention(nn.Module):
-    """Causal multi-head attention, under the names that CLIP's weights have."""
+class CLIPAttention(nn.Module):
+    """Causal multi-head self-attention, with the names of CLIP's weights."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -99,8 +101,8 @@ class SelfAttention(nn.Module):
         return self.out_proj(rearrange(attended, "b heads length d -> b length (heads d)"))
 
 
-class MLP(nn.Module):
-    """The transformer's feed-forward layer."""
+class CLIPMLP(nn.Module):
+    """Feed-forward layer of the transformer."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -112,14 +114,14 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(hidden)))
 
 
-class EncoderLayer(nn.Module):
+class CLIPEncoderLayer(nn.Module):
     """Pre-norm transformer layer: attention, then feed-forward, each added to a residual."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.self_attn = SelfAttention(config)
+        self.self_attn = CLIPAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
@@ -127,8 +129,8 @@ class EncoderLayer(nn.Module):
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 
-class Embeddings(nn.Module):
-    """What a token is, plus where it stands."""
+class CLIPTextEmbeddings(nn.Module):
+    """Token embedding plus position embedding."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -139,12 +141,12 @@ class Embeddings(nn.Module):
         return self.token_embedding(token_ids) + self.position_embedding.weight[: token_ids.shape[1]]
 
 
-class Encoder(nn.Module):
-    """The layers, one after the other."""
+class CLIPEncoder(nn.Module):
+    """The transformer's layers, one after the other."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, hidden: Float[Tensor, "batch length width"], count: int) -> Float[Tensor, "batch length width"]:
         """Run the first ``count`` layers."""
@@ -153,18 +155,18 @@ class Encoder(nn.Module):
         return hidden
 
 
-class TextTransformer(nn.Module):
-    """Embeddings, layers, final norm: the part of CLIP that its files call ``text_model``."""
+class CLIPTextTransformer(nn.Module):
+    """Embeddings, layers, final norm: ``text_model`` in CLIP's files."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class TextEncoder(Component[TextEncoderConfig]):
-    """CLIP's text transformer: what the U-Net reads is its last hidden state after the final norm."""
+    """CLIP's text transformer; its last hidden state, after the final norm, is the U-Net's text embeddings."""
 
     config_class = TextEncoderConfig
     class_name = "CLIPTextModel"
@@ -172,12 +174,15 @@ class TextEncoder(Component[TextEncoderConfig]):
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__(config)
-        self.text_model = TextTransformer(config)
+        self.text_model = CLIPTextTransformer(config)
 
     def forward(
         self, token_ids: Int[Tensor, "batch length"], clip_skip: int = 0
     ) -> Float[Tensor, "batch length width"]:
-        """Text embeddings of padded token ids; ``clip_skip`` leaves out that many of the last layers."""
+        """Encode padded token ids, leaving out the last ``clip_skip`` layers.
+
+        Raises :class:`UsageError` for a ``clip_skip`` that leaves no layer.
+        """
         depth = self.config.num_hidden_layers
         if not 0 <= clip_skip < depth:
             raise UsageError(f"clip_skip is {clip_skip}: give a number from 0 to {depth - 1}")
@@ -187,9 +192,9 @@ class TextEncoder(Component[TextEncoderConfig]):
     def pooled(
         self, token_ids: Int[Tensor, "batch length"], text_embeddings: Float[Tensor, "batch length width"]
     ) -> Float[Tensor, "batch width"]:
-        """The embedding at the first EOS token, which alone has seen the whole text.
+        """Pool text embeddings: take the one at the first EOS token, which alone has attended to the whole text.
 
-        Older configurations of CLIP say 2 for the EOS token, and mean the largest id (transformers,
+        In older configurations of CLIP ``eos_token_id`` is 2 and the EOS token is the largest id (transformers,
         ``modeling_clip.py``).
         """
         eos = self.config.eos_token_id
@@ -198,7 +203,7 @@ class TextEncoder(Component[TextEncoderConfig]):
 
     @torch.no_grad()
     def add_vectors(self, vectors: Float[Tensor, "count width"]) -> list[int]:
-        """Take in vectors of words that no token had, as a textual inversion has them; returns their new ids.
+        """Add token embeddings, such as a textual inversion's, after the last one; return their new ids.
 
         Raises :class:`UsageError` for vectors of another width.
         """
@@ -214,7 +219,7 @@ class TextEncoder(Component[TextEncoderConfig]):
         return list(range(config.vocab_size, len(grown)))
 
     def init_(self) -> Self:
-        """Initial weights for training from nothing (CLIP's code, ``CLIP.initialize_parameters``)."""
+        """Draw initial weights for training from scratch (CLIP's code, ``CLIP.initialize_parameters``)."""
         width, depth = self.config.hidden_size, self.config.num_hidden_layers
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.02)
         nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
@@ -223,7 +228,7 @@ class TextEncoder(Component[TextEncoderConfig]):
                 nn.init.normal_(module.weight, std=width**-0.5)
                 nn.init.zeros_(module.bias)
         for layer in self.text_model.encoder.layers:
-            assert isinstance(layer, EncoderLayer)
+            assert isinstance(layer, CLIPEncoderLayer)
             nn.init.normal_(layer.self_attn.out_proj.weight, std=(2 * depth * width) ** -0.5)
             nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(layer.mlp.fc2.weight, std=(2 * depth * width) ** -0.5)
@@ -231,7 +236,7 @@ class TextEncoder(Component[TextEncoderConfig]):
 
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Newer transformers leave out the ``text_model.`` prefix, older ones carry a buffer of position ids."""
+        """Add the prefix that newer transformers leaves out, and drop the position ids that older ones save."""
         return {
             name if name.startswith("text_model.") else f"text_model.{name}": tensor
             for name, tensor in tensors.items()
@@ -239,25 +244,36 @@ class TextEncoder(Component[TextEncoderConfig]):
         }
 
     def config_json(self) -> dict[str, Any]:
+        """Write the fields of transformers' ``config.json``.
+
+        ``dtype`` is what transformers computes in, whatever the precision of the weights: from version 5 on it would
+        keep the stored one where none is named, while diffusers loads U-Net and VAE in float32.
+        """
         content = super().config_json()
         del content["_class_name"], content["_diffusers_version"]
-        return {"architectures": [self.class_name], "model_type": "clip_text_model", **content}
+        return {"architectures": [self.class_name], "model_type": "clip_text_model", "dtype": "float32", **content}
 
 
-PLACE_CHANNELS = 16
+# Pooled features and few channels with places told shapes apart better than flattened features (decisions, "The text
+# encoder learns at a tenth of the rate").
+_PLACE_CHANNELS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig:
-    """The shape of the image encoder and of the space that it shares with the text."""
+    """The configuration of the image encoder, and of the space that it shares with the text encoder.
 
-    image_size: int = 64
-    block_out_channels: tuple[int, ...] = (32, 64, 96)
-    norm_num_groups: int = 8
-    text_width: int
-    projection_dim: int
+    Raises :class:`UsageError` for an ``image_size`` that does not halve once a level.
+    """
+
+    image_size: Count = 64
+    block_out_channels: tuple[Count, ...] = (32, 64, 96)
+    norm_num_groups: Count = 8
+    text_width: Count
+    projection_dim: Count
 
     def __post_init__(self) -> None:
+        validate_fields(self)
         if self.image_size % 2 ** (len(self.block_out_channels) + 1):
             raise UsageError(
                 f"image_size is {self.image_size}: give a multiple of {2 ** (len(self.block_out_channels) + 1)}"
@@ -265,9 +281,9 @@ class ImageEncoderConfig:
 
 
 class ImageEncoder(Component[ImageEncoderConfig]):
-    """A small convolutional network beside the text encoder, with the projections of both into a shared space.
+    """A small convolutional image encoder, with the projections of image and text into a shared space.
 
-    It serves training and scoring, and is kept beside the model; painting does not need it.
+    It serves training and scoring, and is kept beside the model; generating images does not need it.
     """
 
     config_class = ImageEncoderConfig
@@ -283,34 +299,33 @@ class ImageEncoder(Component[ImageEncoderConfig]):
             nn.Conv2d(widths[0] // 2, widths[0], 3, stride=2, padding=1),
         )
         blocks: list[nn.Module] = []
-        for here, there in pairwise(widths):
-            blocks += [ResnetBlock2D(here, there, groups=groups, eps=1e-5), Downsample2D(there, padding=1)]
+        for width, next_width in pairwise(widths):
+            blocks += [ResnetBlock2D(width, next_width, groups=groups, eps=1e-5), Downsample2D(next_width, padding=1)]
         self.blocks = nn.Sequential(*blocks, ResnetBlock2D(widths[-1], widths[-1], groups=groups, eps=1e-5))
-        self.places = nn.Conv2d(widths[-1], PLACE_CHANNELS, 1)
+        self.places = nn.Conv2d(widths[-1], _PLACE_CHANNELS, 1)
         side = config.image_size // 2 ** (len(widths) + 1)
-        self.image_projection = nn.Linear(2 * widths[-1] + PLACE_CHANNELS * side**2, config.projection_dim)
+        self.image_projection = nn.Linear(2 * widths[-1] + _PLACE_CHANNELS * side**2, config.projection_dim)
         self.text_projection = nn.Linear(config.text_width, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's, section 2.5
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch projection_dim"]:
-        """Unit vectors for images in [-1, 1], which are resized to ``config.image_size``."""
+        """Encode images in [-1, 1], resized to ``config.image_size``, to unit vectors."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         hidden = F.silu(self.blocks(self.stem(images)))
-        # What is there, wherever it is; and, in few channels, where.
-        what = (hidden.mean(dim=(2, 3)), hidden.amax(dim=(2, 3)))
-        where = self.places(hidden).flatten(1)
-        return F.normalize(self.image_projection(torch.cat([*what, where], dim=1)), dim=-1)
+        pooled = (hidden.mean(dim=(2, 3)), hidden.amax(dim=(2, 3)))
+        places = self.places(hidden).flatten(1)
+        return F.normalize(self.image_projection(torch.cat([*pooled, places], dim=1)), dim=-1)
 
     def project_text(self, pooled: Float[Tensor, "batch text_width"]) -> Float[Tensor, "batch projection_dim"]:
-        """Unit vectors for pooled text embeddings."""
+        """Project pooled text embeddings to unit vectors of the shared space."""
         return F.normalize(self.text_projection(pooled), dim=-1)
 
     def similarity(
         self, images: Float[Tensor, "images projection_dim"], texts: Float[Tensor, "texts projection_dim"]
     ) -> Float[Tensor, "images texts"]:
-        """Cosines times the learned scale, which is held at 100 or less."""
+        """Compute cosine similarities times the learned scale, which is held at 100 or less (CLIP, section 2.5)."""
         with torch.autocast(images.device.type, enabled=False):  # up to 100: bfloat16 would round them to ± 0.25
             return self.logit_scale.exp().clamp(max=100) * images.float() @ texts.float().T
 
@@ -318,10 +333,10 @@ class ImageEncoder(Component[ImageEncoderConfig]):
 def contrastive_loss(
     logits: Float[Tensor, "images texts"], same: Bool[Tensor, "images images"] | None = None
 ) -> Float[Tensor, ""]:
-    """CLIP's loss (figure 3 of the paper): each image finds its text among all, and each text its image.
+    """Compute CLIP's contrastive loss: each image finds its text among all, and each text its image (figure 3).
 
-    Texts beyond the images' number, where there are any, are hard negatives. ``same`` marks pairs of the batch
-    whose captions are equal, which share the blame; without it every pair stands alone.
+    ``logits`` are those of :meth:`ImageEncoder.similarity`. Texts beyond the number of images are hard negatives.
+    ``same`` is True for pairs of the batch with equal captions, which share the target; by default none are equal.
     """
     count = len(logits)
     positives = torch.eye(count, device=logits.device) if same is None else same.float()

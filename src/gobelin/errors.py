@@ -27,3 +27,7 @@ class DataError(GobelinError):
 
 class TrainingError(GobelinError):
     """A training run that cannot start, continue or go on: no checkpoint, another configuration, a NaN loss."""
+
+
+class Cancelled(GobelinError):
+    """A painting that was cancelled, and so has no result."""

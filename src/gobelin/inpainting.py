@@ -1,81 +1,105 @@
-"""What painting can begin from: a picture, and a mask of what of it to paint anew."""
+"""Image-to-image and inpainting: an image to begin from, and a mask of what to paint anew in it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import count
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from gobelin.errors import UsageError
-
-Pictures = Image.Image | Sequence[Image.Image]
+from gobelin.denoiser import ComposableDenoiser
+from gobelin.images import WHITE_FROM, images_to_tensor, tensor_to_levels
+from gobelin.samplers import DenoiserOutput
+from gobelin.types import Images, Latents, Mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canvas:
-    """Pictures in [-1, 1], one for each that is painted, and where to paint: 1 there, 0 where they are to stay.
+class InitImage:
+    """The images that painting begins from, in [-1, 1], and their masks: 1 is painted anew, 0 stays.
 
-    ``digests`` tell the pictures that were given apart from others.
+    ``digests`` tell the images and masks that were given apart from others.
     """
 
-    images: Float[Tensor, "batch 3 height width"]
-    mask: Float[Tensor, "batch 1 height width"] | None
-    strength: float
+    images: Images
+    mask: Mask | None
     digests: list[dict[str, str]]
 
-    def holes(self, latent_size: tuple[int, int]) -> Float[Tensor, "batch 1 h w"] | None:
-        """The mask on the latents' grid."""
+    @classmethod
+    def of(
+        cls, images: Sequence[Image.Image], masks: Sequence[Image.Image] | None, size: tuple[int, int]
+    ) -> "InitImage":
+        """Resize images, and masks of them, to ``size`` (height, width); Lanczos, as diffusers does."""
+        height, width = size
+        resized = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
+        mask = None
+        digests = [{"init_image": digest(image)} for image in images]
+        if masks is not None:
+            grey = [one.resize((width, height), Image.Resampling.LANCZOS) for one in masks]
+            mask = torch.from_numpy(np.stack([np.asarray(one) >= WHITE_FROM for one in grey])).float()[:, None]
+            digests = [known | {"mask": digest(one)} for known, one in zip(digests, masks, strict=True)]
+        return cls(images=images_to_tensor(resized), mask=mask, digests=digests)
+
+    def mask_latents(self, latent_size: tuple[int, int]) -> Mask | None:
+        """Resize the mask to the latents' grid."""
         return None if self.mask is None else F.interpolate(self.mask, size=latent_size)
 
     @property
-    def masked(self) -> Float[Tensor, "batch 3 height width"]:
-        """The pictures, grey where they are to be painted."""
+    def masked_images(self) -> Images:
+        """The images, grey where they are painted anew: what an inpainting U-Net sees of them."""
         assert self.mask is not None
         return self.images * (self.mask < 0.5)
 
-    def kept(self, index: int, painted: Image.Image) -> Image.Image:
-        """A painted picture whose other pixels are those of the one before, bit for bit."""
+    def paste(self, index: int, painted: Image.Image) -> Image.Image:
+        """Put the pixels outside of the mask back into a painted image, bit for bit."""
         if self.mask is None:
             return painted
-        before = ((self.images[index] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        hole = self.mask[index, 0].bool().numpy()[:, :, None]
-        return Image.fromarray(np.where(hole, np.asarray(painted), before))
+        before = tensor_to_levels(self.images[index : index + 1])[0]
+        anew = self.mask[index, 0].bool().numpy()[:, :, None]
+        return Image.fromarray(np.where(anew, np.asarray(painted), before))
 
 
-def canvas(init_image: Pictures, mask: Pictures | None, strength: float, total: int, size: tuple[int, int]) -> Canvas:
-    """A canvas of ``size`` (height, width) for so many pictures, from one that is given for all or one for each.
+@dataclass(frozen=True)
+class Inpainting:
+    """A denoiser whose latents outside of the mask are the image's, at each step's own noise level.
 
-    White in a mask is painted, black stays. Pictures of another size are resized (Lanczos).
+    ``around(latents, ᾱ)`` says what they are there. This is how a U-Net that sees no mask inpaints.
     """
-    height, width = size
-    pictures = _one_each(init_image, total, "init_image")
-    masks = None if mask is None else _one_each(mask, total, "mask")
-    resized = [picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for picture in pictures]
-    images = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) for one in resized]).float() / 127.5 - 1
-    holes = None
-    if masks is not None:
-        grey = [one.convert("L").resize((width, height), Image.Resampling.LANCZOS) for one in masks]
-        holes = (torch.stack([torch.from_numpy(np.array(one))[None] for one in grey]).float() / 255 >= 0.5).float()
-    digests = [{"init_image": digest(one)} for one in pictures]
-    if masks is not None:
-        digests = [known | {"mask": digest(one)} for known, one in zip(digests, masks, strict=True)]
-    return Canvas(images=images, mask=holes, strength=strength, digests=digests)
+
+    denoise: ComposableDenoiser
+    mask: Mask
+    around: Callable[[Latents, float], Latents]
+
+    def __call__(self, latents: Latents, timestep: float, alpha_cumprod: float) -> DenoiserOutput:
+        return self.denoise(self._restored(latents, alpha_cumprod), timestep, alpha_cumprod)
+
+    def finish(self, latents: Latents) -> Latents:
+        return self.denoise.finish(self._restored(latents, 1.0))
+
+    def _restored(self, latents: Latents, alpha_cumprod: float) -> Latents:
+        return (1 - self.mask) * self.around(latents, alpha_cumprod) + self.mask * latents
 
 
-def _one_each(given: Pictures, total: int, name: str) -> list[Image.Image]:
-    pictures = [given] * total if isinstance(given, Image.Image) else list(given)
-    if len(pictures) != total:
-        raise UsageError(
-            f"{len(pictures)} pictures given as {name} for {total} to paint: give one for all, or one each"
-        )
-    return pictures
+def noised_image(clean: Latents, noise: Latents) -> Callable[[Latents, float], Latents]:
+    """Surroundings from an image: its latents under the noise that painting starts with; all is painted at first."""
+    calls = count()
+
+    def around(latents: Tensor, alpha_cumprod: float) -> Tensor:
+        first = next(calls) == 0  # diffusers too puts the image back after the first step only
+        return latents if first else math.sqrt(alpha_cumprod) * clean + math.sqrt(1 - alpha_cumprod) * noise
+
+    return around
 
 
-def digest(picture: Image.Image) -> str:
-    """The first digits of the SHA-256 of a picture's pixels, by which it is told apart from others."""
-    return sha256(repr((picture.size, picture.mode)).encode() + picture.tobytes()).hexdigest()[:16]
+def source_images(latents: Latents, alpha_cumprod: float) -> Latents:
+    """Surroundings of an edit: the first half of the batch, which is the images as they are."""
+    return latents.chunk(2)[0].repeat(2, 1, 1, 1)
+
+
+def digest(image: Image.Image) -> str:
+    """Compute the first digits of the SHA-256 of an image's pixels, by which it is told apart from others."""
+    return sha256(repr((image.size, image.mode)).encode() + image.tobytes()).hexdigest()[:16]

@@ -16,7 +16,7 @@ from gobelin.attention import AttentionSite, Probe, attention
 
 
 class Timesteps(nn.Module):
-    """Sinusoidal embedding of the timestep, cosines first (Ho et al. 2020, section 4; "Attention is all you need")."""
+    """Sinusoidal embedding of timesteps, cosines first (Ho et al. 2020, section 4; "Attention is all you need")."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -30,7 +30,7 @@ class Timesteps(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers that turn the sinusoids into what every residual block adds."""
+    """The timestep's embedding: two linear layers over its sinusoids; every residual block adds a projection of it."""
 
     def __init__(self, in_width: int, width: int):
         super().__init__()
@@ -42,7 +42,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """Two 3×3 convolutions with a residual; the timestep, where there is one, is added between them."""
+    """Residual block: two 3×3 convolutions, with the timestep's embedding added between them where there is one."""
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int | None = None):
         super().__init__()
@@ -67,8 +67,11 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Halves height and width, rounding up where ``padding`` is 1 (the U-Net) and down where it is 0 (the VAE,
-    which pads the right and the lower edge only)."""
+    """Strided 3×3 convolution that halves height and width.
+
+    It rounds up where ``padding`` is 1 (the U-Net), and down where it is 0 (the VAE, which pads the right and the lower
+    edge only).
+    """
 
     def __init__(self, channels: int, *, padding: int):
         super().__init__()
@@ -81,7 +84,7 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Nearest-neighbour doubling, or to the given size, then a 3×3 convolution."""
+    """Nearest-neighbour upsampling, by two or to the given (height, width), then a 3×3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -98,7 +101,7 @@ class Upsample2D(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself, or to a context: attn1 and attn2 of the U-Net's blocks.
 
-    ``site`` says which attention of the U-Net it is; it has none elsewhere.
+    ``site`` is set for the attentions of a U-Net, and None elsewhere.
     """
 
     site: AttentionSite | None = None
@@ -136,7 +139,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose one half is gated by the GELU of the other (Shazeer 2020, arXiv 2002.05202)."""
+    """Gated linear unit: half of a linear layer times the GELU of the other half (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, in_width: int, out_width: int):
         super().__init__()
@@ -148,7 +151,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The transformer's feed-forward layer, four times as wide inside, with a GEGLU."""
+    """Feed-forward layer of a transformer block, four times as wide inside, with a GEGLU."""
 
     def __init__(self, width: int):
         super().__init__()

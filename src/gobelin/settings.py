@@ -1,272 +1,206 @@
-"""What is asked of a pipeline, checked before anything is painted."""
+"""Settings: every option of an image, in one list.
 
-import math
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+The call of a pipeline, the command line, what a model recommends, and what a PNG remembers are all made of
+:class:`Settings`: a new option is one more field.
+"""
 
-import torch
-from jaxtyping import Float
-from PIL import Image
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+    overload,
+    runtime_checkable,
+)
+
+from annotated_types import Ge, Interval
 from torch import Tensor
 
-from gobelin.attention import Change, Edit, Trace, choose_sites
-from gobelin.checkpoint import Model
-from gobelin.control.attention_control import Blend, FlowEdit, Push
-from gobelin.control.attention_guidance import Wish
-from gobelin.control.flow_edit import flow_edit_levels
+from gobelin.attention import Trace
+from gobelin.control.batch import AnyControl
 from gobelin.errors import UsageError
-from gobelin.inpainting import Canvas, Pictures, canvas
-from gobelin.look.heatmaps import sharp_trace
-from gobelin.prompt_weighting import Style, chunked
-from gobelin.samplers import NoiseLevels, find_noise_levels, over_picture
-from gobelin.unet import UNet
+from gobelin.guidance import Guidance
+from gobelin.images import ImageSource
+from gobelin.prompt_weighting import PromptSyntax
+from gobelin.samplers import SAMPLERS
+from gobelin.validation import Fraction, OnCommandLine, field_docs, refuse_unknown, validate_fields
 
-Asked = Edit | Wish | Blend | Push | FlowEdit
-AnyEdit = Change | Asked
+MAX_SEED = 2**63 - 1  # of PyTorch's generators
+DEFAULT_STRENGTH = 0.8  # diffusers' for image-to-image
 
-_TEXTS = ("prompt", "negative_prompt", "sampler", "weights")
-_WHOLE = ("seed", "steps", "height", "width", "count", "clip_skip", "tile")
-_NUMBERS = ("guidance", "guidance_rescale", "strength")
-
-MIN_TILE = 16
-MAX_SEED = 2**63 - 1
-MOST_PIXELS = 2**26
-LORAS, LEARNED_WORDS = "loras", "learned_words"
-EDITED = "edited"
-"""In a picture's settings where it was painted with edits or latents that they do not hold: they do not repeat it."""
+Prompts = str | Sequence[str]
+"""One prompt, or several to be painted in one batch."""
+Seed = Annotated[int, Interval(ge=0, le=MAX_SEED)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The settings of every picture, the shape of its latents [C, h, w], what to look at and to change.
+_PYTHON_ONLY = OnCommandLine(None)
 
-    ``length`` is that of the text embeddings; ``over`` says that the picture of the canvas is begun with, and not noise
-    alone; ``sharpen`` that heat maps are to be the sharp ones.
+
+class _FieldsSignature:
+    """The signature of a settings class: its fields, where Python 3.11 would show what ``__new__`` takes."""
+
+    def __get__(self, instance: object, cls: type) -> inspect.Signature:
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        return inspect.Signature(parameters)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings:
+    """Settings of images: what is left out is what the model recommends, or this list's default.
+
+    Subclasses are dataclasses with ``frozen=True, kw_only=True, repr=False``.
+
+    Raises :class:`UsageError` in one sentence for a wrong type, a number out of range, or a name that is not here.
     """
 
-    settings: list[dict[str, Any]]
-    shape: tuple[int, int, int]
-    latents: Tensor | None
-    tile: int | None
-    length: int
-    canvas: Canvas | None
-    over: bool
-    grid: NoiseLevels
-    trace: Trace | None
-    sharpen: bool
-    edits: tuple[Asked, ...]
+    negative_prompt: str | None = None
+    """Text to steer away from; without it, none."""
+    seed: Annotated[
+        Seed | Sequence[Seed] | None, OnCommandLine(int), "a whole number of 0 or more, or one for each image"
+    ] = None
+    """Seed of the first image, the others count up from it; without it, drawn, and recorded in the image."""
+    steps: Annotated[int, Interval(ge=1, le=1000)] | None = None
+    """Denoising steps; without it, what the model recommends."""
+    guidance: Annotated[
+        float | Guidance | None, OnCommandLine(float), "a number, or a function of gobelin.guidance"
+    ] = None
+    """Classifier-free guidance scale, 1 for none; without it, what the model recommends."""
+    guidance_rescale: Fraction | None = None
+    """Guidance rescale, 0 to 1: take back the contrast that guidance adds; without it, what the model recommends."""
+    sampler: str | None = None
+    """Sampler: ddpm, ddim, pndm, lcm, euler, euler_ancestral, heun, lms, dpm_2, dpm_2_ancestral, dpmpp_2m,
+    dpmpp_2m_sde, uni_pc or deis, most also with _karras; without it, what the model recommends."""
+    height: Annotated[int, Ge(1)] | None = None
+    """Height in pixels; without it, the init image's or the model's own."""
+    width: Annotated[int, Ge(1)] | None = None
+    """Width in pixels; without it, the init image's or the model's own."""
+    count: Annotated[int, Interval(ge=1, le=10_000)] = 1
+    """Images for each prompt."""
+    clip_skip: Annotated[int, Ge(0)] | None = None
+    """Last layers of the text encoder to leave out; without it, none."""
+    weights: PromptSyntax | None = None
+    """Tool in whose meaning (word:1.2) is read: a1111, comfyui, or none to read it as text; without it, a1111."""
+    init_image: Annotated[ImageSource | Sequence[ImageSource] | None, OnCommandLine("path")] = None
+    """Image to begin from (image-to-image), or to inpaint: turned as its EXIF says, white where it is transparent."""
+    strength: Fraction | None = None
+    """How much of the init image to paint anew, 0 to 1; without it, 0.8."""
+    mask: Annotated[ImageSource | Sequence[ImageSource] | None, OnCommandLine("path")] = None
+    """Mask of the init image: inpaint where it is white (128 or more of 255), and change no pixel elsewhere."""
+    tile: Annotated[int, Ge(16)] | None = None
+    """Decode large images in tiles of so many latents a side; without it, whole."""
+    latents: Annotated[Tensor | None, _PYTHON_ONLY] = None
+    """Start noise of your own, [batch, channels, h, w]."""
+    trace: Annotated[bool | Literal["sharp"] | Trace, _PYTHON_ONLY] = False
+    """Attention maps: True for a mean over all cross-attention, "sharp" for maps that point best, or a Trace."""
+    control: Annotated[AnyControl | Sequence[AnyControl] | None, _PYTHON_ONLY] = ()
+    """Controls of gobelin.control, or a function (site, probs) -> probs; several compose."""
+
+    if not TYPE_CHECKING:  # a misspelt name is a sentence here too, and the constructor's signature stays the fields
+
+        def __new__(cls, **options: Any) -> Self:
+            refuse_unknown(options, _names(cls), what="setting")
+            return super().__new__(cls)
+
+        __signature__ = _FieldsSignature()
+
+    def __post_init__(self) -> None:
+        validate_fields(self, but=_OPENED_LATER)
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            refuse_unknown([self.sampler], SAMPLERS, what="sampler")
+
+    def keys(self) -> Iterator[str]:
+        """List the settings that are not at their default, so that ``pipe(prompt, **settings)`` works."""
+        return (field.name for field in dataclasses.fields(self) if not _same(getattr(self, field.name), field.default))
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(self[name])}' for name in self.keys())})"
+
+    def filled(self, recommended: "Settings") -> "Settings":
+        """Fill in what goes unsaid from what a model recommends."""
+        said = set(self.keys())
+        unsaid = {name: value for name, value in dict(recommended).items() if name not in said}
+        return dataclasses.replace(self, **unsaid)
 
 
-def request(
-    model: Model,
-    prompt: str | Sequence[str],
-    *,
-    negative_prompt: str = "",
-    seed: int | Sequence[int] | None = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    guidance_rescale: float | None = None,
-    sampler: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    count: int = 1,
-    latents: Float[Tensor, "batch channels h w"] | None = None,
-    init_image: Pictures | None = None,
-    strength: float = 0.8,
-    mask: Pictures | None = None,
-    clip_skip: int = 0,
-    weights: Style = "a1111",
-    tile: int | None = None,
-    trace: bool | str | Trace = False,
-    edit: AnyEdit | Sequence[AnyEdit] = (),
-    loras: Mapping[str, float] | None = None,
-    learned_words: Sequence[str] = (),
-) -> Request:
-    """What :meth:`gobelin.pipeline.Pipeline.stream` is asked, with what the model recommends where nothing is said.
+# Their types are many; what they hold is checked where it is opened, with a sentence of its own.
+_OPENED_LATER = ("init_image", "mask", "latents", "trace", "control")
 
-    Raises :class:`UsageError` for what cannot be painted; warns of a prompt that is cut.
+P = ParamSpec("P")
+S = TypeVar("S", bound=Settings)
+S_co = TypeVar("S_co", bound=Settings, covariant=True)
+Owner = TypeVar("Owner")
+First = TypeVar("First")
+Second = TypeVar("Second")
+Returned = TypeVar("Returned")
+
+
+@runtime_checkable
+class _TakesSettings(Protocol[P, S_co]):
+    """A decorator that gives a method the fields of a settings class as keywords."""
+
+    @overload
+    def __call__(
+        self, method: Callable[[Owner, First, S_co], Returned], /
+    ) -> Callable[Concatenate[Owner, First, P], Returned]: ...
+    @overload
+    def __call__(
+        self, method: Callable[[Owner, First, Second, S_co], Returned], /
+    ) -> Callable[Concatenate[Owner, First, Second, P], Returned]: ...
+
+
+def takes_settings(settings: Callable[P, S]) -> _TakesSettings[P, S]:
+    """Give a method ``(prompt, settings)`` the fields of a settings class as keywords, typed and documented.
+
+    The method is called with the prompt and keywords; :class:`UsageError` names a keyword that is no setting.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    refuse_odd({"guidance": guidance, "guidance_rescale": guidance_rescale, "strength": strength})
-    if not prompts or not all(text.strip() for text in prompts):
-        raise UsageError("the prompt is empty: say in a few words what to paint")
-    if count < 1:
-        raise UsageError(f"count is {count}: give 1 or more")
-    if guidance_rescale is not None and not 0 <= guidance_rescale <= 1:
-        raise UsageError(f"guidance_rescale is {guidance_rescale}: give a number from 0 to 1")
-    if tile is not None and tile < MIN_TILE:
-        raise UsageError(f"the tile is {tile}: give {MIN_TILE} latents or more")
-    layers = model.text_encoder.config.num_hidden_layers
-    if not 0 <= clip_skip < layers:
-        raise UsageError(f"clip_skip is {clip_skip}: give a number from 0 to {layers - 1}")
-    total = len(prompts) * count
-    h, w = latent_size(model, height, width, init_image)
-    shape = (model.vae.config.latent_channels, h, w)
-    height, width = h * model.vae.config.factor, w * model.vae.config.factor
-    if latents is not None and tuple(latents.shape) != (total, *shape):
-        raise UsageError(f"the start latents are {list(latents.shape)}: expected {[total, *shape]}")
-    if mask is not None and init_image is None:
-        raise UsageError("a mask is given without a picture that it is of: give init_image too")
-    if inpaints(model.unet) and mask is None:
-        raise UsageError("this is an inpainting model: give init_image and a mask of what to paint in it")
-    begun = None if init_image is None else canvas(init_image, mask, strength, total, (height, width))
-    asked = {
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_rescale": guidance_rescale,
-        "sampler": sampler,
-    }
-    chosen = {name: getattr(model.recommended, name) if given is None else given for name, given in asked.items()}
-    grid = find_noise_levels(chosen["sampler"], model.schedule, chosen["steps"])
-    # A hole at full strength is painted from noise alone.
-    over = begun is not None and (mask is None or strength < 1)
-    if over:
-        grid = over_picture(grid, chosen["steps"], strength)
-    edits = [one if isinstance(one, Asked) else Edit(change=one) for one in listed(edit)]
-    for one in edits:
-        if isinstance(one, FlowEdit):
-            if latents is not None:
-                raise UsageError("finished pictures are edited, and not noise: leave out the start latents")
-            if tuple(one.latents.shape) != (total / 2, *shape):
-                raise UsageError(
-                    f"{list(one.latents.shape)} are edited in a batch of {total}: expected half as many pictures, each "
-                    f"{list(shape)}"
-                )
-            grid = over_picture(flow_edit_levels(model.schedule, chosen["steps"]), chosen["steps"], one.strength)
-    traced = _traced(model, trace, shape, grid)
-    _refuse_misfits(model, (traced, *edits), total)
-    common = {
-        "negative_prompt": negative_prompt,
-        **chosen,
-        "height": height,
-        "width": width,
-        "clip_skip": clip_skip,
-        "weights": weights,
-        "model": model.name,
-        **({LORAS: dict(loras)} if loras else {}),
-        **({LEARNED_WORDS: list(learned_words)} if learned_words else {}),
-        **({EDITED: True} if edits or latents is not None else {}),
-    }
-    repeated = [text for text in prompts for _ in range(count)]
-    pairs = zip(repeated, _seeds(seed, total), strict=True)
-    settings = [{"prompt": text, "seed": number, **common} for text, number in pairs]
-    if begun is not None:
-        digests = zip(settings, begun.digests, strict=True)
-        settings = [{**one, "strength": strength, **digest} for one, digest in digests]
-    return Request(
-        settings=settings,
-        shape=shape,
-        latents=latents,
-        tile=tile,
-        length=_length(model, (*prompts, negative_prompt), weights),
-        canvas=begun,
-        over=over,
-        grid=grid,
-        trace=traced,
-        sharpen=trace == "sharp",
-        edits=tuple(edits),
-    )
+
+    make = cast(Callable[..., S], settings)
+
+    def decorate(method: Callable[..., Returned]) -> Callable[..., Returned]:
+        *leading, _ = inspect.signature(method).parameters.values()
+        names = [parameter.name for parameter in leading]
+
+        @wraps(method)
+        def called(*args: Any, **changes: Any) -> Returned:
+            if len(args) > len(names):
+                raise UsageError("settings are given by name, as in steps=20")
+            named = {name: changes.pop(name) for name in names[len(args) :] if name in changes}
+            if missing := [name for name in names[len(args) :] if name not in named]:
+                raise UsageError(f"{missing[0]} is missing: say in a few words what to paint")
+            return method(*args, **named, settings=make(**changes))
+
+        options = list(inspect.signature(settings).parameters.values())
+        called.__signature__ = inspect.Signature([*leading, *options])  # type: ignore[attr-defined]
+        listed = "\n".join(f"    {name}: {text}" for name, text in field_docs(settings).items())
+        called.__doc__ = f"{inspect.getdoc(method)}\n\nSettings, all by name:\n\n{listed}\n"
+        return called
+
+    return decorate
 
 
-def latent_size(
-    model: Model, height: int | None, width: int | None, init_image: Pictures | None = None
-) -> tuple[int, int]:
-    """Height and width of the latents of a picture that is ``height`` × ``width`` pixels.
-
-    Where both are None they are those of the picture to begin from, rounded down, or the model's own; where one is, it
-    is the model's own. Raises :class:`UsageError` for a size that cannot be painted.
-    """
-    factor = model.vae.config.factor
-    if init_image is not None and height is None and width is None:
-        picture = init_image if isinstance(init_image, Image.Image) else next(iter(init_image), None)
-        if picture is None:
-            raise UsageError("init_image holds no picture: give one, or one for each that is painted")
-        height, width = picture.height - picture.height % factor, picture.width - picture.width % factor
-    height, width = (_side(model) if given is None else given for given in (height, width))
-    if height < factor or width < factor or height % factor or width % factor:
-        raise UsageError(f"{width}×{height} pixels asked for: this model paints sizes that are multiples of {factor}")
-    if height * width > MOST_PIXELS:
-        raise UsageError(f"{width}×{height} pixels asked for: give {MOST_PIXELS:,} at most in all")
-    return height // factor, width // factor
+def _names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _same(value: Any, default: Any) -> bool:
+    """Compare a setting with its default, where tensors and images compare by element."""
+    plain = type(value) is type(default) and isinstance(value, bool | int | float | str | tuple)
+    return value is default or (plain and value == default)
 
 
-def refuse_odd(settings: Mapping[str, Any]) -> None:
-    """Raise :class:`UsageError` for the first setting that is not of its kind; None is of any."""
-    for name, value in settings.items():
-        if name in _TEXTS and not isinstance(value, str | None):
-            raise UsageError(f"{name} is {value!r}: give text")
-        if name in _WHOLE and value is not None and type(value) is not int:
-            raise UsageError(f"{name} is {value!r}: give a whole number")
-        if name in _NUMBERS and not (value is None or _is_finite(value)):
-            raise UsageError(f"{name} is {value!r}: give a number")
-
-
-def inpaints(unet: UNet) -> bool:
-    """Whether the U-Net is one that sees a mask, and what is outside of it, beside the latents."""
-    return unet.config.in_channels == 2 * unet.config.out_channels + 1
-
-
-def listed(edit: AnyEdit | Sequence[AnyEdit]) -> list[AnyEdit]:
-    """One edit or several, as a list."""
-    return list(edit) if isinstance(edit, Sequence) else [edit]
-
-
-def _side(model: Model) -> int:
-    """The model's own height and width in pixels."""
-    return model.unet.config.sample_size * model.vae.config.factor
-
-
-def _seeds(seed: int | Sequence[int] | None, total: int) -> Sequence[int]:
-    if seed is None:
-        seed = int(torch.randint(2**31, ()).item())
-    seeds = range(seed, seed + total) if isinstance(seed, int) else list(seed)
-    if len(seeds) != total:
-        raise UsageError(f"{len(seeds)} seeds given for {total} pictures: give one for each, or the first one's")
-    if wrong := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
-        raise UsageError(f"the seed is {wrong[0]}: give a number from 0 to {MAX_SEED - total + 1}")
-    return seeds
-
-
-def _length(model: Model, texts: Iterable[str], weights: Style) -> int:
-    """Tokens of the longest text."""
-    if weights not in get_args(Style):
-        raise UsageError(f"weights is {weights!r}: the choices are {', '.join(get_args(Style))}")
-    found = [chunked(model.tokenizer, text, weights) for text in dict.fromkeys(texts)]
-    for chunks in found:
-        if cut := chunks.cut:
-            warnings.warn(
-                f"the prompt is longer than this model's {model.tokenizer.max_length} tokens, so its end is "
-                f"left out: {cut!r}",
-                stacklevel=5,
-            )
-    return max(chunks.token_ids.numel() for chunks in found)
-
-
-def _traced(model: Model, trace: bool | str | Trace, shape: tuple[int, int, int], grid: NoiseLevels) -> Trace | None:
-    """The trace that is asked for; the last step is always in it."""
-    if isinstance(trace, str) and trace != "sharp":
-        raise UsageError(f'trace is {trace!r}: give True, False, "sharp" or a gobelin.attention.Trace')
-    if not trace:
-        return None
-    if isinstance(trace, str):
-        asked = sharp_trace(model.unet.attention_sites, (shape[1], shape[2]))
-    else:
-        asked = trace if isinstance(trace, Trace) else Trace()
-    if not 0 <= asked.start <= 1:
-        raise UsageError(f"a trace starts at {asked.start:g} of the way: give a share from 0 to 1")
-    return replace(asked, start=min(asked.start, model.schedule.way(grid.timesteps[-1])))
-
-
-def _refuse_misfits(model: Model, asked: Iterable[Trace | Asked | None], total: int) -> None:
-    """Raise :class:`UsageError` for sites that the model does not have, and for pictures that the batch does not."""
-    for one in asked:
-        if isinstance(one, Trace | Edit | Wish):
-            choose_sites(model.unet.attention_sites, one.sites)
-        if isinstance(one, Wish | Blend | Push) and one.rows is not None and max(one.rows, default=0) >= total:
-            raise UsageError(f"an edit is about picture {max(one.rows)} of a batch of {total}: the first is 0")
+def _shown(value: Any) -> str:
+    return f"<{type(value).__name__}>" if hasattr(value, "shape") or hasattr(value, "size") else repr(value)

@@ -6,10 +6,12 @@ case, 256 byte symbols, words that end in ``</w>``, BOS first, then EOS as end a
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self, get_args
 
 import torch
 from jaxtyping import Int
@@ -19,11 +21,12 @@ from torch import Tensor
 
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.files import read_json, write_json, write_text
+from gobelin.validation import validated
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-WORD = re.compile(r"[^\W_](?:\S*[^\W_])?")
+_BETWEEN_SEPARATORS = re.compile(r"[^\s,;|()\[\]{}<>\"“”„«»，。、；：！？（）「」]+")
 UNLIMITED = 10**6  # transformers writes 10³⁰ where no length was set
 MIN_VOCABULARY = 2 * 256 + 2
 MERGES_HEADER = "#version: 0.2"
@@ -47,42 +50,67 @@ class Token:
     start: int
     end: int
 
-    def moved(self, by: int) -> "Token":
-        """The same so many characters further on."""
+    def shifted(self, by: int) -> "Token":
+        """Return the token with its characters ``by`` places further on."""
         return replace(self, start=self.start + by, end=self.end + by)
 
 
 Word = str | int | tuple[str, int]
 """A word or phrase wherever it stands, one occurrence of it, or a word by its number in the prompt."""
+_WORD = Annotated[Word, "text, as in 'circle', one occurrence of it, ('circle', 0), or a word's number"]
 
-PARTS = ("bos", "eos", "padding")
+TokenKind = Literal["bos", "text", "eos", "padding", "masked"]
+"""Kinds of positions in a text encoder's input; masked ones stand beyond a prompt's own chunks in a longer batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """The words of a prompt and where their tokens are, among ``length`` of which ``end`` is the first EOS."""
+    """The words of a prompt, and the tokens that each became.
+
+    ``kinds`` has a :data:`TokenKind` for every position of the text embeddings. A long prompt has several chunks, each
+    with a BOS, EOS and padding of its own; positions are numbered through all of them.
+    """
 
     text: str
     spans: tuple[WordSpan, ...]
-    end: int
-    length: int
+    kinds: tuple[TokenKind, ...]
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def tokens(self, key: Word) -> tuple[int, ...]:
-        """The positions of a word's tokens: ``"circle"`` and ``"red circle"`` wherever they stand, ``("circle", 1)``
-        the second of them, ``3`` the fourth word.
+    @property
+    def length(self) -> int:
+        """The number of positions."""
+        return len(self.kinds)
 
-        Case does not matter. Raises :class:`UsageError` with the words there are.
+    def at_length(self, length: int) -> "Words":
+        """Return the same words in a batch of longer prompts: positions beyond their own are masked."""
+        return replace(self, kinds=(*self.kinds, *("masked",) * (length - self.length)))
+
+    def chunks(self) -> list[range]:
+        """List the positions of each chunk, from its BOS on."""
+        starts = self.part("bos")
+        end = self.length - len(self.part("masked"))
+        return [range(start, after) for start, after in zip(starts, (*starts[1:], end), strict=True)]
+
+    def tokens(self, key: Word) -> tuple[int, ...]:
+        """Find the positions of a word's tokens: ``"circle"`` and ``"red circle"`` wherever they stand,
+        ``("circle", 1)`` the second of them, ``3`` the fourth word.
+
+        Case does not matter. Raises :class:`UsageError` that lists the prompt's words.
         """
+        return tuple(dict.fromkeys(token for span in self.find(key) for token in span.tokens))
+
+    def find(self, key: Word) -> list[WordSpan]:
+        """Find the words that a key of :meth:`tokens` means, in order; raises as it does."""
         there = ", ".join(dict.fromkeys(span.word for span in self.spans)) or "none"
+        validated("a word", key, _WORD)
         if isinstance(key, int):
             if not -len(self) <= key < len(self):
                 raise UsageError(f"there is no word number {key}: the prompt has {len(self)}, {there}")
-            return self.spans[key].tokens
+            return [self.spans[key]]
         phrase, occurrence = (key, None) if isinstance(key, str) else key
-        wanted = [word.lower() for word in WORD.findall(phrase)]
+        wanted = [text.lower() for text, _, _ in split_words(phrase)]
         spoken = [span.word.lower() for span in self.spans]
         starts = [start for start in range(len(self)) if wanted and spoken[start : start + len(wanted)] == wanted]
         if not starts:
@@ -94,14 +122,46 @@ class Words:
                     "the first being 0"
                 )
             starts = [starts[occurrence]]
-        found = [span for start in starts for span in self.spans[start : start + len(wanted)]]
-        return tuple(dict.fromkeys(token for span in found for token in span.tokens))
+        return [span for start in starts for span in self.spans[start : start + len(wanted)]]
 
-    def part(self, part: str) -> tuple[int, ...]:
-        """The positions of "bos", "eos" or "padding"."""
-        if part not in PARTS:
-            raise UsageError(f"unknown part {part!r}: the choices are {', '.join(PARTS)}")
-        return {"bos": (0,), "eos": (self.end,), "padding": tuple(range(self.end + 1, self.length))}[part]
+    def has(self, key: Word) -> bool:
+        """Tell whether the prompt has a word."""
+        try:
+            return bool(self.find(key))
+        except UsageError:
+            return False
+
+    def part(self, kind: TokenKind) -> tuple[int, ...]:
+        """List the positions of a kind, over all chunks; raises :class:`UsageError` for an unknown one."""
+        if kind not in get_args(TokenKind):
+            raise UsageError(f"unknown part {kind!r}: the choices are {', '.join(get_args(TokenKind))}")
+        return tuple(position for position, there in enumerate(self.kinds) if there == kind)
+
+
+def split_words(text: str, borders: Collection[int] = ()) -> Iterator[tuple[str, int, int]]:
+    """Split a text into words with their (start, end): at spaces, commas and brackets, and at ``borders``.
+
+    Punctuation around a word is not part of it; a hyphen, a dot or an apostrophe inside of one is, and so are
+    combining marks.
+    """
+    for match in _BETWEEN_SEPARATORS.finditer(text):
+        cuts = [
+            match.start(),
+            *(border for border in sorted(borders) if match.start() < border < match.end()),
+            match.end(),
+        ]
+        for start, end in pairwise(cuts):
+            while start < end and not _is_spoken(text[start]):
+                start += 1
+            while end > start and not _is_spoken(text[end - 1]):
+                end -= 1
+            if start < end:
+                yield text[start:end], start, end
+
+
+def _is_spoken(character: str) -> bool:
+    """Tell letters, marks and numbers from punctuation and symbols; emoji count as words."""
+    return unicodedata.category(character)[0] in "LMN" or unicodedata.category(character) == "So"
 
 
 class Tokenizer:
@@ -224,26 +284,33 @@ class Tokenizer:
         ]
 
     def words(self, text: str) -> Words:
-        """The words of a text, to be asked for their tokens."""
-        tokens = self.tokens(text)[: self.max_length - 2]
-        return self.words_at(text, [(token, place + 1) for place, token in enumerate(tokens)], self.max_length)
+        """Find the words of a plain text, and their tokens, in one chunk.
 
-    def words_at(self, text: str, tokens: Sequence[tuple[Token, int]], length: int) -> Words:
-        """The words of a text whose tokens stand at these positions; of what has no token there is nothing.
-
-        A word is what stands between spaces, less the punctuation around it.
+        A prompt as people write it, long or with weights, has its words in :meth:`gobelin.Pipeline.words`.
         """
+        return self.words_of(text, [self.tokens(text)[: self.max_length - 2]])
+
+    def words_of(self, text: str, chunks: Sequence[Sequence[Token]], borders: Collection[int] = ()) -> Words:
+        """Find the words of a text whose tokens were put into chunks of ``max_length`` each.
+
+        Words end at ``borders`` too, where weights change. A word without a token is left out.
+        """
+        kinds: list[TokenKind] = []
+        placed: list[tuple[Token, int]] = []
+        for number, chunk in enumerate(chunks):
+            placed += [(token, number * self.max_length + 1 + place) for place, token in enumerate(chunk)]
+            padding = self.max_length - 2 - len(chunk)
+            kinds += ["bos", *["text"] * len(chunk), "eos", *["padding"] * padding]  # type: ignore[list-item]
         spans, first = [], 0
-        for match in WORD.finditer(text):
-            start, end = match.span()
-            while first < len(tokens) and tokens[first][0].end <= start:
+        for word, start, end in split_words(text, borders):
+            while first < len(placed) and placed[first][0].end <= start:
                 first += 1
             last = first
-            while last < len(tokens) and tokens[last][0].start < end:
+            while last < len(placed) and placed[last][0].start < end:
                 last += 1
-            if places := tuple(place for _, place in tokens[first:last]):
-                spans.append(WordSpan(word=match.group(), start=start, end=end, tokens=places))
-        return Words(text=text, spans=tuple(spans), end=(tokens[-1][1] if tokens else 0) + 1, length=length)
+            if positions := tuple(place for _, place in placed[first:last]):
+                spans.append(WordSpan(word=word, start=start, end=end, tokens=positions))
+        return Words(text=text, spans=tuple(spans), kinds=tuple(kinds))
 
 
 def _from_tokenizer_json(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -1,12 +1,12 @@
-"""Noisy latents, a timestep and a text in; the predicted noise out: the U-Net of Stable Diffusion 1.5, at any size.
+"""The cross-attention U-Net of Stable Diffusion 1.5, at any size: noisy latents, timestep and text to predicted noise.
 
 Rombach et al. 2022 (arXiv 2112.10752), sections 3.3 and C.1. In every transformer block the patches of the
 latents attend to each other (``attn1``) and to the words (``attn2``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,18 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gobelin.attention import AttentionMaps, AttentionSite, Change, Edit, Probe, Reduction, Sites, choose_sites
+from gobelin.attention import (
+    AttentionChange,
+    AttentionEdit,
+    AttentionMaps,
+    AttentionSite,
+    Probe,
+    Reduction,
+    Sites,
+    choose_sites,
+)
 from gobelin.errors import UsageError
-from gobelin.formats.component import Component, require_counts
+from gobelin.formats.component import Component
 from gobelin.layers import (
     Attention,
     Downsample2D,
@@ -27,31 +36,33 @@ from gobelin.layers import (
     Timesteps,
     Upsample2D,
 )
+from gobelin.validation import Count, validate_fields
 
-TRANSFORMER_NORM_EPS = 1e-6  # the resnets' and the output's is `norm_eps`
+_TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks and the output have `norm_eps`
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The shape of a U-Net; the fields are those of a diffusers ``unet/config.json``.
+    """The configuration of a U-Net; fields as in a diffusers ``unet/config.json``.
 
     ``attention_head_dim`` is the number of *heads*: the misnomer is the file format's.
-    ``sample_size`` is the latents' usual height and width; any other works too.
+    ``sample_size`` is the latents' usual height and width; any other works too. Raises :class:`UsageError` for fields
+    that do not fit each other.
     """
 
-    sample_size: int = 64
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int = 2
+    sample_size: Count = 64
+    in_channels: Count = 4
+    out_channels: Count = 4
+    block_out_channels: tuple[Count, ...]
+    layers_per_block: Count = 2
     down_block_types: tuple[str, ...]
     up_block_types: tuple[str, ...]
-    cross_attention_dim: int
-    attention_head_dim: int = 8
-    norm_num_groups: int = 32
+    cross_attention_dim: Count
+    attention_head_dim: Count = 8
+    norm_num_groups: Count = 32
     norm_eps: float = 1e-5
 
-    # What a config file may say besides, and the only values that this architecture has.
+    # Other fields of a config file, with the only values that this architecture has.
     fixed: ClassVar[dict[str, Any]] = {
         "act_fn": "silu",
         "attention_type": "default",
@@ -87,16 +98,7 @@ class UNetConfig:
     }
 
     def __post_init__(self) -> None:
-        require_counts(
-            self,
-            "sample_size",
-            "in_channels",
-            "out_channels",
-            "cross_attention_dim",
-            "layers_per_block",
-            "attention_head_dim",
-            "norm_num_groups",
-        )
+        validate_fields(self)
         levels = len(self.block_out_channels)
         if not levels or len(self.down_block_types) != levels or len(self.up_block_types) != levels:
             raise UsageError(
@@ -118,19 +120,19 @@ class UNetConfig:
 
     @classmethod
     def of(cls, *block_out_channels: int, attention: tuple[bool, ...], **others: Any) -> Self:
-        """A symmetric U-Net: ``attention`` says, from the top down, which levels have transformer blocks."""
+        """Configure a symmetric U-Net; ``attention`` says, from the top down, if a level has transformer blocks."""
         down = tuple(_DOWN_BLOCKS[not attends] for attends in attention)
         up = tuple(_UP_BLOCKS[not attends] for attends in reversed(attention))
         return cls(block_out_channels=block_out_channels, down_block_types=down, up_block_types=up, **others)
 
     @classmethod
     def sd15(cls) -> Self:
-        """Stable Diffusion 1.5: 859,520,964 parameters."""
+        """Configure Stable Diffusion 1.5's U-Net: 859,520,964 parameters."""
         return cls.of(320, 640, 1280, 1280, attention=(True, True, True, False), cross_attention_dim=768)
 
     @classmethod
     def nano(cls) -> Self:
-        """1.1 million parameters, for 16×16 latents: it trains in minutes on two CPU cores."""
+        """Configure 1.1 million parameters for 16×16 latents: it trains in minutes on two CPU cores."""
         return cls.of(
             *(32, 64),
             attention=(True, True),
@@ -143,7 +145,7 @@ class UNetConfig:
 
     @classmethod
     def tiny(cls) -> Self:
-        """5,060,548 parameters, for 16×16 latents."""
+        """Configure 5,060,548 parameters for 16×16 latents: the shipped model."""
         return cls.of(
             *(48, 96, 144),
             attention=(True, True, False),
@@ -156,7 +158,7 @@ class UNetConfig:
 
     @classmethod
     def small(cls) -> Self:
-        """About 38 million parameters, for 16×16 latents; wants a GPU."""
+        """Configure about 38 million parameters for 16×16 latents; training wants a GPU."""
         return cls.of(
             *(96, 192, 288),
             attention=(True, True, True),
@@ -171,8 +173,21 @@ _DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
+class Conditioning(NamedTuple):
+    """The conditioning of a U-Net's blocks, one value for all of them in a forward pass.
+
+    The timestep's embedding is added in every residual block; ``text_embeddings`` are what attn2 attends to, where
+    ``text_mask`` is True, or all without one. ``probe`` records and edits attention.
+    """
+
+    time_embedding: Float[Tensor, "batch time_width"]
+    text_embeddings: Float[Tensor, "batch length text_width"]
+    text_mask: Bool[Tensor, "batch length"] | None = None
+    probe: Probe | None = None
+
+
 class BasicTransformerBlock(nn.Module):
-    """Patches attend to patches, then to words, then each thinks for itself; each step is added to a residual."""
+    """Self-attention of patches, cross-attention to words, feed-forward; each is added to a residual."""
 
     def __init__(self, width: int, config: UNetConfig):
         super().__init__()
@@ -187,10 +202,10 @@ class BasicTransformerBlock(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "batch patches width"],
-        text_embeddings: Float[Tensor, "batch length text_width"],
-        text_mask: Bool[Tensor, "batch length"] | None = None,
-        probe: Probe | None = None,
+        conditioning: Conditioning,
     ) -> Float[Tensor, "batch patches width"]:
+        """Attend to patches and to words, and feed forward."""
+        text_embeddings, text_mask, probe = conditioning.text_embeddings, conditioning.text_mask, conditioning.probe
         hidden = hidden + self.attn1(self.norm1(hidden), probe=probe)
         hidden = hidden + self.attn2(self.norm2(hidden), text_embeddings, text_mask, probe)
         return hidden + self.ff(self.norm3(hidden))
@@ -201,7 +216,7 @@ class Transformer2DModel(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_NORM_EPS)
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=_TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, config)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -209,19 +224,18 @@ class Transformer2DModel(nn.Module):
     def forward(
         self,
         feature_map: Float[Tensor, "batch channels height width"],
-        text_embeddings: Float[Tensor, "batch length text_width"],
-        text_mask: Bool[Tensor, "batch length"] | None = None,
-        probe: Probe | None = None,
+        conditioning: Conditioning,
     ) -> Float[Tensor, "batch channels height width"]:
+        """Take the feature map apart into a row of patches, and put it together again after the blocks."""
         height = feature_map.shape[-2]
         patches = rearrange(self.proj_in(self.norm(feature_map)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
-            patches = block(patches, text_embeddings, text_mask, probe)
+            patches = block(patches, conditioning)
         return feature_map + self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
 
 
 class _Block(nn.Module):
-    """Residual blocks, each followed by a transformer where the block has them; every level is made of these."""
+    """Residual blocks of one level of the U, each followed by a transformer where the level has them."""
 
     def __init__(self, channels: list[tuple[int, int]], transformers: int, config: UNetConfig):
         super().__init__()
@@ -239,12 +253,14 @@ class _Block(nn.Module):
             width = channels[-1][1]
             self.attentions = nn.ModuleList(Transformer2DModel(width, config) for _ in range(transformers))
 
-    def _transformer(self, layer: int) -> Callable[..., Tensor]:
-        return self.attentions[layer] if hasattr(self, "attentions") else lambda hidden, *_: hidden
+    def _layer(self, layer: int, hidden: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run one residual block, and the transformer after it where there is one."""
+        hidden = self.resnets[layer](hidden, conditioning.time_embedding)
+        return self.attentions[layer](hidden, conditioning) if hasattr(self, "attentions") else hidden
 
 
 class DownBlock2D(_Block):
-    """One level of the way down. Returns its output and every feature map that the way up will want back."""
+    """One level of the encoder half. Returns its output and the feature maps of its skip connections."""
 
     def __init__(self, config: UNetConfig, level: int):
         widths = config.block_out_channels
@@ -257,17 +273,12 @@ class DownBlock2D(_Block):
             self.downsamplers = nn.ModuleList([Downsample2D(width, padding=1)])
 
     def forward(
-        self,
-        hidden: Tensor,
-        time: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor | None = None,
-        probe: Probe | None = None,
+        self, hidden: Float[Tensor, "batch in_channels height width"], conditioning: Conditioning
     ) -> tuple[Tensor, list[Tensor]]:
+        """Run the layers, and halve height and width except at the last level."""
         skips = []
-        for layer, resnet in enumerate(self.resnets):
-            hidden = resnet(hidden, time)
-            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask, probe)
+        for layer in range(len(self.resnets)):
+            hidden = self._layer(layer, hidden, conditioning)
             skips.append(hidden)
         if hasattr(self, "downsamplers"):
             hidden = self.downsamplers[0](hidden)
@@ -283,20 +294,14 @@ class UNetMidBlock2DCrossAttn(_Block):
         super().__init__([(width, width)] * 2, 1, config)
 
     def forward(
-        self,
-        hidden: Tensor,
-        time: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor | None = None,
-        probe: Probe | None = None,
-    ) -> Tensor:
-        hidden = self.resnets[0](hidden, time)
-        hidden = self.attentions[0](hidden, text_embeddings, text_mask, probe)
-        return self.resnets[1](hidden, time)
+        self, hidden: Float[Tensor, "batch channels height width"], conditioning: Conditioning
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Run the residual block with its transformer, and the other residual block."""
+        return self.resnets[1](self._layer(0, hidden, conditioning), conditioning.time_embedding)
 
 
 class UpBlock2D(_Block):
-    """One level of the way up. Every residual block sees one feature map of the way down beside its input."""
+    """One level of the decoder half. Every residual block has a skip connection's feature map beside its input."""
 
     def __init__(self, config: UNetConfig, position: int):
         widths = config.block_out_channels
@@ -313,17 +318,14 @@ class UpBlock2D(_Block):
 
     def forward(
         self,
-        hidden: Tensor,
+        hidden: Float[Tensor, "batch in_channels height width"],
         skips: list[Tensor],
         size: tuple[int, int] | None,
-        time: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor | None = None,
-        probe: Probe | None = None,
-    ) -> Tensor:
-        for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            hidden = resnet(torch.cat([hidden, skip], dim=1), time)
-            hidden = self._transformer(layer)(hidden, text_embeddings, text_mask, probe)
+        conditioning: Conditioning,
+    ) -> Float[Tensor, "batch out_channels new_height new_width"]:
+        """Run the layers over ``skips``, from the last one, and grow to ``size`` except at the first level."""
+        for layer, skip in enumerate(reversed(skips)):
+            hidden = self._layer(layer, torch.cat([hidden, skip], dim=1), conditioning)
         return self.upsamplers[0](hidden, size) if hasattr(self, "upsamplers") else hidden
 
 
@@ -364,7 +366,8 @@ class UNet(Component[UNetConfig]):
         attended to; without one all are, the padding too, as in Stable Diffusion. Height and width are free:
         where a level has an odd size, the way up goes back to that size.
         """
-        return self._predict(noisy_latents, timesteps, text_embeddings, text_mask, None)
+        time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
+        return self._predict(noisy_latents, Conditioning(time_embedding, text_embeddings, text_mask))
 
     def trace(
         self,
@@ -375,18 +378,18 @@ class UNet(Component[UNetConfig]):
         sites: Sites = None,
         reduce: Reduction = "heads",
         rows: slice | None = None,
-        edits: Sequence[Edit] = (),
+        edits: Sequence[AttentionEdit] = (),
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
-        """The prediction, bit for bit that of a plain call, and what the attentions looked at.
+        """Predict, bit for bit as a plain call, and return the attention maps of this call beside the prediction.
 
-        ``sites`` chooses among ``attention_sites``: None for all of words, a pattern of names (``"up_blocks.*attn2"``),
-        a function of a site, or the sites themselves; a choice that matches none is a :class:`UsageError` that lists
-        what there is. ``reduce`` "heads" gives means over heads [B, patches, keys], "none" every head
-        [B, heads, patches, keys], float32. ``edits`` change what the attentions look at, one after the other, whatever
-        the timestep; what is given back is then what they made of it. ``rows`` limits maps and edits to a part of the
-        batch.
+        ``sites`` chooses among ``attention_sites``: None for all cross-attention, a pattern of names
+        (``"up_blocks.*attn2"``), a function of a site, or the sites themselves. ``reduce`` "heads" gives means over
+        heads [B, patches, keys], "none" every head [B, heads, patches, keys], float32. ``edits`` change attention
+        probabilities, one after the other, at every timestep, and then the maps and the prediction are those of the
+        changed ones. ``rows`` limits maps and edits to a part of the batch. Raises :class:`UsageError`, with a list of
+        the sites, for a choice that matches none.
         """
-        changes: dict[AttentionSite, list[Change]] = {}
+        changes: dict[AttentionSite, list[AttentionChange]] = {}
         for edit in edits:
             for site in choose_sites(self.attention_sites, edit.sites):
                 changes.setdefault(site, []).append(edit.change)
@@ -396,37 +399,34 @@ class UNet(Component[UNetConfig]):
             rows=slice(None) if rows is None else rows,
             changes=changes,
         )
-        return self._predict(noisy_latents, timesteps, text_embeddings, text_mask, probe), probe.maps
+        time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
+        conditioning = Conditioning(time_embedding, text_embeddings, text_mask, probe)
+        return self._predict(noisy_latents, conditioning), probe.maps
 
-    def _predict(
-        self,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor | None,
-        probe: Probe | None,
-    ) -> Tensor:
-        time = self.time_embedding(self.time_proj(timesteps).to(noisy_latents.dtype))
-        conditions = (time, text_embeddings, text_mask, probe)
+    def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed timesteps: sinusoids, then two linear layers in ``dtype``."""
+        return self.time_embedding(self.time_proj(timesteps).to(dtype))
 
+    def _predict(self, noisy_latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict: down, noting feature maps for the skip connections, through the middle, and up again."""
         hidden = self.conv_in(noisy_latents)
         skips = [hidden]
         for block in self.down_blocks:
-            hidden, block_skips = self._run(block, hidden, *conditions)
+            hidden, block_skips = self._run(block, hidden, conditioning)
             skips += block_skips
 
-        hidden = self._run(self.mid_block, hidden, *conditions)
+        hidden = self._run(self.mid_block, hidden, conditioning)
 
         for block in self.up_blocks:
             count = self.config.layers_per_block + 1
             skips, block_skips = skips[:-count], skips[-count:]
             size = tuple(skips[-1].shape[-2:]) if skips else None
-            hidden = self._run(block, hidden, block_skips, size, *conditions)
+            hidden = self._run(block, hidden, block_skips, size, conditioning)
 
         return self.conv_out(F.silu(self.conv_norm_out(hidden)))
 
     def _name_sites(self) -> Iterator[AttentionSite]:
-        """Every attention in the order in which latents pass through them; each is told which it is."""
+        """Give every attention its site, in the order in which latents pass through them."""
         names = {module: name for name, module in self.named_modules()}
         down = [2**level for level in range(len(self.down_blocks))]
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
@@ -438,12 +438,13 @@ class UNet(Component[UNetConfig]):
                     yield module.site
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        """Run a block, under gradient checkpointing where that is set."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def zero_init_(self) -> Self:
-        """Start training from nothing: every residual branch, and the output, begin at zero.
+        """Set the last layer of every residual branch, and of the network, to zero: training from scratch begins so.
 
         As CompVis trains (``zero_module`` in ``ldm/modules/diffusionmodules/openaimodel.py``); diffusers does not.
         """
@@ -457,5 +458,6 @@ class UNet(Component[UNetConfig]):
 
 
 def _zero_(layer: nn.Conv2d) -> None:
+    """Set a layer's weight and bias to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""Image to latents and back: the autoencoder of latent diffusion, at any size.
+"""The VAE of latent diffusion, at any size: image to latents and back.
 
 Kingma and Welling 2013 (arXiv 1312.6114); Rombach et al. 2022 (arXiv 2112.10752), section 3.1. This file is the
 only owner of the scaling factor: the rest of Gobelin knows latents of about unit variance and nothing else.
@@ -15,24 +15,28 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from gobelin.errors import UsageError
-from gobelin.formats.component import Component, require_counts
+from gobelin.formats.component import Component
 from gobelin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+from gobelin.validation import Count, PositiveNumber, validate_fields
 
-NORM_EPS = 1e-6
+_NORM_EPS = 1e-6  # of every norm in diffusers' AutoencoderKL, for which its config file has no field
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """The shape of a VAE; the fields are those of a diffusers ``vae/config.json``."""
+    """The configuration of a VAE; fields as in a diffusers ``vae/config.json``.
 
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int = 2
+    Raises :class:`UsageError` for widths that cannot be built.
+    """
+
+    block_out_channels: tuple[Count, ...]
+    layers_per_block: Count = 2
     in_channels: int = 3
     out_channels: int = 3
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int = 512
-    scaling_factor: float = 0.18215
+    latent_channels: Count = 4
+    norm_num_groups: Count = 32
+    sample_size: Count = 512
+    scaling_factor: PositiveNumber = 0.18215
     mid_block_add_attention: bool = True
 
     fixed: ClassVar[dict[str, Any]] = {
@@ -45,9 +49,7 @@ class VAEConfig:
     }
 
     def __post_init__(self) -> None:
-        require_counts(self, "layers_per_block", "latent_channels", "norm_num_groups", "sample_size")
-        if not self.scaling_factor > 0:
-            raise UsageError(f"scaling_factor is {self.scaling_factor}: give a number greater than 0")
+        validate_fields(self)
         if not self.block_out_channels:
             raise UsageError("block_out_channels is empty: give a width for each level")
         for width in self.block_out_channels:
@@ -56,17 +58,17 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """How many pixels a latent is wide: 8 for Stable Diffusion 1.5."""
+        """Pixels to a latent, in height and in width: 8 for Stable Diffusion 1.5."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def sd15(cls) -> Self:
-        """Stable Diffusion 1.5: 83,653,863 parameters."""
+        """Configure Stable Diffusion 1.5's VAE: 83,653,863 parameters."""
         return cls(block_out_channels=(128, 256, 512, 512))
 
     @classmethod
     def nano(cls) -> Self:
-        """64×64 images to 16×16 latents."""
+        """Configure a VAE of 64×64 images and 16×16 latents, for minutes of training."""
         return cls(
             block_out_channels=(16, 32, 32),
             layers_per_block=1,
@@ -78,7 +80,7 @@ class VAEConfig:
 
     @classmethod
     def tiny(cls) -> Self:
-        """0.52 million parameters, 64×64 images to 16×16 latents."""
+        """Configure 0.52 million parameters for 64×64 images and 16×16 latents: the shipped model."""
         return cls(
             block_out_channels=(24, 48, 48),
             layers_per_block=1,
@@ -90,7 +92,7 @@ class VAEConfig:
 
     @classmethod
     def small(cls) -> Self:
-        """64×64 images to 16×16 latents, with room for texture."""
+        """Configure a VAE of 64×64 images and 16×16 latents, wide enough for texture."""
         return cls(
             block_out_channels=(32, 64, 64),
             norm_num_groups=8,
@@ -102,32 +104,32 @@ class VAEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Posterior:
-    """A diagonal Gaussian over raw (unscaled) latents, one for each image."""
+    """The posterior q(z | x): a diagonal Gaussian over raw (unscaled) latents for each image."""
 
     mean: Float[Tensor, "batch latent_channels h w"]
     logvar: Float[Tensor, "batch latent_channels h w"]
 
     def mode(self) -> Float[Tensor, "batch latent_channels h w"]:
-        """The most likely latents: the mean."""
+        """Return the most likely latents: the mean."""
         return self.mean
 
     def sample(self, generator: Generator | None = None) -> Float[Tensor, "batch latent_channels h w"]:
-        """Latents drawn from the posterior, by the reparametrisation z = μ + σ·ε; the generator is a CPU one."""
+        """Draw latents z = μ + σ·ε (the reparametrisation trick); the generator is a CPU one."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
 
     def kl(self) -> Float[Tensor, " latent_channels"]:
-        """KL divergence from N(0, 1) in nats, per channel: summed over positions, averaged over the batch."""
+        """Compute the KL divergence from N(0, 1) in nats, by channel: summed over positions, a mean over the batch."""
         divergence = 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar)
         return divergence.sum(dim=(2, 3)).mean(dim=0)
 
 
 class MidAttention(Attention):
-    """Attention of every position to every other, one head as wide as the feature map, with its residual."""
+    """Self-attention of a feature map's positions, with one head and a residual."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__(channels, heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=_NORM_EPS)
 
     def forward(  # type: ignore[override]
         self, feature_map: Float[Tensor, "batch channels height width"]
@@ -138,7 +140,7 @@ class MidAttention(Attention):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention where the configuration has it, residual block."""
+    """Middle of the encoder or decoder: residual block, attention where the configuration has it, residual block."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -155,7 +157,7 @@ class MidBlock(nn.Module):
 
 
 class LevelBlock(nn.Module):
-    """One resolution of the encoder or the decoder: residual blocks, then a change of size except at the end."""
+    """One resolution of the encoder or decoder: residual blocks, then the ``change`` "down" or "up", or None."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, change: str | None, config: VAEConfig):
         super().__init__()
@@ -178,7 +180,7 @@ class LevelBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image to the mean and log-variance of the posterior, before the last 1×1 convolution."""
+    """The encoder: images to the posterior's mean and log-variance, before the last 1×1 convolution."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -195,7 +197,7 @@ class Encoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.mid_block = MidBlock(config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=_NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to an image, after the first 1×1 convolution."""
+    """The decoder: latents to images, after the first 1×1 convolution."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -223,7 +225,7 @@ class Decoder(nn.Module):
             )
             for position, width in enumerate(widths)
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=_NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -234,8 +236,11 @@ class Decoder(nn.Module):
 
 
 class VAE(Component[VAEConfig]):
-    """The variational autoencoder. ``encode`` and ``decode`` speak raw latents, as diffusers does;
-    ``images_to_latents`` and ``latents_to_images`` speak the scaled ones that the rest of Gobelin uses."""
+    """The variational autoencoder.
+
+    ``encode`` and ``decode`` use raw latents, as in diffusers; ``images_to_latents`` and ``latents_to_images`` use
+    the scaled ones that the rest of Gobelin has.
+    """
 
     config_class = VAEConfig
     class_name = "AutoencoderKL"
@@ -250,69 +255,78 @@ class VAE(Component[VAEConfig]):
         self.decoder = Decoder(config)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Posterior:
-        """Images in [-1, 1] to a posterior over raw latents; the sides must be multiples of ``config.factor``."""
+        """Encode images in [-1, 1] to a posterior over raw latents.
+
+        Raises :class:`UsageError` for sides that are no multiples of ``config.factor``.
+        """
         if images.shape[-2] % self.config.factor or images.shape[-1] % self.config.factor:
             raise UsageError(
                 f"the images are {images.shape[-1]}×{images.shape[-2]} pixels: the sides must be multiples "
                 f"of {self.config.factor} for this VAE"
             )
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return Posterior(mean=mean, logvar=logvar.clamp(-30, 20))
+        return Posterior(mean=mean, logvar=logvar.clamp(-30, 20))  # as CompVis and diffusers clamp
 
     def decode(self, latents: Float[Tensor, "batch latent_channels h w"]) -> Float[Tensor, "batch 3 height width"]:
-        """Raw latents to images, in about [-1, 1] (not clamped)."""
+        """Decode raw latents to images in about [-1, 1] (not clamped)."""
         return self.decoder(self.post_quant_conv(latents))
 
     def images_to_latents(
         self, images: Float[Tensor, "batch 3 height width"], generator: Generator | None = None
     ) -> Float[Tensor, "batch latent_channels h w"]:
-        """Images in [-1, 1] to latents of about unit variance: a draw with a generator, else the posterior's mean."""
+        """Encode images in [-1, 1] to latents of about unit variance.
+
+        With a generator they are drawn from the posterior; without one they are its mean.
+        """
         posterior = self.encode(images)
         return self.config.scaling_factor * (posterior.mode() if generator is None else posterior.sample(generator))
 
     def latents_to_images(
         self, latents: Float[Tensor, "batch latent_channels h w"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Latents of about unit variance to images, in about [-1, 1] (not clamped)."""
+        """Decode latents of about unit variance to images in about [-1, 1] (not clamped)."""
         return self.decode(latents / self.config.scaling_factor)
 
     def latents_to_large_images(
         self, latents: Float[Tensor, "batch latent_channels h w"], tile: int = 64, overlap: int = 16
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The same one by one and in tiles of so many latents a side: memory does not grow with the size.
+        """Decode one image at a time, in tiles of ``tile`` × ``tile`` latents: memory does not grow with the size.
 
-        Neighbours share ``overlap`` latents, over which one fades into the other. A tile's norms see that tile alone,
-        so that colours may differ a little from the whole's; a picture of one tile is as of
-        :meth:`latents_to_images`. Raises :class:`UsageError` for an overlap that is not less than half of the tile.
+        Neighbours share ``overlap`` latents, over which one fades into the other. Group norms see one tile, so that
+        colours may differ a little from those of :meth:`latents_to_images`, except for an image of one tile. Raises
+        :class:`UsageError` for an overlap of nothing, or of more than half of the tile.
         """
+        # Tiles of 64 are the 512 pixels that SD 1.5's VAE was trained at, a quarter of overlap is diffusers' default.
         if not 0 < overlap <= tile // 2:
-            raise UsageError(f"tiles of {tile} overlap by {overlap}: give from 1 to half of the tile")
+            raise UsageError(
+                f"the tiles are {tile} latents and overlap by {overlap}: give an overlap from 1 to half of the tile"
+            )
         height, width = latents.shape[-2:]
         if max(height, width) <= tile:
             return torch.cat([self.latents_to_images(one) for one in latents.split(1)])
         factor = self.config.factor
-        pictures = []
+        images = []
         for one in latents.split(1):
             shape = (height * factor, width * factor)
-            picture = torch.zeros(1, self.config.out_channels, *shape, device=one.device)  # summed in float32
+            image = torch.zeros(1, self.config.out_channels, *shape, device=one.device)  # summed in float32
             weight = torch.zeros(1, 1, *shape, device=one.device)
             for top, left in product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
                 part = one[..., top : top + tile, left : left + tile]
                 rows, columns = (slice(start * factor, (start + tile) * factor) for start in (top, left))
                 fade = _fade(part.shape[-2], overlap, factor)[:, None] * _fade(part.shape[-1], overlap, factor)
-                picture[..., rows, columns] += self.latents_to_images(part).float() * fade.to(one.device)
+                image[..., rows, columns] += self.latents_to_images(part).float() * fade.to(one.device)
                 weight[..., rows, columns] += fade.to(one.device)
-            pictures.append((picture / weight).to(one))
-        return torch.cat(pictures)
+            images.append((image / weight).to(one))
+        return torch.cat(images)
 
     @torch.no_grad()
     def normalise_latents_(
         self, mean: Float[Tensor, " latent_channels"], std: Float[Tensor, " latent_channels"]
     ) -> None:
-        """Shift and scale each raw channel from the given statistics to mean 0 and variance 1.
+        """Normalise the raw latents: shift and scale each channel from its ``mean`` and ``std`` to 0 and 1.
 
-        The change is folded into the two 1×1 convolutions, so that every picture decodes as before and other
-        tools, which know one scalar only, need nothing new.
+        The change is folded into the two 1×1 convolutions, so that images decode as before and other tools, which have
+        one scaling factor only, read the VAE as any other.
         """
         channels = self.config.latent_channels
         scale = torch.cat([std, torch.ones_like(std)])
@@ -326,7 +340,7 @@ class VAE(Component[VAEConfig]):
 
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Older files, Stable Diffusion 1.5's own among them, have other names for the attention's layers."""
+        """Rename the attention's layers from older files, which Stable Diffusion 1.5's own are among."""
 
         def current(name: str) -> str:
             *path, layer, kind = name.split(".")
@@ -335,6 +349,7 @@ class VAE(Component[VAEConfig]):
         return {current(name): tensor for name, tensor in tensors.items()}
 
     def config_json(self) -> dict[str, Any]:
+        """Write the configuration with the block types that diffusers wants named."""
         levels = len(self.config.block_out_channels)
         return {
             **super().config_json(),
@@ -347,7 +362,7 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 
 def _starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side: evenly, the last one at its end."""
+    """Place tiles evenly along a side: the first latent of each, the last tile ending with the side."""
     if side <= tile:
         return [0]
     count = -(-(side - overlap) // (tile - overlap))
@@ -355,10 +370,11 @@ def _starts(side: int, tile: int, overlap: int) -> list[int]:
 
 
 def _fade(side: int, overlap: int, factor: int) -> Float[Tensor, " pixels"]:
-    """A tile's weight along a side, in pixels: rising over the overlap, and falling again."""
+    """Compute a tile's weight at each pixel of a side: it rises over the overlap and falls again."""
     pixels = torch.arange(side * factor) + 0.5
     return torch.minimum(pixels, side * factor - pixels).clamp(max=overlap * factor)
 
 
 def _resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock2D:
-    return ResnetBlock2D(in_channels, out_channels, groups=config.norm_num_groups, eps=NORM_EPS)
+    """Make a residual block with the VAE's norms, and without a timestep."""
+    return ResnetBlock2D(in_channels, out_channels, groups=config.norm_num_groups, eps=_NORM_EPS)

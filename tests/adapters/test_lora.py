@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests.oracles import differences
 from torch import Tensor
 
+from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.lora_layouts import _bases
+from gobelin.formats.lora_layouts import _layer_names
 from gobelin.pipeline import Pipeline
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -30,7 +31,8 @@ def with_adapter(make: Any, targets: list[str], seed: int, alpha: int = 8) -> St
     for network in (pipe.unet, pipe.text_encoder):
         for name, parameter in network.named_parameters():
             if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+                # At 0.2 the changed U-Net multiplies rounding errors: PEFT's float32 strays 4e-5 from its own float64.
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     return pipe
 
 
@@ -83,7 +85,9 @@ def full(make_oracle, tmp_path_factory):
 
 
 def assert_same(pipe: Pipeline, oracle: StableDiffusionPipeline) -> None:
-    found = differences(pipe, oracle)
+    found = differences(
+        pipe, oracle, torch.float64
+    )  # theirs adds where ours merges: in float32 6e-5 apart on some CPUs
     assert max(found.values()) <= 2e-5, found
 
 
@@ -180,24 +184,31 @@ def test_maps_and_edits_go_on_working(full, oracle_folder, tmp_path):
     _, tensors = full
     save_file(kohya(tensors), tmp_path / "x.safetensors")
     pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
-    plain = pipe("a red circle", steps=2, trace=True)
+    plain = pipe("a red circle", seed=0, steps=2, trace=True)
     pipe.load_lora(tmp_path / "x.safetensors")
-    traced, silent = (pipe("a red circle", steps=2, trace=trace) for trace in (True, False))
+    traced, silent = (pipe("a red circle", seed=0, steps=2, trace=trace) for trace in (True, False))
     assert torch.equal(traced.latents, silent.latents)
     assert not torch.equal(traced.latents, plain.latents)
     assert not torch.equal(traced.heatmaps[0]["red"].raw, plain.heatmaps[0]["red"].raw)
     assert pipe.edit("a red circle", "a blue circle", steps=2).images[1].size == (64, 64)
 
 
-def test_what_is_merged_stays_and_is_saved(full, oracle_folder, tmp_path):
+def test_a_model_that_is_saved_holds_its_loras_and_saving_it_has_to_be_meant(full, oracle_folder, tmp_path):
     theirs, tensors = full
     save_file(kohya(tensors), tmp_path / "x.safetensors")
     pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
-    pipe.load_lora(tmp_path / "x.safetensors")
-    pipe.loras.merge()
-    assert pipe.loras.weights == {}
-    pipe.save_pretrained(tmp_path / "merged")
-    assert_same(Pipeline.from_pretrained(tmp_path / "merged", "cpu"), theirs)
+    pipe.loras.require_fuse(False)
+    pipe.load_lora(tmp_path / "x.safetensors", weight=1.0)
+    with pytest.raises(UsageError, match=r"has LoRAs loaded \('x' at 1\): save with fuse_loras=True"):
+        pipe.loras.require_fuse(False)
+    pipe.loras.require_fuse(True)
+    save_folder(pipe.model, tmp_path / "fused")
+    fused = Pipeline.from_pretrained(tmp_path / "fused", "cpu")
+    assert fused.loras.weights == {}
+    assert_same(fused, theirs)
+    assert pipe.loras.weights == {"x": 1.0}
+    pipe.loras.remove("x")
+    pipe.loras.require_fuse(False)
 
 
 @pytest.mark.parametrize(
@@ -206,11 +217,11 @@ def test_what_is_merged_stays_and_is_saved(full, oracle_folder, tmp_path):
         (lambda t: {}, "it holds no tensors"),
         (
             lambda t: {"a.lora_down.weight": torch.ones(1)},
-            r"holds 'a\.lora_down\.weight', which is of no layer of this",
+            r"holds 'a\.lora_down\.weight', which belongs to no layer of this",
         ),
         (
             lambda t: t | {"lora_unet_x.alpha": torch.ones(1)},
-            r"holds 'lora_unet_x\.alpha', which is of no layer of this",
+            r"holds 'lora_unet_x\.alpha', which belongs to no layer of this",
         ),
         (lambda t: t | {"lora_unet_y.hada_w1_a": torch.ones(1)}, "is a LoHa"),
         (lambda t: t | {"lora_unet_y.dora_scale": torch.ones(1)}, "is a DoRA"),
@@ -241,9 +252,9 @@ def test_names_that_are_taken_or_not_there_are_said(full, oracle_folder, tmp_pat
     save_file(kohya(tensors), tmp_path / "x.safetensors")
     pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
     pipe.load_lora(tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match="a LoRA 'x' is there already"):
+    with pytest.raises(UsageError, match="a LoRA 'x' is loaded already"):
         pipe.load_lora(tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match="no LoRA 'y' was added: there is x"):
+    with pytest.raises(UsageError, match="no LoRA 'y' is loaded: the loaded ones are x"):
         pipe.loras.remove("y")
 
 
@@ -253,7 +264,7 @@ def test_no_two_layers_share_a_name():
     with torch.device("meta"):
         unet = UNet(UNetConfig.sd15())
     modules = [name for name, module in unet.named_modules() if hasattr(module, "weight")]
-    names = [name for module in modules for name in set(_bases("unet", module))]
+    names = [name for module in modules for name in set(_layer_names("unet", module))]
     assert len(set(names)) == len(names)
 
 
@@ -263,11 +274,11 @@ WHERE = "lora_unet_mid_block_attentions_0_proj_in"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_down.weight": torch.ones(())}, "make no change of one rank"),
-        ({"lora_up.weight": torch.ones(64)}, "make no change of one rank"),
-        ({"lora_up.weight": torch.ones(64, 3)}, "make no change of one rank"),
-        ({"lora_down.weight": torch.ones(0, 64), "lora_up.weight": torch.ones(64, 0)}, "make no change of one rank"),
-        ({"alpha": torch.ones(2)}, "make no change of one rank"),
+        ({"lora_down.weight": torch.ones(())}, "no common rank"),
+        ({"lora_up.weight": torch.ones(64)}, "no common rank"),
+        ({"lora_up.weight": torch.ones(64, 3)}, "no common rank"),
+        ({"lora_down.weight": torch.ones(0, 64), "lora_up.weight": torch.ones(64, 0)}, "no common rank"),
+        ({"alpha": torch.ones(2)}, "no common rank"),
         ({"alpha": torch.tensor(torch.nan)}, "holds NaN or infinity"),
         ({"lora_down.weight": torch.full((2, 64), torch.inf)}, "holds NaN or infinity"),
         ({"lora_up.weight": torch.ones(10**5, 2), "lora_down.weight": torch.ones(2, 10**5)}, "is for another model"),

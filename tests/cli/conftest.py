@@ -19,3 +19,16 @@ def gobelin(capsys):
         return status, output.out, output.err
 
     return run
+
+
+@pytest.fixture
+def refused(gobelin):
+    """Run a command line that is refused in one sentence on standard error; gives back (exit status, sentence)."""
+
+    def run(*arguments):
+        status, out, err = gobelin(*arguments)
+        assert err.startswith("gobelin: ")
+        assert (err.count("\n"), err[-1], out) == (1, "\n", "")
+        return status, err.removeprefix("gobelin: ").rstrip("\n")
+
+    return run

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gobelin.data import FolderPairs
+from gobelin.data import ImageFolderDataset
 from gobelin.data.image_folder import read_image
 from gobelin.errors import DataError
 
@@ -20,20 +20,20 @@ def test_text_files_beside_images_are_captions(tmp_path):
     for name, colour in (("a.png", "red"), ("deep/b.jpg", "blue")):
         picture(tmp_path / name, colour)
         (tmp_path / name).with_suffix(".txt").write_text(f"  a {colour}\n picture ")
-    pairs = FolderPairs(tmp_path, 8)
-    assert [pairs[index].caption for index in range(len(pairs))] == ["a red picture", "a blue picture"]
-    assert pairs[0].image.shape == (8, 8, 3)
-    assert pairs[0].image.dtype == np.uint8
-    assert pairs[0].image[4, 4].tolist() == [255, 0, 0]
+    dataset = ImageFolderDataset(tmp_path, 8)
+    assert [dataset[index].caption for index in range(len(dataset))] == ["a red picture", "a blue picture"]
+    assert dataset[0].image.shape == (8, 8, 3)
+    assert dataset[0].image.dtype == np.uint8
+    assert dataset[0].image[4, 4].tolist() == [255, 0, 0]
 
 
 def test_metadata_names_images_and_captions(tmp_path):
     picture(tmp_path / "x.png", "lime")
     picture(tmp_path / "unlisted.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "x.png", "text": "Ünïcode"}) + "\n\n")
-    pairs = FolderPairs(tmp_path, 8)
-    assert len(pairs) == 1
-    assert pairs[0].caption == "Ünïcode"
+    dataset = ImageFolderDataset(tmp_path, 8)
+    assert len(dataset) == 1
+    assert dataset[0].caption == "Ünïcode"
 
 
 def test_bad_images_are_named_skipped_and_counted(tmp_path):
@@ -43,26 +43,26 @@ def test_bad_images_are_named_skipped_and_counted(tmp_path):
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     (tmp_path / "2.txt").unlink()
     (tmp_path / "3.png").write_text("not an image at all")
-    pairs = FolderPairs(tmp_path, 8)
-    assert len(pairs) == 3
-    assert {skip.name: skip.reason for skip in pairs.skipped} == {
+    dataset = ImageFolderDataset(tmp_path, 8)
+    assert len(dataset) == 3
+    assert {skip.name: skip.reason for skip in dataset.skipped} == {
         "1.png": "not a readable image",
         "2.png": "no caption",
         "3.png": "not a readable image",
     }
-    assert "skipped 3: 1.png (not a readable image)" in pairs.description
+    assert "skipped 3: 1.png (not a readable image)" in dataset.description
 
 
 def test_a_folder_with_nothing_or_little_to_learn_from_is_refused(tmp_path):
     with pytest.raises(DataError, match="no folder at"):
-        FolderPairs(tmp_path / "nowhere", 8)
+        ImageFolderDataset(tmp_path / "nowhere", 8)
     with pytest.raises(DataError, match="has no captioned images"):
-        FolderPairs(tmp_path, 8)
+        ImageFolderDataset(tmp_path, 8)
     for number in range(3):
         picture(tmp_path / f"{number}.png")
     (tmp_path / "0.txt").write_text("red")
     with pytest.raises(DataError, match=r"only 1 of 3 images can be used.*no caption"):
-        FolderPairs(tmp_path, 8)
+        ImageFolderDataset(tmp_path, 8)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_broken_line_of_metadata_is_named(tmp_path, line, message):
     picture(tmp_path / "x.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "x"}\n' + line + "\n")
     with pytest.raises(DataError, match=message):
-        FolderPairs(tmp_path, 8)
+        ImageFolderDataset(tmp_path, 8)
 
 
 def test_images_are_upright_opaque_and_cropped_to_the_middle(tmp_path):

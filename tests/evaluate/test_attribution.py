@@ -11,24 +11,24 @@ from torch import Tensor
 from gobelin.attention import AttentionSite
 from gobelin.evaluate import attribution
 from gobelin.evaluate.attribution import (
-    Case,
-    Mean,
+    AttributionCase,
     argmax_intersection,
     causality,
     ceiling,
     daam,
     found_masks,
     intersections,
-    kind_of,
     overlap,
     own_samples,
     renders,
     sharpened,
-    truths,
     whole_image,
+    word_kind,
+    word_truths,
 )
+from gobelin.images import tensor_to_images
 from gobelin.look.heatmaps import HeatMaps
-from gobelin.pipeline import Pipeline, to_pil
+from gobelin.pipeline import Pipeline
 from gobelin.scenes import CORE, Sample, grade, sample
 from gobelin.tokenizer import Tokenizer
 
@@ -53,22 +53,26 @@ def heatmaps_of(each: Sample, tokenizer: Tokenizer) -> HeatMaps:
             shares[1, :, list(span.tokens)] = (0.3 * small / len(span.tokens))[:, None] + 1e-3
     shares[1, :, 0] += 1 - shares[1].sum(dim=-1)
     maps = {BLIND: torch.full((1, 2, 64, 32), 1 / 32), SEEING: shares[None]}
-    picture = to_pil(torch.from_numpy(each.image).permute(2, 0, 1)[None] / 127.5 - 1)[0]
+    picture = tensor_to_images(torch.from_numpy(each.image).permute(2, 0, 1)[None] / 127.5 - 1)[0]
     return HeatMaps(words=words, maps=maps, latent_size=(16, 16), picture=picture)
 
 
 @pytest.fixture(scope="module")
-def cases(tokenizer: Tokenizer) -> list[Case]:
+def cases(tokenizer: Tokenizer) -> list[AttributionCase]:
     found = []
     for index in range(24):
         each = sample(5, index, CORE)
         heatmaps = heatmaps_of(each, tokenizer)
         right = replace(heatmaps, maps={SEEING: heatmaps.maps[SEEING][:, 1:]})
-        found.append(Case(heatmaps=heatmaps, sharp=right, truths=truths(each, heatmaps, torch.from_numpy(each.masks))))
+        found.append(
+            AttributionCase(
+                heatmaps=heatmaps, sharp=right, truths=word_truths(each, heatmaps, torch.from_numpy(each.masks))
+            )
+        )
     return found
 
 
-def test_maps_that_are_right_reach_the_ceiling_and_no_more(cases: list[Case]) -> None:
+def test_maps_that_are_right_reach_the_ceiling_and_no_more(cases: list[AttributionCase]) -> None:
     right = intersections(cases, sharpened)
     perfect = ceiling(cases, SEEING)
     assert right["noun", 0.4].value == pytest.approx(perfect.value, abs=0.01)
@@ -79,7 +83,7 @@ def test_maps_that_are_right_reach_the_ceiling_and_no_more(cases: list[Case]) ->
     assert argmax_intersection(cases, sharpened).value > 0.7
 
 
-def test_maps_that_are_even_or_wrong_do_not(cases: list[Case]) -> None:
+def test_maps_that_are_even_or_wrong_do_not(cases: list[AttributionCase]) -> None:
     even = [replace(case, sharp=case.heatmaps.select(sites=[BLIND])) for case in cases]
     assert intersections(even, sharpened)["noun", 0.4].value == 0
     everywhere = whole_image(cases)
@@ -92,7 +96,7 @@ def test_maps_that_are_even_or_wrong_do_not(cases: list[Case]) -> None:
     assert intersections(exchanged, sharpened)["noun", 0.4].value < 0.15
 
 
-def test_daam_is_drawn_by_every_head(cases: list[Case]) -> None:
+def test_daam_is_drawn_by_every_head(cases: list[AttributionCase]) -> None:
     assert intersections(cases, daam)["noun", 0.4].value > 0.5  # even maps have no range, and do not harm it
 
 
@@ -131,16 +135,7 @@ def test_pictures_that_are_not_right_have_no_masks() -> None:
     ],
 )
 def test_words_are_of_kinds(word: str, things: int, kind: str) -> None:
-    assert kind_of(word, things) == kind
-
-
-def test_the_margin_knows_which_words_share_a_picture() -> None:
-    apart = Mean.of([[0.0], [1.0]] * 50)
-    together = Mean.of([[0.0, 0.0], [1.0, 1.0]] * 25)
-    assert apart.value == together.value == 0.5
-    assert apart.n == together.n == 100
-    assert together.margin == pytest.approx(apart.margin * 2**0.5, rel=0.02)
-    assert apart.margin == pytest.approx(1.96 * 0.5 / 10, rel=0.02)
+    assert word_kind(word, things) == kind
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +152,7 @@ def test_a_model_is_looked_into_by_true_renders_and_by_its_own_pictures(pipe: Pi
     assert intersections(cases, daam) != intersections(cases, sharpened)
 
     def seen(image, world) -> list:  # an untrained model paints nothing that the grader would find
-        return grade(sample(attribution.SEED, seen.index, CORE, "test").image, CORE)
+        return grade(sample(attribution.ATTRIBUTION_SEED, seen.index, CORE, "test").image, CORE)
 
     seen.index = 0
     monkeypatch.setattr(attribution, "grade", seen)

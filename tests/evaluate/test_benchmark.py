@@ -6,22 +6,15 @@ import numpy as np
 import pytest
 
 from gobelin import scenes
-from gobelin.evaluate import benchmark
-from gobelin.evaluate.benchmark import (
-    Painting,
-    judged,
-    mean_scores,
-    paint,
-    shuffled_captions,
-    swapped_attributes,
-    task_scores,
-)
-from gobelin.evaluate.picture_list import asked_for
+from gobelin.evaluate import benchmark, scored_images
+from gobelin.evaluate.benchmark import mean_scores, shuffled_captions, swapped_attributes, task_scores
+from gobelin.evaluate.picture_list import requested_images
+from gobelin.evaluate.scored_images import GenerationSettings, generate_images, score_images
 from gobelin.pipeline import Pipeline
 
 WORLD = scenes.CORE
 PROMPTS = 8
-ASKED = asked_for(WORLD, limit=PROMPTS, count=2)
+REQUESTS = requested_images(WORLD, limit=PROMPTS, count=2)
 SWAPPABLE = ("counting", "position", "attribute_binding", "five")
 
 
@@ -34,7 +27,7 @@ def pipe(trained):
 def exhibits(painters):
     """What each painter painted, judged."""
     return {
-        name: judged(ASKED, (painter(each.prompt, WORLD) for each in ASKED), WORLD)
+        name: score_images(REQUESTS, (painter(each.prompt, WORLD) for each in REQUESTS), WORLD)
         for name, painter in painters.items()
     }
 
@@ -81,12 +74,12 @@ def test_the_mean_is_over_genevals_tasks_and_the_worst_is_named(exhibits):
 
 
 def test_a_painter_that_ignores_its_prompt_scores_chance(portrait):
-    asked = asked_for(WORLD, limit=30, count=1)
-    others = {(e.split, e.prompt.task, e.number): e.prompt for e in asked}
+    requests = requested_images(WORLD, limit=30, count=1)
+    others = {(e.split, e.prompt.task, e.number): e.prompt for e in requests}
     order = random.Random(3).sample(range(30), 30)
     after = dict(zip(order, order[1:] + order[:1], strict=True))
-    images = [portrait(others[e.split, e.prompt.task, after[e.number]], WORLD) for e in asked]
-    pictures = judged(asked, images, WORLD)
+    images = [portrait(others[e.split, e.prompt.task, after[e.number]], WORLD) for e in requests]
+    pictures = score_images(requests, images, WORLD)
     chance = {(row.split, row.task): row.perfect for row in shuffled_captions(pictures)}
     for row, value in correct(pictures).items():
         assert value <= chance[row] + 0.15, row
@@ -94,19 +87,19 @@ def test_a_painter_that_ignores_its_prompt_scores_chance(portrait):
 
 
 def test_shuffled_captions_judge_a_perfect_painter_at_its_chance(portrait):
-    asked = asked_for(WORLD, ("dev",), limit=30, count=2)
-    pictures = judged(asked, (portrait(each.prompt, WORLD) for each in asked), WORLD)
+    requests = requested_images(WORLD, ("dev",), limit=30, count=2)
+    pictures = score_images(requests, (portrait(each.prompt, WORLD) for each in requests), WORLD)
     for row in shuffled_captions(pictures):
         assert row.correct.value == pytest.approx(row.perfect, abs=0.12), row
-        assert row.correct.n == len([each for each in asked if each.prompt.task == row.task])
-    twice = asked_for(WORLD, ("dev",), ("attribute_binding",), limit=2, count=4)
-    for row in shuffled_captions(judged(twice, (portrait(each.prompt, WORLD) for each in twice), WORLD)):
+        assert row.correct.n == len([each for each in requests if each.prompt.task == row.task])
+    twice = requested_images(WORLD, ("dev",), ("attribute_binding",), limit=2, count=4)
+    for row in shuffled_captions(score_images(twice, (portrait(each.prompt, WORLD) for each in twice), WORLD)):
         assert row.correct.value == 0, "no picture is judged by its own prompt, however many it has"
 
 
 def test_the_same_wish_in_other_words_is_one_chance():
     def wish(objects, relation=None):
-        return benchmark._wish(scenes.Prompt(text="…", task="x", objects=objects, relation=relation))
+        return benchmark._canonical(scenes.Prompt(text="…", task="x", objects=objects, relation=relation))
 
     circle, ring = ("circle", "red"), ("ring", None)
     assert wish((circle, ring), "left of") == wish((ring, circle), "right of") != wish((circle, ring), "right of")
@@ -121,35 +114,40 @@ def test_swapped_attributes_are_wrong_of_a_perfect_painter_and_right_of_a_swappi
 
 
 def test_a_picture_is_the_same_in_whatever_batch(pipe, monkeypatch):
-    asked = asked_for(scenes.NANO, ("dev",), ("colours", "position"), limit=5, count=2)
+    requests = requested_images(scenes.NANO, ("dev",), ("colours", "position"), limit=5, count=2)
     told = []
-    together = list(paint(pipe, asked, advance=told.append))
-    assert sum(told) == len(asked) == len(together)
-    monkeypatch.setattr(benchmark, "CPU_BATCH", 2)
-    fewer = asked_for(scenes.NANO, ("dev",), ("position",), limit=3, count=1)
-    for each, alone in zip(fewer, paint(pipe, fewer), strict=True):
-        image = together[asked.index(each)]
+    together = list(generate_images(pipe, requests, advance=told.append))
+    assert sum(told) == len(requests) == len(together)
+    monkeypatch.setattr(scored_images, "CPU_BATCH_SIZE", 2)
+    fewer = requested_images(scenes.NANO, ("dev",), ("position",), limit=3, count=1)
+    for each, alone in zip(fewer, generate_images(pipe, fewer), strict=True):
+        image = together[requests.index(each)]
         assert np.abs(np.asarray(alone, int) - np.asarray(image, int)).max() <= 1
     first, second = together[0], together[5]
-    assert asked[0].prompt == asked[5].prompt
+    assert requests[0].prompt == requests[5].prompt
     assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() > 1, "two pictures of a prompt differ"
 
 
 def test_how_to_paint_can_be_said(pipe):
-    asked = asked_for(scenes.NANO, ("dev",), ("colours",), limit=1, count=1)
-    usual = np.asarray(next(paint(pipe, asked)))
-    assert np.array_equal(usual, np.asarray(next(paint(pipe, asked, Painting()))))
-    for changed in (Painting(steps=3), Painting(guidance=30.0), Painting(sampler="ddim"), Painting(seed=1)):
-        assert not np.array_equal(usual, np.asarray(next(paint(pipe, asked, changed)))), changed
+    requests = requested_images(scenes.NANO, ("dev",), ("colours",), limit=1, count=1)
+    usual = np.asarray(next(generate_images(pipe, requests)))
+    assert np.array_equal(usual, np.asarray(next(generate_images(pipe, requests, GenerationSettings()))))
+    for changed in (
+        GenerationSettings(steps=3),
+        GenerationSettings(guidance=30.0),
+        GenerationSettings(sampler="ddim"),
+        GenerationSettings(seed=1),
+    ):
+        assert not np.array_equal(usual, np.asarray(next(generate_images(pipe, requests, changed)))), changed
 
 
 def test_the_shipped_model_paints_single_objects():
     """Far below its published score, far above chance: a broken sampler, tokenizer or weight file fails it."""
     pipe = Pipeline.from_pretrained()
-    assert pipe.world is not None
-    world = scenes.WORLDS[pipe.world]
-    asked = asked_for(world, ("dev",), ("colours",), limit=20, count=1)
-    pictures = judged(asked, paint(pipe, asked), world)
+    assert pipe.model.world is not None
+    world = scenes.WORLDS[pipe.model.world]
+    requests = requested_images(world, ("dev",), ("colours",), limit=20, count=1)
+    pictures = score_images(requests, generate_images(pipe, requests), world)
     assert task_scores(pictures)[0].colour.value >= 0.7
     assert task_scores(pictures)[0].shape.value >= 0.6
     assert shuffled_captions(pictures)[0].correct.value <= 0.2

@@ -1,13 +1,13 @@
-"""Listening: a U-Net that is deaf, one that hears a single kind of word, one that is always right."""
+"""Caption sensitivity: a U-Net that ignores captions, one that reads one kind of word, one that is always right."""
 
 import pytest
 import torch
 
 from gobelin import scenes
-from gobelin.data import ScenePairs
+from gobelin.data import SceneDataset
 from gobelin.evaluate import caption_sensitivity as module
-from gobelin.evaluate.caption_sensitivity import listening
-from gobelin.evaluate.retrieval import kind_of
+from gobelin.evaluate.caption_sensitivity import caption_sensitivity
+from gobelin.evaluate.retrieval import negative_kind
 from gobelin.pipeline import Pipeline
 
 
@@ -18,12 +18,12 @@ def pipeline(trained):
 
 def hearing(pipeline, wrong):
     """A U-Net that is off by one with the captions that ``wrong`` says yes to."""
-    source = ScenePairs(world=scenes.NANO, count=200, split="dev")
+    source = SceneDataset(world=scenes.NANO, count=200, split="dev")
     kinds = {}
     for index in range(len(source)):
         kinds[source[index].caption] = None
         for negative in source[index].negatives:
-            kinds.setdefault(negative, kind_of(source[index].caption, negative))
+            kinds.setdefault(negative, negative_kind(source[index].caption, negative))
     names = {tuple(pipeline.tokenizer([text])[0].tolist()): kind for text, kind in kinds.items()}
     pipeline.text_encoder.forward = lambda token_ids: token_ids[:, :, None].float()
 
@@ -32,12 +32,12 @@ def hearing(pipeline, wrong):
         return torch.tensor(heard).float()[:, None, None, None].expand(noisy_latents.shape)
 
     pipeline.unet.forward = predict
-    return {(one.kind, one.first_timestep): one for one in listening(pipeline, scenes.NANO, count=20)}
+    return {(one.kind, one.first_timestep): one for one in caption_sensitivity(pipeline, scenes.NANO, count=20)}
 
 
 def test_who_is_deaf_hears_nothing(pipeline):
     pipeline.unet.forward = lambda noisy_latents, timesteps, text_embeddings: 0.3 * noisy_latents
-    found = listening(pipeline, scenes.NANO, count=8)
+    found = caption_sensitivity(pipeline, scenes.NANO, count=8)
     assert {one.kind for one in found} == {"colour", "order", "relation", "shape"}
     assert [(one.first_timestep, one.last_timestep) for one in found[:3]] == [(100, 399), (400, 699), (700, 999)]
     assert all(one.rise == 0 == one.margin and one.n == 8 for one in found)
@@ -67,9 +67,9 @@ def test_the_error_is_that_of_training(pipeline, monkeypatch):
         return schedule.target(asked["latents"][at], asked["noise"][at], timesteps) + 0.5
 
     monkeypatch.setattr(type(schedule), "add_noise", lambda self, *given: remember(*given))
-    monkeypatch.setattr(module, "BATCH", 3)
+    monkeypatch.setattr(module, "_BATCH_SIZE", 3)
     pipeline.unet.forward = oracle
-    for one in listening(pipeline, scenes.NANO, count=8):
+    for one in caption_sensitivity(pipeline, scenes.NANO, count=8):
         assert one.rise == pytest.approx(0, abs=1e-5)
         assert one.first_timestep <= asked["timesteps"].min()
     assert one.last_timestep == 999 >= asked["timesteps"].max() > 800

@@ -1,5 +1,7 @@
 """Editing, measured on scenes whose edits are known to be right or wrong."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,17 @@ from PIL import Image
 
 from gobelin.errors import UsageError
 from gobelin.evaluate.attribution import found_masks
-from gobelin.evaluate.editing import MOST_TRIED, SEED, Recolouring, kept, measure, recoloured
+from gobelin.evaluate.editing import (
+    EDITING_SEED,
+    METHODS,
+    TRIES_PER_EDIT,
+    Recolouring,
+    editing_report,
+    keeps_objects,
+    measure_editing,
+    moved_outside,
+    recoloured,
+)
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import CORE, Sample, grade, render, sample
 from gobelin.scenes.relations import Wanted, answers
@@ -33,7 +45,7 @@ def wanted(change: Recolouring) -> Wanted:
 
 
 def drawn(index: int) -> Sample:
-    return sample(SEED, index, CORE, "test")
+    return sample(EDITING_SEED, index, CORE, "test")
 
 
 CHANGES = [
@@ -70,10 +82,10 @@ def test_a_perfect_edit_keeps_everything_and_answers() -> None:
         before, after = grade(each.image, CORE), grade(edited(each, change), CORE)
         if found_masks(change.before, before) is not None:
             told += 1
-            assert kept(wanted(change), before, after)
+            assert keeps_objects(wanted(change), before, after)
             assert found_masks(change.after, after) is not None
             assert found_masks(change.after, before) is None
-            assert not kept(wanted(change), before, after[1:])
+            assert not keeps_objects(wanted(change), before, after[1:])
     assert told > 20
 
 
@@ -81,44 +93,134 @@ def test_what_moved_or_changed_besides_is_not_kept() -> None:
     for each, change in CHANGES:
         before = grade(each.image, CORE)
         moved = [replace(thing, mask=np.roll(thing.mask, (20, 20), axis=(0, 1))) for thing in before]
-        assert not kept(wanted(change), before, moved)
-        assert not kept(wanted(change), before, [replace(thing, shape="blob") for thing in before])
+        assert not keeps_objects(wanted(change), before, moved)
+        assert not keeps_objects(wanted(change), before, [replace(thing, shape="blob") for thing in before])
         others = [thing for thing in before if not answers(wanted(change), thing)]
         painted = [replace(thing, colour="other") for thing in before]
-        assert kept(wanted(change), before, painted) == (not others)
+        assert keeps_objects(wanted(change), before, painted) == (not others)
+
+
+def disc(x: int, y: int, radius: int = 8) -> NDArray[np.bool_]:
+    rows, columns = np.mgrid[:64, :64]
+    return np.hypot(columns - x, rows - y) <= radius
+
+
+def painted(*discs: tuple[NDArray[np.bool_], int]) -> NDArray[np.uint8]:
+    """A grey image with discs of other levels."""
+    image = np.full((64, 64, 3), 175, np.uint8)
+    for mask, level in discs:
+        image[mask, 1] = level
+    return image
+
+
+def test_a_change_of_the_object_alone_is_not_outside() -> None:
+    here, near = disc(20, 32), disc(23, 32)
+    before = painted((here, 20), (disc(48, 32), 90))
+    for after, mask in (
+        (painted((here, 240), (disc(48, 32), 90)), here),  # another colour
+        (painted((near, 20), (disc(48, 32), 90)), near),  # a few pixels further
+        (painted((disc(20, 32, 12), 240), (disc(48, 32), 90)), here),  # larger by the rim of 4 pixels
+    ):
+        assert moved_outside(before, after, here, mask) == 0
+    noise = np.random.default_rng(0).integers(-8, 9, before.shape)
+    assert moved_outside(before, (before + noise).astype(np.uint8), here, here) == 0
+
+
+def test_a_change_elsewhere_is_counted_by_its_pixels() -> None:
+    here, there = disc(20, 32), disc(48, 32)
+    before = painted((here, 20), (there, 90))
+    outside = 64 * 64 - sum(
+        any(here[max(y - 4, 0) : y + 5, max(x - 4, 0) : x + 5].flat) for y in range(64) for x in range(64)
+    )
+    recoloured_too = painted((here, 240), (there, 107))  # by 17 levels in one channel
+    assert moved_outside(before, recoloured_too, here, here) == pytest.approx(there.sum() / outside)
+    assert moved_outside(before, painted((here, 240), (there, 106)), here, here) == 0  # by 16
+    assert moved_outside(before, 255 - before, here, here) == 1
+    grown = painted((disc(20, 32, 16), 20), (there, 90))  # beyond the rim, whatever the grader saw
+    assert moved_outside(before, grown, here, here) > 0.05
+    everywhere = np.ones_like(here)
+    assert moved_outside(before, 255 - before, everywhere, here) == 0, "nothing is outside"
 
 
 class Painter(Pipeline):
-    """Paints the scenes of the list; edits them well or, where options say otherwise, paints the next one."""
+    """Generates the scenes of the list; edits them by ``repaint``, or where options are given, into the next scene."""
 
-    def __init__(self) -> None:
+    name = "painter"
+
+    def __init__(self, repaint: Callable[[Sample, Recolouring], NDArray[np.uint8]] = edited) -> None:
         self.unable = False
+        self.repaint = repaint
 
     def __call__(self, prompts: list[str], *, seed: list[int]) -> SimpleNamespace:
-        pictures = (np.full((64, 64, 3), 175, np.uint8) if self.unable else drawn(each - SEED).image for each in seed)
-        return SimpleNamespace(images=list(map(Image.fromarray, pictures)))
+        images = (
+            np.full((64, 64, 3), 175, np.uint8) if self.unable else drawn(each - EDITING_SEED).image for each in seed
+        )
+        return SimpleNamespace(images=list(map(Image.fromarray, images)))
 
     def edit(self, prompt: str, to: str, *, seed: int, **options: Any) -> SimpleNamespace:
-        each = drawn(seed - SEED)
-        change = recoloured(each, CORE, seed - SEED)
+        each = drawn(seed - EDITING_SEED)
+        change = recoloured(each, CORE, seed - EDITING_SEED)
         assert change is not None
         assert (prompt, to) == (change.before.text, change.after.text)
-        image = drawn(seed - SEED + 1).image if options else edited(each, change)
+        image = drawn(seed - EDITING_SEED + 1).image if options else self.repaint(each, change)
         return SimpleNamespace(images=[Image.fromarray(each.image), Image.fromarray(image)])
 
 
+def on_another_background(each: Sample, change: Recolouring) -> NDArray[np.uint8]:
+    """A perfect edit of the object, on a background that changed."""
+    background = {"grey": "sand", "sage": "sand", "sand": "sage"}[each.scene.background]
+    return edited(replace(each, scene=replace(each.scene, background=background)), change)
+
+
 def test_methods_are_told_apart() -> None:
-    heard: list[None] = []
-    content = measure(Painter(), CORE, 12, lambda: heard.append(None))
-    assert content["edits"] == len(heard) == 12
-    well, anew = content["methods"]["edit"], content["methods"]["painted anew"]
-    assert [well[what]["value"] for what in ("answers", "keeps", "both")] == [1.0, 1.0, 1.0]
-    assert well["both"]["n"] == 12
-    assert anew["both"]["value"] == 0.0
+    advanced: list[None] = []
+    result = measure_editing(Painter(), CORE, 12, lambda: advanced.append(None))
+    assert result.edits == len(advanced) == 12
+    assert (result.model, result.world) == ("painter", "core")
+    assert result.methods.keys() == METHODS.keys()
+    well, anew = result.methods["edit"], result.methods["painted anew"]
+    for share in (well.answers, well.keeps, well.both, well.outside_kept, well.all):
+        assert (share.value, share.n) == (1.0, 12)
+    assert (well.outside.value, well.outside.n) == (0.0, 12)
+    assert anew.both.value == anew.all.value == 0.0
+    assert anew.outside.value > 0.05
 
 
-def test_a_model_that_paints_nothing_right_is_said() -> None:
+def test_an_edit_that_repaints_the_background_is_right_about_objects_and_seen() -> None:
+    score = measure_editing(Painter(on_another_background), CORE, 12).methods["edit"]
+    assert score.both.value == 1.0
+    assert score.outside.value > 0.9
+    assert score.outside_kept.value == score.all.value == 0.0
+
+
+def test_a_neighbour_that_changed_too_is_outside() -> None:
+    def all_recoloured(each: Sample, change: Recolouring) -> NDArray[np.uint8]:
+        colour = str(change.after.mentions[change.mention].colour)
+        objects = tuple(replace(thing, colour=colour) for thing in each.scene.objects)
+        return render(replace(each.scene, objects=objects))[0]
+
+    score = measure_editing(Painter(all_recoloured), CORE, 12).methods["edit"]
+    alone = sum(
+        len(each.scene.objects) == len(change.after.mentions[change.mention].things) for each, change in CHANGES
+    )
+    assert 0 < alone < len(CHANGES)
+    assert 0 < score.outside.value < 0.2, "only the neighbours' pixels, and only of some scenes"
+
+
+def test_the_report_has_a_row_a_method_and_says_what_is_outside() -> None:
+    content = json.loads(json.dumps(measure_editing(Painter(), CORE, 2).to_json(), allow_nan=False))
+    report = editing_report(content)
+    (table,) = report.tables
+    assert [row[0] for row in table.rows] == list(METHODS)
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert table.rows[0][1:5] == (*["1.000 [0.342, 1.000]"] * 3, "0.000 ± 0.000")
+    assert "more than 16 of 255 levels" in table.note
+    assert "dilated by 4 pixels" in table.note
+    assert "both, and outside ≤ 0.05" in report.markdown()
+
+
+def test_a_model_that_gets_no_image_right_is_refused() -> None:
     painter = Painter()
     painter.unable = True
-    with pytest.raises(UsageError, match=f"none of {MOST_TRIED * 8} captions right"):
-        measure(painter, CORE, 8)
+    with pytest.raises(UsageError, match=f"none of {TRIES_PER_EDIT * 8} captions has a right image"):
+        measure_editing(painter, CORE, 8)

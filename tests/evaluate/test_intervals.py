@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gobelin.evaluate.intervals import Share
+from gobelin.evaluate.intervals import Mean, Share
 
 
 @given(hits=st.integers(0, 60), misses=st.integers(0, 60), size=st.integers(1, 5))
@@ -80,3 +80,12 @@ def test_a_mean_of_shares_covers_the_truth():
         mean = Share.mean([Share.of((rng.random(100) < share).tolist()) for share in truth])
         covered += mean.low <= np.mean(truth) <= mean.high
     assert 0.92 <= covered / 400 <= 0.985
+
+
+def test_the_margin_knows_which_words_share_a_picture() -> None:
+    apart = Mean.of([[0.0], [1.0]] * 50)
+    together = Mean.of([[0.0, 0.0], [1.0, 1.0]] * 25)
+    assert apart.value == together.value == 0.5
+    assert apart.n == together.n == 100
+    assert together.margin == pytest.approx(apart.margin * 2**0.5, rel=0.02)
+    assert apart.margin == pytest.approx(1.96 * 0.5 / 10, rel=0.02)

@@ -4,33 +4,33 @@ import pytest
 
 from gobelin import scenes
 from gobelin.errors import UsageError
-from gobelin.evaluate.picture_list import ALL_TASKS, asked_for, batches
+from gobelin.evaluate.picture_list import ALL_TASKS, request_batches, requested_images
 
 
 def test_the_list_has_six_tasks_held_in_and_what_can_be_held_out():
-    asked = asked_for(scenes.CORE, limit=3, count=2)
-    rows = list(dict.fromkeys((each.split, each.prompt.task) for each in asked))
+    requests = requested_images(scenes.CORE, limit=3, count=2)
+    rows = list(dict.fromkeys((each.split, each.prompt.task) for each in requests))
     assert rows == [
         *(("dev", task) for task in scenes.TASKS),
         *(("heldout", task) for task in ("counting", "colours", "position", "attribute_binding", "five")),
     ]
-    assert len(asked) == len(rows) * 3 * 2
-    assert {each.prompt.task for each in asked_for(scenes.NANO, limit=1)} == set(scenes.tasks(scenes.NANO))
+    assert len(requests) == len(rows) * 3 * 2
+    assert {each.prompt.task for each in requested_images(scenes.NANO, limit=1)} == set(scenes.tasks(scenes.NANO))
 
 
 def test_a_seed_depends_on_the_prompt_and_the_picture_alone():
-    few, many = (asked_for(scenes.CORE, limit=limit, count=count) for limit, count in ((5, 1), (9, 3)))
-    seeds = {(e.split, e.prompt.task, e.number, e.picture): e.seed for e in many}
+    few, many = (requested_images(scenes.CORE, limit=limit, count=count) for limit, count in ((5, 1), (9, 3)))
+    seeds = {(e.split, e.prompt.task, e.number, e.repeat): e.seed for e in many}
     for each in few:
-        assert seeds[each.split, each.prompt.task, each.number, each.picture] == each.seed
+        assert seeds[each.split, each.prompt.task, each.number, each.repeat] == each.seed
     assert len(set(seeds.values())) == len(many) == len({each.file_name for each in many})
 
 
 @pytest.mark.parametrize("most", [1, 4, 32])
 def test_batches_are_even_in_order_and_have_seeds_that_follow(most):
-    asked = asked_for(scenes.CORE, ("dev",), ("position", "counting"), limit=9, count=3)
-    parts = list(batches(asked, most))
-    assert [each for part in parts for each in part] == asked
+    requests = requested_images(scenes.CORE, ("dev",), ("position", "counting"), limit=9, count=3)
+    parts = list(request_batches(requests, most))
+    assert [each for part in parts for each in part] == requests
     for part in parts:
         assert 1 <= len(part) <= most
         assert [each.seed for each in part] == list(range(part[0].seed, part[0].seed + len(part)))
@@ -51,5 +51,5 @@ def test_batches_are_even_in_order_and_have_seeds_that_follow(most):
 )
 def test_what_cannot_be_asked_for_is_said(arguments, message):
     with pytest.raises(UsageError, match=message):
-        asked_for(scenes.CORE, **arguments)
+        requested_images(scenes.CORE, **arguments)
     assert "five" in ALL_TASKS

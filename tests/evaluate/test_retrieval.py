@@ -5,9 +5,9 @@ import torch
 
 from gobelin import scenes
 from gobelin.clip import ImageEncoder
-from gobelin.data import ScenePairs
+from gobelin.data import SceneDataset
 from gobelin.evaluate import retrieval as module
-from gobelin.evaluate.retrieval import kind_of, retrieval
+from gobelin.evaluate.retrieval import measure_retrieval, negative_kind
 from gobelin.pipeline import Pipeline
 
 
@@ -26,13 +26,13 @@ from gobelin.pipeline import Pipeline
     ],
 )
 def test_what_is_wrong_about_a_negative_is_told(caption, negative, kind):
-    assert kind_of(caption, negative) == kind
+    assert negative_kind(caption, negative) == kind
 
 
 def test_every_kind_of_negative_of_the_scenes_has_a_name():
-    source = ScenePairs(world=scenes.CORE, count=60, split="dev")
+    source = SceneDataset(world=scenes.CORE, count=60, split="dev")
     pairs = [source[index] for index in range(60)]
-    kinds = {kind_of(pair.caption, negative) for pair in pairs for negative in pair.negatives}
+    kinds = {negative_kind(pair.caption, negative) for pair in pairs for negative in pair.negatives}
     assert kinds == {"order", "colour", "shape", "number", "relation"}
 
 
@@ -43,8 +43,8 @@ def encoders(trained):
 
 
 def test_shares_are_of_scenes_and_of_negatives(encoders):
-    found = retrieval(*encoders, scenes.CORE, count=70)
-    pairs = ScenePairs(world=scenes.CORE, count=70, split="dev")
+    found = measure_retrieval(*encoders, scenes.CORE, count=70)
+    pairs = SceneDataset(world=scenes.CORE, count=70, split="dev")
     negatives = [len(pairs[index].negatives) for index in range(70)]
     assert found.correct.n == 70
     assert sum(share.n for share in found.by_kind.values()) == sum(negatives)
@@ -60,7 +60,7 @@ def test_encoders_that_know_all_and_that_are_always_wrong(encoders, monkeypatch,
         return [[1.0 if knows else -1.0] * len(pair.negatives) for pair in batch]
 
     monkeypatch.setattr(module, "_margins", margins)
-    found = retrieval(text_encoder, image_encoder, tokenizer, scenes.CORE, count=10)
+    found = measure_retrieval(text_encoder, image_encoder, tokenizer, scenes.CORE, count=10)
     assert found.correct.value == value
     assert all(share.value == value for share in found.by_kind.values())
 
@@ -68,7 +68,7 @@ def test_encoders_that_know_all_and_that_are_always_wrong(encoders, monkeypatch,
 def test_a_margin_is_that_of_the_caption_and_the_negative_themselves(encoders):
     """Computed one pair at a time, apart from the batch: a caption mixed up with its neighbour's would show."""
     text_encoder, image_encoder, tokenizer = encoders
-    pairs = ScenePairs(world=scenes.NANO, count=3, split="dev")
+    pairs = SceneDataset(world=scenes.NANO, count=3, split="dev")
     batch = [pairs[index] for index in range(3)]
     with torch.no_grad():
         together = module._margins(text_encoder, image_encoder, tokenizer, batch)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from gobelin.clip import TextEncoderConfig
-from gobelin.errors import ModelError, UsageError
+from gobelin.errors import ModelError
 from gobelin.formats.component import Component, config_from_json
 from gobelin.formats.files import read_json, write_json
 from gobelin.formats.weights import write_tensors
 from gobelin.unet import UNetConfig
 from gobelin.vae import VAEConfig
+from gobelin.validation import Count, validate_fields
 
 # What the folders of Stable Diffusion 1.5 hold.
 SD15 = {
@@ -77,14 +78,13 @@ SD15 = {
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig:
-    widths: tuple[int, ...]
-    depth: int = 1
+    widths: tuple[Count, ...]
+    depth: Count = 1
 
     fixed: ClassVar[dict[str, Any]] = {"style": "plain", "scale": None}
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise UsageError(f"the depth is {self.depth}: give 1 or more")
+        validate_fields(self)
 
 
 class Toy(Component[ToyConfig]):
@@ -111,8 +111,8 @@ def test_the_configurations_of_stable_diffusion_are_the_presets(config_class: ty
         ({}, "lacks the field 'widths'"),
         ({"widths": [1, 2], "style": "fancy"}, "style is 'fancy', and only 'plain' is supported"),
         ({"widths": [1, 2], "scale": 1.0}, "scale is 1.0, and only None is supported"),
-        ({"widths": [1, 2], "depth": 0}, "the depth is 0: give 1 or more"),
-        ({"widths": [1, 2], "depth": "two"}, "depth is 'two': expected int"),
+        ({"widths": [1, 2], "depth": 0}, "depth is 0: give a whole number of 1 or more"),
+        ({"widths": [1, 2], "depth": "two"}, "depth is 'two': give a whole number of 1 or more"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused_by_file_and_field(content: dict, message: str) -> None:

@@ -9,7 +9,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gobelin.errors import DataError
-from gobelin.formats.png import a1111_parameters, read_a1111, read_png_settings, read_remembered, write_png
+from gobelin.formats.png import (
+    format_a1111_parameters,
+    parse_a1111_parameters,
+    read_generation_info,
+    read_png_settings,
+    write_png,
+)
 from gobelin.samplers import SAMPLERS
 
 SETTINGS = {
@@ -63,8 +69,8 @@ def test_the_web_ui_finds_its_own_text(prompt: str, picture: Image.Image, tmp_pa
 
 def test_the_web_ui_text_is_prompt_negative_prompt_and_fields() -> None:
     fields = "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 42, Size: 64x48, Model: runs/nano"
-    assert a1111_parameters(SETTINGS) == f"a red circle above a blue square\n{fields}"
-    assert a1111_parameters({**SETTINGS, "negative_prompt": "blur"}) == (
+    assert format_a1111_parameters(SETTINGS) == f"a red circle above a blue square\n{fields}"
+    assert format_a1111_parameters({**SETTINGS, "negative_prompt": "blur"}) == (
         f"a red circle above a blue square\nNegative prompt: blur\n{fields}"
     )
 
@@ -75,12 +81,12 @@ def test_a_picture_without_settings_is_named(picture: Image.Image, tmp_path: Pat
         read_png_settings(tmp_path / "plain.png")
 
 
-@pytest.mark.parametrize("content", [None, b"not a picture"])
-def test_what_is_no_picture_is_named(content: bytes | None, tmp_path: Path) -> None:
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     file = tmp_path / "broken.png"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(DataError, match=r"broken\.png cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"there is no image at .*broken\.png"):
+        read_png_settings(file)
+    file.write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"broken\.png cannot be read as an image"):
         read_png_settings(file)
 
 
@@ -123,12 +129,12 @@ def with_text(picture: Image.Image, file: Path, **texts: str) -> Path:
 
 def test_ours_are_remembered_first(picture: Image.Image, tmp_path: Path) -> None:
     write_png(tmp_path / "x.png", picture, SETTINGS)
-    found = read_remembered(tmp_path / "x.png", SAMPLERS)
+    found = read_generation_info(tmp_path / "x.png", SAMPLERS)
     assert (found.settings, found.source, found.missing) == (SETTINGS, "gobelin", [])
 
 
 def test_automatic1111s_text_is_read(picture: Image.Image, tmp_path: Path) -> None:
-    found = read_remembered(with_text(picture, tmp_path / "x.png", parameters=A1111_TEXT), SAMPLERS)
+    found = read_generation_info(with_text(picture, tmp_path / "x.png", parameters=A1111_TEXT), SAMPLERS)
     assert found.settings == {
         "prompt": "a castle, (sunset:1.2)\nwith two lines",
         "negative_prompt": "blurry, [dull]",
@@ -156,14 +162,14 @@ def test_automatic1111s_text_is_read(picture: Image.Image, tmp_path: Path) -> No
     ],
 )
 def test_samplers_of_automatic1111_have_our_names(fields: str, sampler: str | None, missing: list[str]) -> None:
-    found = read_a1111(f"a ring\n{fields}", SAMPLERS)
+    found = parse_a1111_parameters(f"a ring\n{fields}", SAMPLERS)
     assert found.settings.get("sampler") == sampler
     assert set(missing) <= set(found.missing)
 
 
 def test_our_own_text_for_automatic1111_is_read_back() -> None:
     odd = {"negative_prompt": "blue", "sampler": "dpm_2_ancestral_karras", "clip_skip": 1, "model": 'my, "own": model'}
-    found = read_a1111(a1111_parameters(SETTINGS | odd), SAMPLERS).settings
+    found = parse_a1111_parameters(format_a1111_parameters(SETTINGS | odd), SAMPLERS).settings
     expected = SETTINGS | odd | {"weights": "a1111"}
     assert found == {name: value for name, value in expected.items() if name in found}
     assert {*odd, "prompt", "steps", "guidance", "seed", "width", "height"} < found.keys()
@@ -171,24 +177,27 @@ def test_our_own_text_for_automatic1111_is_read_back() -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_has_a_name_in_automatic1111(name: str) -> None:
-    assert read_a1111(a1111_parameters(SETTINGS | {"sampler": name}), SAMPLERS).settings["sampler"] == name
+    assert (
+        parse_a1111_parameters(format_a1111_parameters(SETTINGS | {"sampler": name}), SAMPLERS).settings["sampler"]
+        == name
+    )
 
 
 def test_added_networks_and_a_vae_are_missed() -> None:
     fields = "Steps: 5, Sampler: Euler, Schedule type: Exponential, CFG scale: 7, Seed: 1, VAE: x"
     text = f"a <lora:style:0.7> ring\n{fields}"
-    found = read_a1111(text, SAMPLERS)
+    found = parse_a1111_parameters(text, SAMPLERS)
     assert found.settings["prompt"] == "a  ring"
     assert found.missing[1:] == ["the added network <lora:style:0.7>", "the schedule Exponential of euler", "VAE: x"]
 
 
 def test_lines_of_any_length_are_read() -> None:
     for line in (";" + " " * 50_000, "a" * 50_000, '"' * 50_000, "a: " * 20_000, "Steps: 5, " + ", " * 20_000):
-        read_a1111(f"a ring\n{line}", SAMPLERS)
+        parse_a1111_parameters(f"a ring\n{line}", SAMPLERS)
 
 
 def test_comfyuis_graph_is_read(picture: Image.Image, tmp_path: Path) -> None:
-    found = read_remembered(with_text(picture, tmp_path / "x.png", prompt=json.dumps(COMFYUI_GRAPH)), SAMPLERS)
+    found = read_generation_info(with_text(picture, tmp_path / "x.png", prompt=json.dumps(COMFYUI_GRAPH)), SAMPLERS)
     assert found.settings == {
         "prompt": "a (glass:1.2) bottle",
         "negative_prompt": "text, watermark",
@@ -206,23 +215,23 @@ def test_comfyuis_graph_is_read(picture: Image.Image, tmp_path: Path) -> None:
 
 @given(st.text(max_size=80))
 def test_any_text_is_read_or_refused(text: str) -> None:
-    read_a1111(text, SAMPLERS)
+    parse_a1111_parameters(text, SAMPLERS)
 
 
 @pytest.mark.parametrize("graph", ["{}", "[]", "{", '{"3": 1}'])
 def test_graphs_without_a_sampler_are_refused(graph: str, picture: Image.Image, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.png"):
-        read_remembered(with_text(picture, tmp_path / "x.png", prompt=graph), SAMPLERS)
+        read_generation_info(with_text(picture, tmp_path / "x.png", prompt=graph), SAMPLERS)
 
 
 @pytest.mark.parametrize("inputs", ["[]", "{}", '{"positive": ["9", 0]}', '{"positive": "a ring"}'])
 def test_graphs_whose_prompt_is_not_there_say_so(inputs: str, picture: Image.Image, tmp_path: Path) -> None:
     graph = f'{{"3": {{"class_type": "KSampler", "inputs": {inputs}}}}}'
-    found = read_remembered(with_text(picture, tmp_path / "x.png", prompt=graph), SAMPLERS)
-    assert "the positive prompt, which is no plain text" in found.missing
+    found = read_generation_info(with_text(picture, tmp_path / "x.png", prompt=graph), SAMPLERS)
+    assert "the positive prompt, which is not plain text" in found.missing
 
 
 def test_a_picture_that_says_nothing_is_named(picture: Image.Image, tmp_path: Path) -> None:
     picture.save(tmp_path / "x.png")
     with pytest.raises(DataError, match=r"x\.png does not say how it was made"):
-        read_remembered(tmp_path / "x.png", SAMPLERS)
+        read_generation_info(tmp_path / "x.png", SAMPLERS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from gobelin.attention import AttentionMaps, AttentionSite, Trace
 from gobelin.errors import UsageError
 from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
-from gobelin.tokenizer import Tokenizer
+from gobelin.tokenizer import Tokenizer, Words
 
 PROMPT = "A red circle, left of a blue Circle"
 LENGTH = 14
@@ -101,7 +101,7 @@ def test_shares_of_tokens_sum_to_one(tokenizer: Tokenizer, heatmaps: HeatMaps) -
     whole = sum(heatmaps.token(position).raw for position in range(tokenizer.max_length))
     assert torch.allclose(whole, torch.ones(24, 36), atol=1e-5)
     parts = sum(heatmaps.part(part).raw for part in ("bos", "eos", "padding"))
-    text = sum(heatmaps.token(position).raw for position in range(1, heatmaps.words.end))
+    text = sum(heatmaps.token(position).raw for position in heatmaps.words.part("text"))
     assert torch.allclose(text, whole - parts, atol=1e-5)
     words = heatmaps[" ".join(span.word for span in heatmaps.words.spans)].raw
     comma = heatmaps.token(heatmaps.words.spans[2].tokens[-1] + 1).raw
@@ -110,6 +110,32 @@ def test_shares_of_tokens_sum_to_one(tokenizer: Tokenizer, heatmaps: HeatMaps) -
     assert heatmaps.shares()["bos"] == pytest.approx(
         torch.stack([maps[site][1][..., 0].mean() for maps in steps(tokenizer.max_length) for site in CROSS]).mean()
     )
+
+
+# Two chunks of seven tokens: BOS, text, EOS and padding of each.
+TWO_CHUNKS = ("bos", "text", "text", "text", "eos", "padding", "padding")
+TWO_CHUNKS += ("bos", "text", "text", "text", "text", "eos", "padding")
+
+
+def test_shares_count_every_chunks_bos_eos_and_padding() -> None:
+    words = Words(text="", spans=(), kinds=TWO_CHUNKS)
+    share = torch.arange(1.0, 15) / sum(range(1, 15))
+    site = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
+    maps = {site: share.expand(1, 1, 54, 14)}
+    heatmaps = HeatMaps(words=words, maps=maps, latent_size=LATENT_SIZE, picture=Image.new("RGB", (36, 24)))
+    text = (1, 2, 3, 8, 9, 10, 11)
+    assert heatmaps.shares() == pytest.approx(
+        {
+            "text": share[list(text)].sum().item(),
+            "bos": share[[0, 7]].sum().item(),
+            "eos": share[[4, 12]].sum().item(),
+            "padding": share[[5, 6, 13]].sum().item(),
+        }
+    )
+    assert sum(heatmaps.shares().values()) == pytest.approx(1)
+    assert heatmaps.part("text").raw.mean().item() == pytest.approx(heatmaps.shares()["text"])
+    left = heatmaps.without("bos", "eos", "padding")
+    assert left.shares() == pytest.approx({"text": 1, "bos": 0, "eos": 0, "padding": 0})
 
 
 def test_what_is_left_out_leaves_the_others_their_proportions(heatmaps: HeatMaps) -> None:
@@ -245,16 +271,16 @@ def test_values_are_for_display(heatmaps: HeatMaps) -> None:
         (lambda maps: maps["circle", 2], "'circle' occurs 2 times"),
         (lambda maps: maps[8], "no word number 8: the prompt has 8"),
         (lambda maps: maps.token(99), r"no token 99: positions are 0 to 33"),
-        (lambda maps: maps.part("middle"), "unknown part 'middle': the choices are bos, eos, padding"),
+        (lambda maps: maps.part("middle"), "unknown part 'middle': the choices are bos, text, eos, padding"),
         (lambda maps: maps.select(steps=[3]), r"step 3 asked for, but steps were averaged.*per_step=True"),
         (lambda maps: maps.select(heads=[1]), r"head 1 asked for, but heads were averaged"),
         (lambda maps: maps.select(sites="nowhere"), r"'nowhere' matches no attention.*down\.attn2"),
         (lambda maps: maps.select(sites="*attn1")["red"], r"no attention to words \(attn2\) was traced"),
         (lambda maps: maps.select(sites="*attn2").patches_for(1, 1), r"no attention to patches \(attn1\) was traced"),
         (lambda maps: maps.sharpened(), "no attention to patches was traced where mid_block.attn2 is: trace its attn1"),
-        (lambda maps: maps.words_at(36, 0), "is not in the picture of 36×24 pixels"),
-        (lambda maps: maps.words_in((5, 5, 5, 9)), "is not in the picture"),
-        (lambda maps: maps.patches_for(0, 24), "the pixel 0, 24 is not in the picture"),
+        (lambda maps: maps.words_at(36, 0), "is not in the image of 36×24 pixels"),
+        (lambda maps: maps.words_in((5, 5, 5, 9)), "is not in the image"),
+        (lambda maps: maps.patches_for(0, 24), "the pixel 0, 24 is not in the image"),
     ],
 )
 def test_what_is_not_there_is_said(heatmaps: HeatMaps, ask, message: str) -> None:

@@ -1,6 +1,7 @@
-"""The page: what it is told, and that no prompt can break out of it."""
+"""The word map's data, and its HTML, out of which no prompt can break."""
 
 import base64
+import html
 import json
 import re
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from gobelin.attention import AttentionSite
 from gobelin.look.heatmaps import HeatMaps
-from gobelin.look.page import framed_page, page, page_data
+from gobelin.look.page import word_map_data, word_map_element, word_map_page
 from gobelin.tokenizer import Tokenizer
 
 SITE = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
@@ -37,7 +38,7 @@ def shares(data: dict) -> np.ndarray:
 
 def test_it_packs_each_words_share_of_each_patch(tokenizer: Tokenizer) -> None:
     maps = heatmaps(tokenizer, "a red, ring!")
-    data = page_data(maps)
+    data = word_map_data(maps)
     assert data["text"] == [("a", 0), (" ", None), ("red", 1), (", ", None), ("ring", 2), ("!", None)]
     assert (data["rows"], data["columns"], data["steps"]) == (3, 5, 1)
     for number, span in enumerate(maps.words.spans):
@@ -48,30 +49,45 @@ def test_it_packs_each_words_share_of_each_patch(tokenizer: Tokenizer) -> None:
 
 def test_a_slider_begins_with_the_mean_of_the_steps(tokenizer: Tokenizer) -> None:
     maps = heatmaps(tokenizer, "a red ring", steps=4)
-    found = shares(page_data(maps))
+    found = shares(word_map_data(maps))
     assert found.shape == (5, 3, 3, 5)
     assert np.abs(found[1:].mean(axis=0) - found[0]).max() < 0.01
 
 
 def test_large_grids_are_made_smaller(tokenizer: Tokenizer) -> None:
-    data = page_data(heatmaps(tokenizer, "a ring", size=(96, 128)))
+    data = word_map_data(heatmaps(tokenizer, "a ring", size=(96, 128)))
     assert (data["rows"], data["columns"]) == (48, 64)
 
 
-@pytest.mark.parametrize("prompt", ["</script><b>", "a<!--<script>b", 'say "$data" $title', "a & b <i>", "!!!"])
-def test_no_prompt_breaks_the_page(tokenizer: Tokenizer, prompt: str) -> None:
+PROMPTS = [
+    "</script><b>",
+    "</SCRIPT ><b>",
+    "a<!--<script>b-->",
+    "]]> a </word-map> b",
+    'say "$data" $title {title} \\u003c \\',
+    "a & b &lt;i> <i>",
+    "'quoted' \u2028 lines\u2029",
+    "עיגול אדום, דאירה",
+    "a 🟥 and 👩\u200d🎨 café",
+    "!!!",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_no_prompt_breaks_out_of_its_script(tokenizer: Tokenizer, prompt: str) -> None:
     maps = heatmaps(tokenizer, prompt)
-    text = page(maps)
-    scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
-    assert len(scripts) == 2
-    assert text.count("<!--") == 0
-    told = json.loads(scripts[0])
-    assert "".join(piece for piece, _ in told["text"]) == prompt
-    assert "`“${words[word]}”" in scripts[1]
-    frame = framed_page(maps)
-    assert frame.count('"') == 8, "what is in the frame does not end its attributes"
+    data, definition = re.findall(r"<script[^>]*>(.*?)</script", element := word_map_element(maps), re.DOTALL | re.I)
+    assert "<" not in data
+    assert "".join(piece for piece, _ in json.loads(data)["text"]) == prompt
+    assert 'customElements.define("word-map"' in definition
+    assert "<!--" not in definition
+    assert element.count("<word-map>") == 1
+    page = word_map_page(maps)
+    assert element in page
+    title = re.findall("<title>(.*?)</title>", page, re.DOTALL)
+    assert [html.unescape(text) for text in title] == [prompt]
 
 
 def test_it_needs_no_network(tokenizer: Tokenizer) -> None:
-    text = page(heatmaps(tokenizer, "a red ring"))
-    assert not re.search(r"https?:|src=\"(?!data:)|@import|url\(", text)
+    text = word_map_page(heatmaps(tokenizer, "a red ring"))
+    assert not re.search(r"https?:|src=\"(?!data:)|@import|url\(|import\s*\(|\bfetch\b", text)

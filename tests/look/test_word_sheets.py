@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.look.conftest import holds
 
 from gobelin.attention import AttentionSite
-from gobelin.look.drawing import font, wrapped
+from gobelin.look.contact_sheet import SHEET_MARGIN
 from gobelin.look.heatmaps import HeatMaps
-from gobelin.look.word_sheets import CELL, MARGIN, comparison_sheet, grid_sheet, save_animation, word_sheet
+from gobelin.look.word_sheets import GRID_SIDE, WORD_SIDE, comparison_sheet, grid_sheet, save_animation, word_sheet
 from gobelin.tokenizer import Tokenizer
 
 SITE = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
@@ -23,29 +24,18 @@ def heatmaps(prompt: str, size: tuple[int, int] = (4, 6)) -> HeatMaps:
     return HeatMaps(words=words, maps=maps, latent_size=size, picture=picture)
 
 
-def holds(sheet: Image.Image, part: Image.Image) -> bool:
-    """Whether a picture is somewhere on a sheet, pixel for pixel."""
-    large, small = np.asarray(sheet), np.asarray(part.convert("RGB"))
-    first = (large == small[0, 0]).all(axis=-1)
-    height, width = small.shape[:2]
-    return any(
-        np.array_equal(large[y : y + height, x : x + width], small)
-        for y, x in np.argwhere(first[: 1 - height or None, : 1 - width or None])
-    )
-
-
 @pytest.mark.parametrize("size", [(4, 6), (6, 4), (4, 4)], ids=["wide", "tall", "square"])
 @pytest.mark.parametrize("prompt", ["ring", "a red ring and a blue ring over a star"])
 def test_a_sheet_has_the_picture_and_every_word(prompt: str, size: tuple[int, int]) -> None:
     maps = heatmaps(prompt, size)
     sheet = word_sheet(maps, range(len(maps.words)))
     for number in range(len(maps.words)):
-        assert holds(sheet, maps[number].overlay(CELL))
-    scale = CELL / max(maps.picture.size)
+        assert holds(sheet, maps[number].overlay(WORD_SIDE))
+    scale = WORD_SIDE / max(maps.picture.size)
     assert holds(
         sheet, maps.picture.resize([round(side * scale) for side in maps.picture.size], Image.Resampling.LANCZOS)
     )
-    edge = np.asarray(sheet)[:, -MARGIN // 2 :]
+    edge = np.asarray(sheet)[:, -SHEET_MARGIN // 2 :]
     assert (edge == edge[0, 0]).all(), "nothing is cut off at the right"
 
 
@@ -55,7 +45,7 @@ def test_a_grid_has_a_row_a_word_and_a_column_a_step() -> None:
     sheet = grid_sheet("a red ring", rows)
     for _, columns in rows:
         for heatmap in columns:
-            assert holds(sheet, heatmap.overlay(104))
+            assert holds(sheet, heatmap.overlay(GRID_SIDE))
 
 
 def test_an_animation_has_its_frames(tmp_path: Path) -> None:
@@ -68,12 +58,4 @@ def test_an_animation_has_its_frames(tmp_path: Path) -> None:
 def test_pictures_stand_side_by_side() -> None:
     pictures = [("before", Image.new("RGB", (64, 64), "red")), ("after " * 30, Image.new("RGB", (64, 64), "blue"))]
     sheet = comparison_sheet(pictures)
-    assert all(holds(sheet, picture.resize((CELL, CELL))) for _, picture in pictures)
-
-
-def test_text_is_broken_into_lines_that_fit() -> None:
-    lines = wrapped("many words that do not fit into one line of so few pixels", 90, 12, 3)
-    assert len(lines) == 3
-    assert lines[-1].endswith("…")
-    assert all(font(12).getlength(line) <= 90 for line in lines[:-1])
-    assert wrapped("short", 90, 12, 3) == ["short"]
+    assert all(holds(sheet, picture.resize((WORD_SIDE, WORD_SIDE))) for _, picture in pictures)

@@ -6,7 +6,7 @@ import pytest
 from gobelin.scenes import NANO, RICH, Calibration, World, calibrate, grade, sample
 from gobelin.scenes import calibration as module
 from gobelin.scenes.blobs import BLOBS, blob
-from gobelin.scenes.calibration import blur, drown, reads
+from gobelin.scenes.calibration import add_pixel_noise, blur, read_exactly
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_blobs_are_rarely_called_a_shape(measured):
 def test_a_blob_that_is_a_shape_is_one(monkeypatch):
     """So that a low share is the grader's doing, and not that of the pictures."""
     monkeypatch.setitem(module.BLOBS, "curve", lambda rng, world: lambda x, y: np.hypot(x, y) - 0.88)
-    assert module._a_shape(NANO, "curve", 0)
+    assert module._looks_like_shape(NANO, "curve", 0)
 
 
 @pytest.mark.parametrize("kind", BLOBS)
@@ -62,25 +62,25 @@ def test_a_grader_that_sees_nothing_fails(monkeypatch):
 def test_reading_is_exact():
     made = sample(1, 0, replace(NANO, mix=(("two", 1.0),)))
     seen = grade(made.image, NANO)
-    assert reads(made, seen)
-    assert not reads(made, seen[:1])
-    assert not reads(made, [*seen, seen[0]])
-    assert not reads(made, [replace(seen[0], colour="pink"), seen[1]])
-    assert reads(made, [replace(thing, background="sand") for thing in seen])
+    assert read_exactly(made, seen)
+    assert not read_exactly(made, seen[:1])
+    assert not read_exactly(made, [*seen, seen[0]])
+    assert not read_exactly(made, [replace(seen[0], colour="pink"), seen[1]])
+    assert read_exactly(made, [replace(thing, background="sand") for thing in seen])
 
 
 def test_reading_a_rich_scene_is_reading_all_of_it():
     made = sample(1, 0, replace(RICH, mix=(("two", 1.0),)))
     seen = grade(made.image, RICH)
-    assert reads(made, seen)
+    assert read_exactly(made, seen)
     other = {"texture": "unknown", "size": "tall", "background": "plaid", "shape": "cube", "colour": "mauve"}
     for field, value in other.items():
-        assert not reads(made, [replace(seen[0], **{field: value}), seen[1]])
+        assert not read_exactly(made, [replace(seen[0], **{field: value}), seen[1]])
 
 
 def test_spoiling_is_by_the_amount_asked_for():
     grey = np.full((64, 64, 3), 128, np.uint8)
-    assert (drown(grey, 0.1).astype(float) - 128).std() == pytest.approx(25.5, rel=0.05)
+    assert (add_pixel_noise(grey, 0.1).astype(float) - 128).std() == pytest.approx(25.5, rel=0.05)
     edge = grey.copy()
     edge[:, 32:] = 200
     assert np.abs(np.diff(blur(edge, 2).astype(float)[32, :, 0])).max() == pytest.approx(72 * 0.2, rel=0.1)

@@ -6,13 +6,13 @@ from PIL import Image
 from scipy import ndimage
 
 from gobelin.errors import UsageError
-from gobelin.scenes import CORE, RICH, Sample, Scene, SceneObject, Seen, World, grade, render, sample
+from gobelin.scenes import CORE, RICH, Detection, Sample, Scene, SceneObject, World, grade, render, sample
 from gobelin.scenes.colours import COLOURS, TONES
 from gobelin.scenes.shapes import SHAPES
 from gobelin.scenes.textures import TEXTURES
 
 
-def looks(thing: SceneObject | Seen) -> tuple[str | None, ...]:
+def looks(thing: SceneObject | Detection) -> tuple[str | None, ...]:
     return thing.shape, thing.colour, thing.texture, thing.size
 
 

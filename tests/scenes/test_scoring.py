@@ -10,12 +10,12 @@ from gobelin.scenes import (
     Sample,
     Scene,
     SceneObject,
-    Verdict,
+    Score,
     World,
     grade,
-    judge,
     prompts,
     render,
+    score,
     swapped,
 )
 
@@ -23,8 +23,8 @@ CIRCLE = SceneObject(shape="circle", colour="red", x=16, y=32, radius=10)
 SQUARE = SceneObject(shape="square", colour="blue", x=47, y=30, radius=10)
 
 
-def verdict(prompt: Prompt, *objects: SceneObject) -> Verdict:
-    return judge(prompt, grade(render(Scene(objects=objects, background="paper"))[0], NANO))
+def scored(prompt: Prompt, *objects: SceneObject) -> Score:
+    return score(prompt, grade(render(Scene(objects=objects, background="paper"))[0], NANO))
 
 
 def prompt(*objects: tuple[str | None, ...], relation: str | None = None, count: int | None = None) -> Prompt:
@@ -52,9 +52,9 @@ def prompt_of(made: Sample) -> Prompt:
         (prompt(("circle", "red"), ("square", "blue"), relation="above"), False, True, True, False),
     ],
 )
-def test_verdicts(asked, correct, colour, shape, exact):
-    expected = Verdict(correct=correct, colour=colour, shape=shape, exact=exact)
-    assert verdict(asked, CIRCLE, SQUARE) == expected
+def test_scores(asked, correct, colour, shape, exact):
+    expected = Score(correct=correct, colour=colour, shape=shape, exact=exact)
+    assert scored(asked, CIRCLE, SQUARE) == expected
 
 
 @pytest.mark.parametrize(
@@ -70,22 +70,22 @@ def test_verdicts(asked, correct, colour, shape, exact):
 )
 def test_a_number_is_right_when_just_so_many_are_there(asked, count, correct, exact):
     things = (CIRCLE, replace(CIRCLE, x=47, y=20, radius=8), replace(SQUARE, y=48, radius=8, colour="red"))
-    found = verdict(prompt(*[asked] * count, count=count), *things)
+    found = scored(prompt(*[asked] * count, count=count), *things)
     assert (found.correct, found.exact) == (correct, exact)
 
 
 def test_nothing_is_wrong_for_every_prompt():
-    nothing = Verdict(correct=False, colour=False, shape=False, exact=False)
-    assert verdict(prompt(("circle", "red"))) == nothing
+    nothing = Score(correct=False, colour=False, shape=False, exact=False)
+    assert scored(prompt(("circle", "red"))) == nothing
 
 
 def test_true_prompts_score_and_shuffled_ones_are_at_chance(world: World, drawn):
     made = drawn(world, "train", 150)
     seen = [grade(one.image, world) for one in made]
     asked = [prompt_of(one) for one in made]
-    assert np.mean([judge(*both).exact for both in zip(asked, seen, strict=True)]) >= 0.995
+    assert np.mean([score(*both).exact for both in zip(asked, seen, strict=True)]) >= 0.995
     shuffled = [asked[at] for at in np.random.default_rng(0).permutation(len(asked))]
-    assert np.mean([judge(*both).exact for both in zip(shuffled, seen, strict=True)]) < 0.06
+    assert np.mean([score(*both).exact for both in zip(shuffled, seen, strict=True)]) < 0.06
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_what_is_right_is_wrong_when_swapped(world: World, drawn):
         asked, seen = prompt_of(made), grade(made.image, world)
         other = swapped(asked)
         if other:
-            assert judge(asked, seen).correct
-            assert not judge(other, seen).correct
+            assert score(asked, seen).correct
+            assert not score(other, seen).correct
             kinds[made.category] += 1
     assert set(kinds) == set(world.categories) - {"single"}
     assert min(kinds.values()) > 15

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gobelin.scenes.textures import PERIOD, TEXTURES
+from gobelin.scenes.textures import TEXTURE_PERIOD, TEXTURES
 
 AT = np.linspace(-10, 10, 401)
 
@@ -11,7 +11,7 @@ def test_a_texture_repeats_and_is_a_share(name):
     share = TEXTURES[name](AT[None, :], AT[:, None])
     assert share.shape == (401, 401)
     assert 0 <= share.min() <= share.max() <= 1
-    moved = TEXTURES[name](AT[None, :] + PERIOD, AT[:, None] - 2 * PERIOD)
+    moved = TEXTURES[name](AT[None, :] + TEXTURE_PERIOD, AT[:, None] - 2 * TEXTURE_PERIOD)
     np.testing.assert_allclose(share, moved, atol=1e-9)
     assert share.mean() < 0.5
 

@@ -7,12 +7,11 @@ import subprocess
 import sys
 
 import pytest
-import tomli_w
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from gobelin.cli.train import without_none
+from gobelin.cli.train import config_to_toml
 from gobelin.training.recipes.from_scratch import train
 
 TRAIN = ("-m", "gobelin", "train")
@@ -20,13 +19,14 @@ SHARED = """
 import json, pathlib, sys, torch
 from gobelin.training import distributed
 
-with distributed.joined(torch.device("cpu")):
-    rows = torch.arange(7)[distributed.part()]
+with distributed.init_process_group(torch.device("cpu")):
+    rows = torch.arange(7)[distributed.shard()]
     mean = rows.float().mean()
-    distributed.average_([mean])
-    said = [distributed.count(), rows.tolist(), mean.item(), distributed.gathered(10 * rows, 7).tolist(),
-            distributed.told("first" if distributed.is_first() else "other")]
-    pathlib.Path(sys.argv[1], "first.json" if distributed.is_first() else "other.json").write_text(json.dumps(said))
+    distributed.all_reduce_mean_([mean])
+    said = [distributed.world_size(), rows.tolist(), mean.item(), distributed.all_gather_rows(10 * rows, 7).tolist(),
+            distributed.broadcast("first" if distributed.is_main_process() else "other")]
+    name = "first" if distributed.is_main_process() else "other"
+    pathlib.Path(sys.argv[1], f"{name}.json").write_text(json.dumps(said))
 """
 
 
@@ -57,7 +57,7 @@ def config(micro):
 
 def written(config, tmp_path):
     file = tmp_path / "micro.toml"
-    file.write_text(tomli_w.dumps(without_none(dataclasses.asdict(config))))
+    file.write_text(config_to_toml(config))
     return str(file)
 
 

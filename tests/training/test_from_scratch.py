@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from typing import ClassVar
 
 import numpy as np
@@ -12,12 +14,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+import gobelin
 from gobelin.errors import DataError, TrainingError, UsageError
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.training import find_preset
 from gobelin.training.config import DataConfig
 from gobelin.training.recipes.from_scratch import STAGES, first_difference, train
-from gobelin.training.trainer import Run, fit
+from gobelin.training.trainer import Run, batch_indices, fit
 
 QUIET = Console(quiet=True)
 
@@ -88,22 +91,15 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("stage", ["text_encoder", "vae", "unet"])
 def test_a_killed_run_resumes_to_the_same_weights(trained, micro, tmp_path, monkeypatch, stage):
-    steps = {"count": 0}
+    interrupted = []
 
-    def die(run, name, values):
-        steps["count"] += 1
-
-    import gobelin.training.trainer as loop
-
-    real = loop.batch_indices
-
-    def dying(seed, name, step, batch_size, samples):
-        if name == stage and step == 3 and steps["count"] == 0:
-            steps["count"] = 1
+    def dying(seed, name, step, batch_size, dataset_size):
+        if name == stage and step == 3 and not interrupted:
+            interrupted.append(step)
             raise Interrupted
-        return real(seed, name, step, batch_size, samples)
+        return batch_indices(seed, name, step, batch_size, dataset_size)
 
-    monkeypatch.setattr(loop, "batch_indices", dying)
+    monkeypatch.setattr("gobelin.training.trainer.batch_indices", dying)
     out = tmp_path / "model"
     with pytest.raises(Interrupted):
         train(micro(), out, console=QUIET)
@@ -143,7 +139,7 @@ def test_a_run_does_not_go_on_with_other_data(micro, tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data), size=32))
     train(config, tmp_path / "model", stage="tokenizer", console=QUIET)
     (data / "2.png").unlink()
-    with pytest.raises(TrainingError, match=r"began with other data: 3 pairs.*now it is 2 pairs"):
+    with pytest.raises(TrainingError, match=r"began with other data: 3 captioned images.*now it is 2 captioned images"):
         train(config, tmp_path / "model", resume=True, console=QUIET)
 
 
@@ -176,17 +172,21 @@ def test_a_folder_of_pictures_trains_all_stages(micro, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
     class Broken:
-        rates: ClassVar = {}
-        name, samples, optim = "broken", 4, dataclasses.replace(find_preset("nano").vae.optim, steps=3, batch_size=2)
+        lr_ratios: ClassVar = {}
+        name, dataset_size, optim = (
+            "broken",
+            4,
+            dataclasses.replace(find_preset("nano").vae.optim, steps=3, batch_size=2),
+        )
         module = torch.nn.Linear(1, 1)
 
         def loss(self, indices, generator):
             return {"loss": self.module.weight.sum() * float("nan")}
 
-        def picture(self, module):
+        def sample_grid(self, module, step):
             return None
 
-    run = Run(folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, picture_every=9, console=QUIET)
+    run = Run(folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, sample_every=9, console=QUIET)
     before = Broken.module.weight.clone()
     with pytest.raises(TrainingError, match=r"stage broken, step 0, .* the loss is nan"):
         fit(Broken(), run)
@@ -198,38 +198,44 @@ def test_differences_of_configurations_are_named():
     assert first_difference({"a": 1}, {"a": 1}) == ""
 
 
-@pytest.mark.parametrize(("field", "value"), [("size", 40), ("size", 0), ("count", 0)])
-def test_data_of_no_use_is_refused(field, value):
-    with pytest.raises(UsageError, match=f"{field} is {value}: give"):
-        DataConfig(**{field: value})
-
-
-def test_an_unknown_preset_is_told_the_choices():
-    with pytest.raises(UsageError, match="unknown preset 'huge': the choices are nano"):
-        find_preset("huge")
-
-
 def test_the_stages_are_named_in_order():
     assert STAGES == ("tokenizer", "text_encoder", "vae", "unet")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: dataclasses.replace(c, picture_every=0), "picture_every is 0"),
-        (lambda c: dataclasses.replace(c.vae.optim, batch_size=0), "batch_size is 0"),
-        (lambda c: dataclasses.replace(c.vae.optim, precision="float16"), "precision is 'float16': the choices are"),
-        (lambda c: dataclasses.replace(c.unet, preset="huge"), "preset is 'huge': the choices are nano"),
-        (
-            lambda c: dataclasses.replace(c.unet, prediction="epsilon"),
-            "zero_terminal_snr needs prediction v_prediction",
-        ),
-        (
-            lambda c: dataclasses.replace(c, recommended=dataclasses.replace(c.recommended, sampler="magic")),
-            "unknown sampler 'magic'",
-        ),
-    ],
-)
-def test_numbers_that_cannot_be_trained_with_are_refused_at_once(change, message):
-    with pytest.raises(UsageError, match=message):
-        change(find_preset("nano"))
+def test_it_is_a_call_of_the_library_and_silent_outside_a_terminal(micro, tmp_path, capfd):
+    folder = gobelin.train(micro(steps=2), str(tmp_path / "mine"))
+    assert folder == tmp_path / "mine"
+    assert capfd.readouterr() == ("", "")
+    assert gobelin.Pipeline.from_pretrained(folder)("a red circle").images
+
+
+def test_presets_are_found_from_the_package_and_anything_else_is_no_configuration(tmp_path):
+    script = """
+import gobelin
+assert gobelin.training.find_preset("nano").unet.optim.steps == 2400
+assert isinstance(gobelin.training.find_preset("tiny"), gobelin.TrainConfig)
+gobelin.train("nano", "mine")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert "UsageError: config is 'nano': give a TrainConfig" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_stage_and_a_file_in_place_of_a_folder_are_refused(micro, tmp_path):
+    with pytest.raises(UsageError, match="unknown stage 'magic': the choices are tokenizer, text_encoder, vae, unet"):
+        train(micro(), tmp_path / "model", stage="magic", console=QUIET)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "model").write_text("dear")
+    with pytest.raises(TrainingError, match="model is a file: choose a folder"):
+        train(micro(), tmp_path / "model", console=QUIET)
+
+
+def test_one_image_is_too_few(micro, tmp_path):
+    with pytest.raises(DataError, match="one image is too few to train on"):
+        train(micro(data=DataConfig(count=1)), tmp_path / "model", console=QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_model_was_trained_with_its_preset():
+    recorded = json.loads((shipped_model() / "training.json").read_text())
+    assert first_difference(recorded, json.loads(json.dumps(dataclasses.asdict(find_preset("tiny"))))) == ""

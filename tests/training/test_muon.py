@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gobelin.training import find_preset
-from gobelin.training.muon import Muon, orthogonal, takes
+from gobelin.training.muon import Muon, muon_parameters, newton_schulz
 from gobelin.training.trainer import make_optimizers
 from gobelin.unet import UNet, UNetConfig
 
@@ -16,7 +16,7 @@ from gobelin.unet import UNet, UNetConfig
 def test_singular_values_become_about_one_and_directions_stay(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    inside = left.T @ orthogonal(matrix) @ right.T
+    inside = left.T @ newton_schulz(matrix) @ right.T
     assert ((inside.diag() > 0.6) & (inside.diag() < 1.3)).all()
     assert (inside - inside.diag().diag()).abs().max() < 0.05
 
@@ -25,7 +25,7 @@ def test_singular_values_become_about_one_and_directions_stay(shape):
 def test_a_matrix_of_rank_one_does_not_explode(dtype):
     generator = torch.Generator().manual_seed(0)
     matrix = (torch.randn(64, 1, generator=generator) @ torch.randn(1, 256, generator=generator)).to(dtype)
-    made = orthogonal(matrix)
+    made = newton_schulz(matrix)
     assert made.dtype == dtype
     assert 0.6 < torch.linalg.svdvals(made.float())[0] < 1.3
 
@@ -73,11 +73,11 @@ def test_a_step_is_as_large_as_adamws():
 
 def test_it_is_for_hidden_layers():
     unet = UNet(UNetConfig.nano())
-    taken = takes(unet)
+    taken = muon_parameters(unet)
     assert "mid_block.resnets.0.conv1.weight" in taken
     assert "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight" in taken
     assert not {"conv_in.weight", "conv_out.weight", "conv_norm_out.weight", "conv_out.bias"} & taken
-    assert takes(nn.Sequential(nn.Embedding(50, 20), nn.Linear(20, 20))) == {"1.weight"}
+    assert muon_parameters(nn.Sequential(nn.Embedding(50, 20), nn.Linear(20, 20))) == {"1.weight"}
 
 
 def test_every_parameter_has_one_optimizer():

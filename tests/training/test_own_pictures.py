@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from gobelin.data import FolderPairs
-from gobelin.evaluate.sanity_checks import psnr, round_trip
+from gobelin.data import ImageFolderDataset
+from gobelin.evaluate.sanity_checks import psnr, vae_round_trip
 from gobelin.pipeline import Pipeline
 from gobelin.training import TrainConfig, find_preset
 from gobelin.training.recipes.from_scratch import train
@@ -106,11 +106,11 @@ def config(folder) -> TrainConfig:
 def test_sixty_pictures_of_six_motifs_are_learned(pictures, tmp_path):
     out = train(config(pictures), tmp_path / "model", console=Console(stderr=True))
     pipe = Pipeline.from_pretrained(out)
-    pairs = FolderPairs(pictures, 64)
-    images = np.stack([pairs[index].image for index in range(len(pairs))])
-    captions = [pairs[index].caption for index in range(len(pairs))]
+    dataset = ImageFolderDataset(pictures, 64)
+    images = np.stack([dataset[index].image for index in range(len(dataset))])
+    captions = [dataset[index].caption for index in range(len(dataset))]
 
-    decoded = np.stack([np.asarray(image) for image in round_trip(pipe.vae, images)])
+    decoded = np.stack([np.asarray(image) for image in vae_round_trip(pipe.vae, images)])
     quality = psnr(images, decoded)
     print(f"VAE round trip: {quality:.1f} dB")
     assert quality >= 22

@@ -9,41 +9,41 @@ from torch import Generator
 
 from gobelin import scenes
 from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
-from gobelin.data import Corpus, ScenePairs
+from gobelin.data import CachedDataset, SceneDataset
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.training import find_preset
 from gobelin.training.stages import (
-    Painter,
-    Sketcher,
+    SketchHead,
     TextStage,
+    TrainedModules,
     UNetStage,
     VAEStage,
     encode_images,
     encode_texts,
-    grid,
+    image_grid,
 )
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 
 @pytest.fixture(scope="module")
-def corpus():
-    return Corpus(ScenePairs(world=scenes.NANO, count=32))
+def dataset():
+    return CachedDataset(SceneDataset(world=scenes.NANO, count=32))
 
 
-def test_the_text_stage_adds_hard_negatives_and_learns(corpus):
-    tokenizer = Tokenizer.train(corpus.captions, max_length=24)
+def test_the_text_stage_adds_hard_negatives_and_learns(dataset):
+    tokenizer = Tokenizer.train(dataset.captions, max_length=24)
     config = TextEncoderConfig.of(32, layers=1, heads=2, vocab_size=len(tokenizer.vocab), max_position_embeddings=24)
     text = TextEncoder(config).init_()
     image = ImageEncoder(ImageEncoderConfig(text_width=32, projection_dim=16, block_out_channels=(16, 16, 16)))
     config = find_preset("nano").text
-    stage = TextStage(corpus, tokenizer, text, image, config)
+    stage = TextStage(dataset, tokenizer, text, image, config)
     indices = torch.arange(8)
     seen = []
     image.similarity, similarity = lambda *both: seen.append(both[1].shape[0]) or similarity(*both), image.similarity
     first = stage.loss(indices, Generator().manual_seed(0))
-    assert seen == [8 + sum(bool(corpus.negatives[index]) for index in range(8))]
+    assert seen == [8 + sum(bool(dataset.negatives[index]) for index in range(8))]
     assert torch.equal(first["loss"], first["contrast"] + config.sketch * first["sketch"])
     optimizer = torch.optim.Adam(stage.module.parameters(), lr=1e-3)
     for _ in range(25):
@@ -54,45 +54,45 @@ def test_the_text_stage_adds_hard_negatives_and_learns(corpus):
     assert loss < first["loss"] / 2
 
 
-def test_a_sketch_is_drawn_from_the_words_and_nothing_after_them(corpus):
+def test_a_sketch_is_drawn_from_the_words_and_nothing_after_them(dataset):
     """Two captions, two pictures: the error falls to nothing, and padding changes nothing."""
     torch.manual_seed(0)
-    sketcher = Sketcher(16, heads=2)
+    head = SketchHead(16, heads=2)
     words = torch.randn(2, 5, 16)
     mask = torch.tensor([[True, True, True, False, False], [True, True, True, True, False]])
     images = torch.cat([torch.full((1, 3, 64, 64), -1.0), torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)])
-    optimizer = torch.optim.Adam(sketcher.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()
-        loss = sketcher.loss(words, mask, images)
+        loss = head.loss(words, mask, images)
         loss.backward()
         optimizer.step()
     assert loss < 0.01
     with torch.no_grad():
-        drawn = sketcher(words, mask)
-        torch.testing.assert_close(drawn, sketcher(words + 9.0 * ~mask[:, :, None], mask))
+        drawn = head(words, mask)
+        torch.testing.assert_close(drawn, head(words + 9.0 * ~mask[:, :, None], mask))
     assert drawn.shape == (2, 3, 8, 8)
     assert drawn[1, :, :, 0].mean() < -0.6, "dark on the left"
     assert drawn[1, :, :, 7].mean() > 0.6, "and light on the right"
 
 
-def test_the_vae_stage_starts_narrow_and_weighs_its_parts(corpus):
+def test_the_vae_stage_starts_narrow_and_weighs_its_parts(dataset):
     config = find_preset("nano").vae
-    stage = VAEStage(corpus, VAE(VAEConfig.nano()), config, torch.arange(4))
+    stage = VAEStage(dataset, VAE(VAEConfig.nano()), config, torch.arange(4))
     losses = stage.loss(torch.arange(4), Generator().manual_seed(0))
     parts = sum(getattr(config, name) * losses[name] for name in ("mse", "coarse_mse", "edges", "l1", "kl"))
     torch.testing.assert_close(losses["loss"], parts)
     with torch.no_grad():
-        posterior = stage.module.encode(corpus.images(torch.arange(4)))
+        posterior = stage.module.encode(dataset.images(torch.arange(4)))
     assert (posterior.logvar == -6).all()
-    assert stage.picture(stage.module, 0).size == (4 * 66 - 2, 2 * 66 - 2)
+    assert stage.sample_grid(stage.module, 0).size == (4 * 66 - 2, 2 * 66 - 2)
 
 
-def test_the_decoder_learns_to_bear_noise_in_proportion_to_each_channel(corpus):
+def test_the_decoder_learns_to_bear_noise_in_proportion_to_each_channel(dataset):
     def decoded(latent_noise):
         config = dataclasses.replace(find_preset("nano").vae, latent_noise=latent_noise)
         torch.manual_seed(0)
-        stage = VAEStage(corpus, VAE(VAEConfig.nano()), config, torch.arange(4))
+        stage = VAEStage(dataset, VAE(VAEConfig.nano()), config, torch.arange(4))
         seen = []
         stage.module.decode, decode = lambda latents: seen.append(latents) or decode(latents), stage.module.decode
         stage.loss(torch.arange(32), Generator().manual_seed(0))
@@ -103,9 +103,9 @@ def test_the_decoder_learns_to_bear_noise_in_proportion_to_each_channel(corpus):
     torch.testing.assert_close(share, torch.full((4,), 0.5), rtol=0.05, atol=0)
 
 
-def unet_stage(corpus, **changes):
+def unet_stage(dataset, **changes):
     config = dataclasses.replace(find_preset("nano").unet, **changes)
-    latents = torch.randn(len(corpus), 4, 16, 16)
+    latents = torch.randn(len(dataset), 4, 16, 16)
     texts = torch.arange(4.0)[:, None, None].expand(4, 6, 96).contiguous()  # the last is the empty caption's
     unet = UNet(UNetConfig.nano()).zero_init_()
     seen = {}
@@ -115,23 +115,23 @@ def unet_stage(corpus, **changes):
         return torch.zeros_like(noisy_latents)
 
     unet.forward = spy
-    caption = torch.arange(len(corpus)) % 3
+    caption = torch.arange(len(dataset)) % 3
     schedule = NoiseSchedule(ScheduleConfig(prediction_type="epsilon"))
     stage = UNetStage(
-        Painter(unet, None),
+        TrainedModules(unet, None),
         schedule,
         latents,
         torch.zeros_like(latents),
         texts,
         caption,
         config,
-        picture=lambda painter, step: grid([Image.new("RGB", (4, 4))], 1),
+        sample=lambda modules, step: image_grid([Image.new("RGB", (4, 4))], 1),
     )
     return stage, seen, caption
 
 
-def test_the_unet_stage_predicts_the_noise(corpus):
-    stage, seen, caption = unet_stage(corpus, caption_dropout=0.0)
+def test_the_unet_stage_predicts_the_noise(dataset):
+    stage, seen, caption = unet_stage(dataset, caption_dropout=0.0)
     indices = torch.randperm(32)
     loss = stage.loss(indices, Generator().manual_seed(0))["loss"]
     assert loss.item() == pytest.approx(1, abs=0.05), "a prediction of zero misses unit noise by 1"
@@ -140,8 +140,8 @@ def test_the_unet_stage_predicts_the_noise(corpus):
     assert seen["timesteps"].max() <= 999
 
 
-def test_captions_are_dropped_as_often_as_asked(corpus):
-    stage, seen, _ = unet_stage(corpus, caption_dropout=0.25)
+def test_captions_are_dropped_as_often_as_asked(dataset):
+    stage, seen, _ = unet_stage(dataset, caption_dropout=0.25)
     dropped = 0
     for step in range(40):
         stage.loss(torch.arange(32), Generator().manual_seed(step))
@@ -149,30 +149,30 @@ def test_captions_are_dropped_as_often_as_asked(corpus):
     assert 0.2 < dropped / (40 * 32) < 0.3
 
 
-def test_the_loss_reaches_the_text_encoder_where_it_is_trained_too(corpus):
-    tokenizer = Tokenizer.train(corpus.captions, max_length=24)
-    captions, caption = corpus.distinct_captions()
+def test_the_loss_reaches_the_text_encoder_where_it_is_trained_too(dataset):
+    tokenizer = Tokenizer.train(dataset.captions, max_length=24)
+    captions, caption = dataset.unique_captions()
     text_encoder = TextEncoder(
         TextEncoderConfig.of(96, layers=1, heads=2, vocab_size=len(tokenizer.vocab), max_position_embeddings=24)
     ).init_()
-    latents = torch.randn(len(corpus), 4, 16, 16)
+    latents = torch.randn(len(dataset), 4, 16, 16)
     stage = UNetStage(
-        Painter(UNet(UNetConfig.nano()), text_encoder),
+        TrainedModules(UNet(UNetConfig.nano()), text_encoder),
         NoiseSchedule(ScheduleConfig()),
         latents,
         torch.zeros_like(latents),
         tokenizer([*captions, ""]),
         caption,
         find_preset("nano").unet,
-        picture=lambda painter, step: grid([Image.new("RGB", (4, 4))], 1),
+        sample=lambda modules, step: image_grid([Image.new("RGB", (4, 4))], 1),
     )
     stage.loss(torch.arange(8), Generator().manual_seed(0))["loss"].backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in text_encoder.parameters())
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_timesteps_are_even_or_shifted_towards_noise(corpus, shift):
-    stage, seen, _ = unet_stage(corpus, timestep_shift=shift)
+def test_timesteps_are_even_or_shifted_towards_noise(dataset, shift):
+    stage, seen, _ = unet_stage(dataset, timestep_shift=shift)
     timesteps = []
     for step in range(40):
         stage.loss(torch.arange(32), Generator().manual_seed(step))
@@ -183,14 +183,14 @@ def test_timesteps_are_even_or_shifted_towards_noise(corpus, shift):
     assert timesteps.max() > 980
 
 
-def test_encoding_is_what_the_networks_say(corpus):
+def test_encoding_is_what_the_networks_say(dataset):
     vae = VAE(VAEConfig.nano())
-    mean, spread = encode_images(vae, corpus, torch.arange(32), batch_size=5)
+    mean, std = encode_images(vae, dataset, torch.arange(32), batch_size=5)
     with torch.no_grad():
-        posterior = vae.encode(corpus.images(torch.tensor([11])))
+        posterior = vae.encode(dataset.images(torch.tensor([11])))
     torch.testing.assert_close(mean[11:12], posterior.mean)
-    torch.testing.assert_close(spread[11:12], posterior.logvar.mul(0.5).exp())
-    tokenizer = Tokenizer.train(corpus.captions, max_length=24)
+    torch.testing.assert_close(std[11:12], posterior.logvar.mul(0.5).exp())
+    tokenizer = Tokenizer.train(dataset.captions, max_length=24)
     text = TextEncoder(
         TextEncoderConfig.of(32, layers=1, heads=2, vocab_size=len(tokenizer.vocab), max_position_embeddings=24)
     )
@@ -199,6 +199,6 @@ def test_encoding_is_what_the_networks_say(corpus):
 
 
 def test_a_grid_shows_every_image():
-    sheet = grid([Image.new("L", (4, 4), level) for level in (0, 32, 128, 223, 255)], columns=3)
+    sheet = image_grid([Image.new("L", (4, 4), level) for level in (0, 32, 128, 223, 255)], columns=3)
     assert sheet.size == (16, 10)
     assert [sheet.getpixel((6 * (i % 3), 6 * (i // 3)))[0] for i in range(5)] == [0, 32, 128, 223, 255]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,20 +13,20 @@ from rich.console import Console
 from torch import nn
 
 from gobelin.errors import TrainingError
-from gobelin.training import checkpoints
+from gobelin.training.checkpoints import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from gobelin.training.config import OptimConfig
-from gobelin.training.trainer import Run, batch_indices, fit, learning_rate, make_optimizers, mix
+from gobelin.training.trainer import Run, batch_indices, derive_seed, fit, learning_rate, make_optimizers
 
 OPTIM = OptimConfig(steps=10, batch_size=3, learning_rate=0.5, warmup_steps=4, ema=0.5)
 
 
-@given(samples=st.integers(1, 40), batch_size=st.integers(1, 30))
-def test_every_epoch_sees_every_sample_once(samples, batch_size):
-    steps = -(-3 * samples // batch_size)
-    order = torch.cat([batch_indices(5, "vae", step, batch_size, samples) for step in range(steps)])
-    epochs = order[: 3 * samples].reshape(3, samples)
+@given(dataset_size=st.integers(1, 40), batch_size=st.integers(1, 30))
+def test_every_epoch_sees_every_sample_once(dataset_size, batch_size):
+    steps = -(-3 * dataset_size // batch_size)
+    order = torch.cat([batch_indices(5, "vae", step, batch_size, dataset_size) for step in range(steps)])
+    epochs = order[: 3 * dataset_size].reshape(3, dataset_size)
     for epoch in epochs:
-        assert sorted(epoch.tolist()) == list(range(samples))
+        assert sorted(epoch.tolist()) == list(range(dataset_size))
 
 
 def test_orders_differ_by_seed_stage_and_epoch():
@@ -36,7 +37,9 @@ def test_orders_differ_by_seed_stage_and_epoch():
 
 
 def test_seeds_fit_a_generator_and_differ():
-    seeds = {mix(seed, purpose, number) for seed in (0, 1, 2**40) for purpose in ("a", "b") for number in range(5)}
+    seeds = {
+        derive_seed(seed, purpose, number) for seed in (0, 1, 2**40) for purpose in ("a", "b") for number in range(5)
+    }
     assert len(seeds) == 30
     for seed in seeds:
         torch.Generator().manual_seed(seed)
@@ -61,7 +64,7 @@ def test_the_learning_rate_holds_before_it_falls():
 def test_rates_slow_the_parameters_they_name():
     module = nn.ModuleDict({"text": nn.Linear(2, 2), "image": nn.Linear(2, 2, bias=False)})
     (adamw,) = make_optimizers(module, OPTIM, {"text.": 0.1})
-    rates = {id(p): group["rate"] for group in adamw.param_groups for p in group["params"]}
+    rates = {id(p): group["lr_ratio"] for group in adamw.param_groups for p in group["params"]}
     assert {rates[id(p)] for p in module["text"].parameters()} == {0.1}
     assert {rates[id(p)] for p in module["image"].parameters()} == {1.0}
     assert len(rates) == 3
@@ -79,7 +82,7 @@ def test_only_matrices_decay():
 class Line:
     """Learn y = 3x: small enough to see everything."""
 
-    name, samples, optim, rates = "line", 7, OPTIM, {}
+    name, dataset_size, optim, lr_ratios = "line", 7, OPTIM, {}
 
     def __init__(self, on_step=lambda count: None):
         self.module = nn.Linear(1, 1)
@@ -93,7 +96,7 @@ class Line:
         x = torch.randn(len(indices), 1, generator=generator)
         return {"loss": (self.module(x) - 3 * x).square().mean()}
 
-    def picture(self, module, step):
+    def sample_grid(self, module, step):
         return None
 
 
@@ -104,7 +107,7 @@ def run(tmp_path):
         seed=0,
         device=torch.device("cpu"),
         save_every=100,
-        picture_every=100,
+        sample_every=100,
         console=Console(quiet=True),
     )
 
@@ -123,16 +126,23 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(run, number):
     with pytest.raises(KeyboardInterrupt):
         fit(Line(on_step=lambda count: os.kill(os.getpid(), number) if count == 6 else None), run)
     assert signal.getsignal(number) is before
-    assert [path.name for path in run.checkpoints(Line()).iterdir()] == ["step-00000006"]
+    assert [path.name for path in run.checkpoint_folder(Line()).iterdir()] == ["step-00000006"]
     rest = Line()
     resumed = fit(rest, run)
     assert rest.count == 4
     assert torch.equal(resumed.weight, whole.weight)
 
 
+def test_it_trains_outside_the_main_thread_where_no_signal_can_be_caught(run):
+    whole = fit(Line(), dataclasses.replace(run, folder=run.folder / "whole"))
+    with ThreadPoolExecutor(1) as pool:
+        averaged = pool.submit(fit, Line(), run).result()
+    assert torch.equal(averaged.weight, whole.weight)
+
+
 def test_checkpoints_replace_each_other_only_when_whole(tmp_path, monkeypatch):
-    checkpoints.save(tmp_path, 1, {"x": torch.ones(1)})
-    checkpoints.save(tmp_path, 2, {"x": torch.full((1,), 2.0)})
+    save_checkpoint(tmp_path, 1, {"x": torch.ones(1)})
+    save_checkpoint(tmp_path, 2, {"x": torch.full((1,), 2.0)})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
     def full_disk(*_):
@@ -140,9 +150,9 @@ def test_checkpoints_replace_each_other_only_when_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(TrainingError, match=r"step 3 could not be written.*No space left.*the previous one stands"):
-        checkpoints.save(tmp_path, 3, {})
+        save_checkpoint(tmp_path, 3, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
-    assert checkpoints.load(tmp_path)["x"].item() == 2
+    assert load_checkpoint(tmp_path)["x"].item() == 2
 
 
 def test_a_request_in_the_last_step_stops_the_run_too(run):
@@ -155,8 +165,8 @@ def test_a_request_in_the_last_step_stops_the_run_too(run):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    assert checkpoints.load(tmp_path) is None
-    checkpoints.save(tmp_path, 4, {})
-    (tmp_path / "step-00000004" / checkpoints.FILE).write_bytes(b"torn")
+    assert load_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 4, {})
+    (tmp_path / "step-00000004" / CHECKPOINT_FILE).write_bytes(b"torn")
     with pytest.raises(TrainingError, match=r"step-00000004.* cannot be read"):
-        checkpoints.load(tmp_path)
+        load_checkpoint(tmp_path)

@@ -1,1 +1,1 @@
-"""Adapters: small files that change what a model does, added to it and taken out again."""
+"""Adapters: small files that change a model's weights, added to it and removed again."""

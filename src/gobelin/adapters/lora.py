@@ -1,4 +1,4 @@
-"""Adding LoRAs to a model and taking them out again, several at once, each with a weight of its own."""
+"""LoRAs (Hu et al. 2021, arXiv 2106.09685) of a model: added and removed, several at once, each with its own weight."""
 
 import math
 from collections.abc import Mapping
@@ -9,108 +9,126 @@ import torch
 from torch import Tensor, nn
 
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.lora_layouts import Change, read_lora
+from gobelin.formats.lora_layouts import LoraDelta, read_lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Added:
-    changes: dict[str, dict[str, Change]]
+class _LoadedLora:
+    """A LoRA's deltas by network and module, and its weight."""
+
+    deltas: dict[str, dict[str, LoraDelta]]
     weight: float
 
 
-def _refuse_odd(weight: float) -> None:
+def _check_weight(weight: float) -> None:
+    """Raise :class:`UsageError` for NaN and infinity."""
     if not math.isfinite(weight):
         raise UsageError(f"the weight of a LoRA is {weight}: give a number")
 
 
-@dataclass
+@dataclass(repr=False)
 class Loras:
-    """The LoRAs of a model whose ``parts`` ("unet", "text_encoder") they change.
+    """The LoRAs of a model, which change its ``networks`` ("unet", "text_encoder").
 
-    The layers' own weights are kept aside, so that taking a LoRA out, or giving it another weight, leaves no trace of
-    what was. What computes are ordinary layers with changed weights: nothing that looks into them notices.
+    Each changed layer gets the weight W + Σ weight · ΔW and its own W is kept aside, so that removing a LoRA restores
+    the layer bit for bit. Layers stay ordinary ones: tracing and controls need to know nothing of LoRAs.
     """
 
-    parts: Mapping[str, nn.Module]
-    _added: dict[str, _Added] = field(default_factory=dict)
-    _before: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    networks: Mapping[str, nn.Module]
+    _loaded: dict[str, _LoadedLora] = field(default_factory=dict)
+    _originals: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def add(self, path: Path, weight: float = 1.0, name: str | None = None, allow_pickle: bool = False) -> str:
-        """Add a file's LoRA and return what it goes by: ``name``, or the file's own.
+        """Add a LoRA file at ``weight`` (1 is as it was trained) and return its name: ``name``, or the file's stem.
 
-        Raises :class:`ModelError` that names what of the file does not fit, and :class:`UsageError` for a name that is
-        taken; the model is then as it was.
+        Raises :class:`ModelError` that names the first tensor that does not fit, and :class:`UsageError` for a name
+        that is taken or a weight that is no number; the model is then as it was.
         """
         name = name or path.stem
-        _refuse_odd(weight)
-        if name in self._added:
-            raise UsageError(f"a LoRA {name!r} is there already: give this one another name, or take the other out")
+        _check_weight(weight)
+        if name in self._loaded:
+            raise UsageError(f"a LoRA {name!r} is loaded already: give this one another name, or remove the other")
         layers = {
-            part: [where for where, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-            for part, network in self.parts.items()
+            network: [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+            for network, module in self.networks.items()
         }
-        changes = read_lora(path, layers, allow_pickle)
-        for part, of_part in changes.items():
-            for where, change in of_part.items():
-                self._refuse_misfit(path, part, where, change)
-        self._added[name] = _Added(changes=changes, weight=weight)
-        self._apply(changes)
+        deltas = read_lora(path, layers, allow_pickle)
+        for network, of_network in deltas.items():
+            for module, delta in of_network.items():
+                self._check_shape(path, network, module, delta)
+        self._loaded[name] = _LoadedLora(deltas=deltas, weight=weight)
+        self._apply(deltas)
         return name
 
     def set_weight(self, name: str, weight: float) -> None:
-        """Give a LoRA another weight: 0 for none of it, 1 for as much as it was trained for."""
-        _refuse_odd(weight)
-        changes = self._find(name).changes
-        self._added[name] = _Added(changes=changes, weight=weight)
-        self._apply(changes)
+        """Set the weight of a loaded LoRA: 0 is without it, 1 as it was trained."""
+        _check_weight(weight)
+        deltas = self._find(name).deltas
+        self._loaded[name] = _LoadedLora(deltas=deltas, weight=weight)
+        self._apply(deltas)
 
     def remove(self, name: str) -> None:
-        """Take a LoRA out."""
-        changes = self._find(name).changes
-        del self._added[name]
-        self._apply(changes)
+        """Remove a loaded LoRA."""
+        deltas = self._find(name).deltas
+        del self._loaded[name]
+        self._apply(deltas)
 
-    def merge(self) -> None:
-        """Make what was added the model's own: it cannot be taken out any more, and takes no memory."""
-        self._added.clear()
-        self._before.clear()
+    def require_fuse(self, fuse_loras: bool) -> None:
+        """Raise :class:`UsageError` if LoRAs are loaded and ``fuse_loras`` does not ask to save the model with them.
+
+        Layers hold the changed weights, so a model that is saved now would have its LoRAs for good.
+        """
+        if self._loaded and not fuse_loras:
+            loaded = ", ".join(f"{name!r} at {lora.weight:g}" for name, lora in self._loaded.items())
+            raise UsageError(
+                f"this model has LoRAs loaded ({loaded}): save with fuse_loras=True to write them into its weights for "
+                "good, or remove them first"
+            )
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Move the weights that are kept aside to where the model was moved."""
+        self._originals = {key: weight.to(device, dtype) for key, weight in self._originals.items()}
 
     @property
     def weights(self) -> dict[str, float]:
-        """What is added, and how much of it."""
-        return {name: added.weight for name, added in self._added.items()}
+        """The weights of the loaded LoRAs by name."""
+        return {name: lora.weight for name, lora in self._loaded.items()}
 
-    def _layer(self, part: str, where: str) -> nn.Linear | nn.Conv2d:
-        layer = self.parts[part].get_submodule(where)
+    def __repr__(self) -> str:
+        return f"Loras({self.weights})"
+
+    def _layer(self, network: str, module: str) -> nn.Linear | nn.Conv2d:
+        layer = self.networks[network].get_submodule(module)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         return layer
 
-    def _find(self, name: str) -> _Added:
-        if name not in self._added:
-            raise UsageError(f"no LoRA {name!r} was added: there is {', '.join(self._added) or 'none'}")
-        return self._added[name]
+    def _find(self, name: str) -> _LoadedLora:
+        if name not in self._loaded:
+            raise UsageError(f"no LoRA {name!r} is loaded: the loaded ones are {', '.join(self._loaded) or 'none'}")
+        return self._loaded[name]
 
-    def _refuse_misfit(self, path: Path, part: str, where: str, change: Change) -> None:
-        weight = self._layer(part, where).weight
-        given, wanted = (shape + (1,) * (4 - len(shape)) for shape in (change.shape(), tuple(weight.shape)))
-        if given != wanted:
+    def _check_shape(self, path: Path, network: str, module: str, delta: LoraDelta) -> None:
+        """Raise :class:`ModelError` for a delta that is not of its layer's shape; a linear layer counts as 1×1."""
+        weight = self._layer(network, module).weight
+        given, expected = (shape + (1,) * (4 - len(shape)) for shape in (delta.shape(), tuple(weight.shape)))
+        if given != expected:
             raise ModelError(
-                f"{path} is for another model: {where} is {list(weight.shape)} here, and the LoRA has "
-                f"{list(change.up.shape)} times {list(change.down.shape)} for it"
+                f"{path} is for another model: {module} is {list(weight.shape)} here, and the LoRA has "
+                f"{list(delta.up.shape)} times {list(delta.down.shape)} for it"
             )
 
     @torch.no_grad()
-    def _apply(self, changes: Mapping[str, Mapping[str, Change]]) -> None:
-        """Compute the weights of the layers that these changes concern anew, from what they were before any."""
-        for part, of_part in changes.items():
-            for where in of_part:
-                layer = self._layer(part, where)
-                before = self._before.setdefault((part, where), layer.weight.detach())
-                weight = before.float()
-                now = [added for added in self._added.values() if where in added.changes.get(part, {})]
-                for added in now:
-                    change = added.changes[part][where].weight()
-                    weight = weight + added.weight * change.reshape(weight.shape).to(weight.device)
-                layer.weight = nn.Parameter(weight.to(before.dtype) if now else before, requires_grad=False)
-                if not now:
-                    del self._before[part, where]
+    def _apply(self, deltas: Mapping[str, Mapping[str, LoraDelta]]) -> None:
+        """Compute the weights of the layers that these deltas change anew, from the layers' originals."""
+        for network, of_network in deltas.items():
+            for module in of_network:
+                layer = self._layer(network, module)
+                original = self._originals.setdefault((network, module), layer.weight.detach())
+                weight = original.float()
+                loras = [lora for lora in self._loaded.values() if module in lora.deltas.get(network, {})]
+                for lora in loras:
+                    delta = lora.deltas[network][module].delta_weight()
+                    weight = weight + lora.weight * delta.reshape(weight.shape).to(weight.device)
+                layer.weight = nn.Parameter(weight.to(original.dtype) if loras else original, requires_grad=False)
+                if not loras:
+                    del self._originals[network, module]

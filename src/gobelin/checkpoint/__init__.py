@@ -1,6 +1,6 @@
-"""Models on disk in the shapes that people have them in, and back: diffusers folders, single files, the Hub's cache."""
+"""Checkpoints: models from diffusers folders, single files and the Hub's cache, and back into folders and files."""
 
 from gobelin.checkpoint.loading import open_model
-from gobelin.checkpoint.model import Model, Recommended
+from gobelin.checkpoint.model import Model
 
-__all__ = ["Model", "Recommended", "open_model"]
+__all__ = ["Model", "open_model"]

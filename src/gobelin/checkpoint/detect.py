@@ -1,4 +1,4 @@
-"""Which family of models a file or folder is of, so that what cannot be opened is refused by its name."""
+"""Detect a model's family by keys and configurations, so that what Gobelin cannot open is refused by its name."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 from gobelin.errors import ModelError
 
-ONLY = "Gobelin opens Stable Diffusion 1.x"
+SUPPORTED = "Gobelin opens Stable Diffusion 1.x"
 
-# What gives a single file away: a part of some tensor's name, and what such a file is.
-_MARKS = (
+# A part of some tensor's name, and the family of a single file that has it; the first that is found counts.
+_KEY_MARKS = (
     ("lora_unet_", "a LoRA: open a model, and add it with load_lora"),
     ("lora_te_", "a LoRA: open a model, and add it with load_lora"),
     (".lora_A.", "a LoRA: open a model, and add it with load_lora"),
@@ -18,56 +18,63 @@ _MARKS = (
     ("_lora.down.", "a LoRA: open a model, and add it with load_lora"),
     ("string_to_param", "a textual inversion: open a model, and add it with load_textual_inversion"),
     ("emb_params", "a textual inversion: open a model, and add it with load_textual_inversion"),
-    ("conditioner.embedders.", f"Stable Diffusion XL; {ONLY}"),
-    ("model.diffusion_model.label_emb.", f"Stable Diffusion XL; {ONLY}"),
-    ("joint_blocks.", f"Stable Diffusion 3; {ONLY}"),
-    ("double_blocks.", f"Flux; {ONLY}"),
-    ("control_model.", f"a ControlNet; {ONLY} and no controls"),
-    ("controlnet_cond_embedding", f"a ControlNet; {ONLY} and no controls"),
-    ("input_hint_block.", f"a ControlNet; {ONLY} and no controls"),
-    ("cond_stage_model.model.", f"Stable Diffusion 2.x; {ONLY}"),
+    ("conditioner.embedders.", f"Stable Diffusion XL; {SUPPORTED}"),
+    ("model.diffusion_model.label_emb.", f"Stable Diffusion XL; {SUPPORTED}"),
+    ("joint_blocks.", f"Stable Diffusion 3; {SUPPORTED}"),
+    ("double_blocks.", f"Flux; {SUPPORTED}"),
+    ("control_model.", f"a ControlNet; {SUPPORTED} and no ControlNets"),
+    ("controlnet_cond_embedding", f"a ControlNet; {SUPPORTED} and no ControlNets"),
+    ("input_hint_block.", f"a ControlNet; {SUPPORTED} and no ControlNets"),
+    ("cond_stage_model.model.", f"Stable Diffusion 2.x; {SUPPORTED}"),
 )
-_PIPELINES = (
+_PIPELINE_CLASSES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInpaintPipelineLegacy",
     "StableDiffusionPipelineSafe",
 )
-_PARTS = {
+_COMPONENT_CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-_OTHERS = {"XL": "Stable Diffusion XL", "3": "Stable Diffusion 3", "ControlNet": "a ControlNet's pipeline"}
+# What follows "StableDiffusion" in the name of another family's pipeline.
+_OTHER_PIPELINES = {
+    "XL": "Stable Diffusion XL",
+    "3": "Stable Diffusion 3",
+    "ControlNet": "a ControlNet's pipeline",
+}
 
 
-def refuse_other_files(path: Path, names: Collection[str]) -> None:
-    """Raise :class:`ModelError` for a single file whose tensors are those of another kind of model."""
-    for mark, family in _MARKS:
+def refuse_unsupported_file(path: Path, names: Collection[str]) -> None:
+    """Raise :class:`ModelError` that names the family of a single file whose tensors are another family's."""
+    for mark, family in _KEY_MARKS:
         if any(mark in name for name in names):
             raise ModelError(f"{path} is {family}")
 
 
-def refuse_other_folders(index: Path, content: Mapping[str, Any]) -> None:
-    """Raise :class:`ModelError` for a ``model_index.json`` of another kind of pipeline, or of parts of another class.
+def refuse_unsupported_pipeline(index: Path, content: Mapping[str, Any]) -> None:
+    """Raise :class:`ModelError` for a ``model_index.json`` of another pipeline, or with a component of another class.
 
-    The names in it are compared with those that are known, and never imported.
+    Its class names are compared with known ones, and never imported.
     """
     pipeline = content.get("_class_name")
-    if pipeline not in _PIPELINES:
-        known = (family for mark, family in _OTHERS.items() if str(pipeline).startswith(f"StableDiffusion{mark}"))
-        raise ModelError(f"{index} is of {next(known, repr(pipeline))}; {ONLY}, a StableDiffusionPipeline")
-    for part, classes in _PARTS.items():
-        said = content.get(part)
-        if not isinstance(said, list) or len(said) != 2 or said[1] not in classes:
-            raise ModelError(f"{index}: its {part} is {said!r}, and only {' or '.join(classes)} is supported")
+    if pipeline not in _PIPELINE_CLASSES:
+        known = (
+            family for mark, family in _OTHER_PIPELINES.items() if str(pipeline).startswith(f"StableDiffusion{mark}")
+        )
+        raise ModelError(f"{index} is of {next(known, repr(pipeline))}; {SUPPORTED}, as a StableDiffusionPipeline")
+    for component, classes in _COMPONENT_CLASSES.items():
+        found = content.get(component)
+        if not isinstance(found, list) or len(found) != 2 or found[1] not in classes:
+            raise ModelError(f"{index}: its {component} is {found!r}, and only {' or '.join(classes)} is supported")
 
 
-def refuse_other_unets(source: Path, content: Mapping[str, Any]) -> None:
-    """Raise :class:`ModelError` for the configuration of another family's U-Net."""
+def refuse_unsupported_unet(source: Path, content: Mapping[str, Any]) -> None:
+    """Raise :class:`ModelError` that names the family of a U-Net's configuration that is another family's."""
     if content.get("addition_embed_type") == "text_time":
-        raise ModelError(f"{source} is of Stable Diffusion XL; {ONLY}")
+        raise ModelError(f"{source} is of Stable Diffusion XL; {SUPPORTED}")
     if content.get("use_linear_projection") or content.get("cross_attention_dim") == 1024:
-        raise ModelError(f"{source} is of Stable Diffusion 2.x; {ONLY}")
+        raise ModelError(f"{source} is of Stable Diffusion 2.x; {SUPPORTED}")

@@ -1,4 +1,4 @@
-"""A diffusers folder in and out: a folder for each part, and an index that is written last."""
+"""Diffusers folders, read and written: a folder for each component, and ``model_index.json``, which is written last."""
 
 import dataclasses
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gobelin.checkpoint.detect import refuse_other_folders, refuse_other_unets
-from gobelin.checkpoint.model import Model, Recommended
+from gobelin.checkpoint.detect import refuse_unsupported_pipeline, refuse_unsupported_unet
+from gobelin.checkpoint.model import Model, recommended_from_json
 from gobelin.clip import TextEncoder
 from gobelin.errors import ModelError
 from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
@@ -18,8 +18,7 @@ from gobelin.unet import UNet
 from gobelin.vae import VAE
 
 MODEL_INDEX = "model_index.json"
-OURS = "gobelin.json"
-INPAINTING = "StableDiffusionInpaintPipeline"
+_GOBELIN_JSON = "gobelin.json"  # what diffusers has no place for: recommended settings, the world of scenes
 
 
 def open_folder(
@@ -32,54 +31,56 @@ def open_folder(
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> Model:
-    """Read a diffusers folder; a ``tokenizer`` or a ``vae`` that is given takes the place of the folder's.
+    """Read a diffusers folder onto ``device``, in ``dtype`` or each file's own precision (None).
 
-    Raises :class:`ModelError` that names the file and what is wrong with it.
+    A ``tokenizer`` or a ``vae`` that is given takes the place of the folder's. Raises :class:`ModelError` that names
+    the file and what is wrong with it.
     """
-    refuse_other_folders(folder / MODEL_INDEX, read_json(folder / MODEL_INDEX))
+    refuse_unsupported_pipeline(folder / MODEL_INDEX, read_json(folder / MODEL_INDEX))
     unet_config = folder / "unet" / "config.json"
-    refuse_other_unets(unet_config, read_json(unet_config))
-    how = {"dtype": dtype, "variant": variant, "allow_pickle": allow_pickle}
+    refuse_unsupported_unet(unet_config, read_json(unet_config))
+    options = {"dtype": dtype, "variant": variant, "allow_pickle": allow_pickle}
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    ours = folder / OURS
-    said = read_json(ours) if ours.is_file() else {}
-    if not isinstance(world := said.get("world"), str | None):
-        raise ModelError(f"{ours}: world is {world!r}, expected the name of a world of scenes")
+    extra_file = folder / _GOBELIN_JSON
+    extra = read_json(extra_file) if extra_file.is_file() else {}
+    if not isinstance(world := extra.get("world"), str | None):
+        raise ModelError(f"{extra_file}: world is {world!r}, expected the name of a world of scenes")
     return Model(
-        unet=UNet.from_pretrained(folder / "unet", **how).to(device),
-        vae=(vae or VAE.from_pretrained(folder / "vae", **how)).to(device),
-        text_encoder=TextEncoder.from_pretrained(folder / "text_encoder", **how).to(device),
+        unet=UNet.from_pretrained(folder / "unet", **options).to(device),
+        vae=(vae or VAE.from_pretrained(folder / "vae", **options)).to(device),
+        text_encoder=TextEncoder.from_pretrained(folder / "text_encoder", **options).to(device),
         tokenizer=tokenizer or Tokenizer.from_pretrained(folder / "tokenizer"),
         schedule=NoiseSchedule(config_from_json(ScheduleConfig, read_json(scheduler), scheduler)),
-        recommended=config_from_json(Recommended, said, ours),
+        recommended=recommended_from_json(extra, extra_file),
         world=world,
         name=folder.resolve().name,
     )
 
 
 def save_folder(model: Model, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a diffusers folder, in ``dtype`` or in the weights' own precision."""
+    """Write a diffusers folder, in ``dtype`` or in the weights' own precision (None)."""
     model.unet.save_pretrained(folder / "unet", dtype)
     model.vae.save_pretrained(folder / "vae", dtype)
     model.text_encoder.save_pretrained(folder / "text_encoder", dtype)
     model.tokenizer.save_pretrained(folder / "tokenizer")
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(model.schedule.config))
-    known = {} if model.world is None else {"world": model.world}
-    write_json(folder / OURS, dataclasses.asdict(model.recommended) | known)
-    kind = {"_class_name": INPAINTING} if model.unet.config.in_channels > model.unet.config.out_channels else {}
-    write_json(folder / MODEL_INDEX, MODEL_INDEX_JSON | kind)
+    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_fields(model.schedule.config))
+    world = {} if model.world is None else {"world": model.world}
+    write_json(folder / _GOBELIN_JSON, dict(model.recommended) | world)
+    inpaints = model.unet.config.in_channels > model.unet.config.out_channels
+    pipeline = {"_class_name": "StableDiffusionInpaintPipeline"} if inpaints else {}
+    write_json(folder / MODEL_INDEX, _INDEX_FIELDS | pipeline)
 
 
-def scheduler_json(config: ScheduleConfig) -> dict[str, Any]:
-    """The noise schedule as diffusers' ``DDIMScheduler`` reads it."""
+def _scheduler_fields(config: ScheduleConfig) -> dict[str, Any]:
+    """Return the noise schedule as the fields of diffusers' ``DDIMScheduler``."""
     fields = dataclasses.asdict(config)
-    if config.timestep_spacing is None:  # each sampler's own, which diffusers takes too where the file is silent
+    if config.timestep_spacing is None:  # each sampler's own: so it is in diffusers too, where the field is absent
         del fields["timestep_spacing"]
     header = {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION}
     return {**header, **fields, "clip_sample": False, "trained_betas": None}
 
 
-MODEL_INDEX_JSON = {
+_INDEX_FIELDS = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": DIFFUSERS_VERSION,
     "feature_extractor": [None, None],

@@ -1,29 +1,41 @@
-"""What a model is made of."""
+"""A model: its networks, tokenizer and noise schedule, and the settings that it recommends."""
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from gobelin.clip import TextEncoder
+from gobelin.errors import ModelError, UsageError
 from gobelin.schedule import NoiseSchedule
+from gobelin.settings import Settings
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
+NETWORKS = ("unet", "vae", "text_encoder")  # of a model, by the names of their folders
+RECOMMENDED = Settings(sampler="dpmpp_2m", steps=25, guidance=7.5, guidance_rescale=0.0)
+"""Settings for a model that recommends none."""
 
-@dataclass(frozen=True, kw_only=True)
-class Recommended:
-    """How a model asks to be sampled; read from ``gobelin.json`` where its folder has one."""
 
-    sampler: str = "dpmpp_2m"
-    steps: int = 25
-    guidance: float = 7.5
-    guidance_rescale: float = 0.0
+def recommended_from_json(content: dict[str, Any], source: Path) -> Settings:
+    """Read the settings that a model recommends, the rest being :data:`RECOMMENDED`; other fields are left alone.
+
+    Raises :class:`ModelError` for one that no image could be painted with.
+    """
+    known = {field.name for field in dataclasses.fields(Settings)}
+    try:
+        return Settings(**{name: value for name, value in content.items() if name in known}).filled(RECOMMENDED)
+    except UsageError as error:
+        raise ModelError(f"{source}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Three networks, with the tokenizer and the noise schedule that they were trained with.
 
-    ``world`` names the world of scenes that they know, where they were trained on one.
+    ``world`` names the world of scenes that the model was trained on, if any. Raises :class:`ModelError` for parts that
+    do not fit together.
     """
 
     unet: UNet
@@ -31,6 +43,27 @@ class Model:
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     schedule: NoiseSchedule
-    recommended: Recommended = field(default_factory=Recommended)
+    recommended: Settings = RECOMMENDED
     world: str | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        text, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
+        for fits, problem in (
+            (
+                self.tokenizer.max_length <= text.max_position_embeddings,
+                "the tokenizer gives more tokens than the text encoder has places",
+            ),
+            (
+                max(self.tokenizer.vocab.values()) < text.vocab_size,
+                "the tokenizer has tokens that the text encoder does not know",
+            ),
+            (text.hidden_size == unet.cross_attention_dim, "the U-Net expects text embeddings of another width"),
+            (
+                # A U-Net that inpaints sees the latents, the masked image's latents and the mask.
+                unet.in_channels in (vae.latent_channels, 2 * vae.latent_channels + 1),
+                "the U-Net expects latents with other channels than the VAE's",
+            ),
+        ):
+            if not fits:
+                raise ModelError(f"the parts of this model do not belong together: {problem}")

@@ -1,4 +1,4 @@
-"""``gobelin convert``: a diffusers folder from a single file, and a single file from a folder."""
+"""``gobelin convert``: write a model as a diffusers folder or as a single file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from gobelin.checkpoint import open_model
 from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.cli.options import parse
-from gobelin.cli.painting import ModelOptions
+from gobelin.cli.painting_options import ModelOptions
 from gobelin.errors import UsageError
 
 
@@ -20,8 +20,8 @@ from gobelin.errors import UsageError
 class Convert(ModelOptions):
     """Write a model as a diffusers folder or, where the name ends in .safetensors, as an original single file.
 
-    Every tensor of the three networks comes over as it is. Averages (EMA), the tables of the schedule and the optimizer
-    do not; nor does the tokenizer, for which a single file has no place.
+    Every tensor of the three networks is kept. Left behind are moving averages (EMA), the tables of the noise schedule
+    and the optimizer's state, and the tokenizer where the target is a single file, which has no place for it.
 
     Some examples:
       gobelin convert model.safetensors folder
@@ -34,17 +34,17 @@ class Convert(ModelOptions):
     target: Positional[Path]
     """A folder, or a file whose name ends in .safetensors."""
     dtype: Literal["own", "float32", "bfloat16", "float16"] = "own"
-    """The precision to write; own is what the source has."""
+    """The precision of the written weights; own keeps that of the source."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run ``gobelin convert``."""
     options = parse(Convert, "convert", arguments)
     single = options.target.suffix == ".safetensors"
     if not single and options.target.suffix in (".ckpt", ".bin", ".pt", ".pth"):
         raise UsageError(f"{options.target} would be a pickle, which Gobelin does not write: give a .safetensors name")
     if options.target.exists() and (single or any(options.target.iterdir())):
-        raise UsageError(f"{options.target} is there already: choose another name")
+        raise UsageError(f"{options.target} exists already: choose another name")
     dtype = None if options.dtype == "own" else getattr(torch, options.dtype)
     model = open_model(options.source, torch.device("cpu"), dtype, **options.files())
     write = save_single_file if single else save_folder

@@ -1,91 +1,61 @@
-"""``gobelin edit``: change words, keep the picture."""
+"""``gobelin edit``: change words of a prompt, keep its image."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from gobelin.cli.options import parse
-from gobelin.cli.painting import PaintingOptions, opened_picture
-from gobelin.errors import UsageError
-from gobelin.formats.png import save_picture
+from gobelin.cli.options import SettingsOf, parse
+from gobelin.cli.painting_options import PaintingOptions
+from gobelin.formats.png import write_png
 from gobelin.look.word_sheets import comparison_sheet
-from gobelin.tokenizer import Word
+from gobelin.pipeline import EditSettings
+from gobelin.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit(PaintingOptions):
-    """Change words of a prompt and keep its picture.
+class EditOptions(PaintingOptions):
+    """Change words of a prompt, and keep its image.
 
-    The first picture is painted, or given, and then changed towards the second prompt (FlowEdit with prompt-to-prompt).
-    Writes what was painted, and a sheet of both beside what the changed prompt gives by itself from the same seed.
+    The first image is painted, or given as --init-image, and then changed towards the second prompt (FlowEdit with
+    prompt-to-prompt). Writes the images, and a sheet of both beside what the changed prompt paints by itself from the
+    same seed.
 
     Some examples:
       gobelin edit "a red circle left of a blue square" --to "a green circle left of a blue square" --seed 3
-      gobelin edit "a red circle" --to "a blue circle" --init-image picture.png
-      gobelin edit "a red circle" --to "a red circle and a blue ring" --own 0.2
-      gobelin edit "a red circle" --to "a red star" --blend circle star
+      gobelin edit "a red circle" --to "a blue circle" --init-image image.png
+      gobelin edit "a red circle" --to "a red circle and a blue ring" --self-replace 0.2
+      gobelin edit "a red circle" --to "a red star" --local-blend circle star
       gobelin edit "a red circle" --to "a red circle" --reweight red=2
     """
 
     prompt: Positional[str]
-    """What to paint."""
+    """Prompt of the first image, in quotes."""
     to: str
-    """The changed prompt."""
-    init_image: Path | None = None
-    """A picture that the first prompt describes, to be changed; without it, one is painted."""
-    mask: Path | None = None
-    """Change nothing but where this is white."""
-    strength: float = 1.0
-    """0 to 1: how far back towards noise the change begins; less changes less."""
-    cross: float = 0.8
-    """Share of the way in which words keep the attention of those they stand for."""
-    own: float = 0.6
-    """Share of the way in which patches look at each other as in the first picture."""
-    push: float = 2.0
-    """How hard to push from the first prompt's words to the changed ones, beside the guidance."""
-    reweight: tuple[str, ...] = ()
-    """WORD=NUMBER: look at a word of the changed prompt so many times as much."""
-    blend: tuple[str, ...] | None = None
-    """Change nothing outside of the pixels of these words; without it, of those that changed."""
+    """Prompt of the changed image, in quotes."""
+    settings: Annotated[dict[str, Any], SettingsOf(EditSettings)] = field(default_factory=dict)
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
-    options = parse(Edit, "edit", arguments)
-    reweight: dict[Word, float] = dict(map(_weight, options.reweight))
-    given = {"init_image": options.init_image, "mask": options.mask}
-    pictures: dict[str, Any] = {name: opened_picture(file) for name, file in given.items() if file is not None}
+    """Run the command."""
+    options = parse(EditOptions, "edit", arguments)
+    settings = EditSettings(**options.settings)
     pipeline = options.open()
-    result = pipeline.edit(
-        options.prompt,
-        options.to,
-        strength=options.strength,
-        cross=options.cross,
-        own=options.own,
-        push=options.push,
-        reweight=reweight,
-        blend=options.blend,
-        **pictures,
-        **options.settings(),
-    )
+    result = pipeline.edit(options.prompt, options.to, **settings)
+    kept = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "clip_skip", "weights", "tile")
     same = {name: result.settings[1][name] for name in ("seed", "height", "width")}
-    plain = pipeline(options.to, **{**options.settings(), **same})
+    plain = pipeline(options.to, **Settings(**{name: settings[name] for name in kept}, **same))
     shown = [(options.prompt, result.images[0]), (options.to, result.images[1])]
-    if options.init_image is not None:
+    if settings.init_image is not None:
         result = replace(result, images=result.images[1:], settings=result.settings[1:])
     paths = result.save(options.out)
-    sheet = paths[-1].with_name(f"{paths[-1].stem}-edit.png")
-    save_picture(sheet, comparison_sheet([*shown, ("by itself", plain.images[0])]))
+    sheet = _beside(paths[-1])
+    write_png(sheet, comparison_sheet([*shown, ("by itself", plain.images[0])]))
     for path in (*paths, sheet):
         print(path)
 
 
-def _weight(text: str) -> tuple[Word, float]:
-    word, _, number = text.rpartition("=")
-    try:
-        return word, float(number)
-    except ValueError:
-        raise UsageError(f"--reweight has {text!r}: give WORD=NUMBER, as in red=2") from None
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-edit.png")

@@ -9,93 +9,99 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from gobelin.cli.options import parse
-from gobelin.cli.painting import NEEDED, PaintingOptions, opened_picture, paint, refuse_others, repeatable
+from gobelin.cli.painting_options import (
+    ADDED,
+    PaintingOptions,
+    paint_with_progress,
+    refuse_other_additions,
+    settings_of_image,
+)
 from gobelin.errors import UsageError
-from gobelin.formats.png import read_remembered, save_picture
+from gobelin.formats.png import read_generation_info, write_png
+from gobelin.images import open_image, open_mask
 from gobelin.inpainting import digest
 from gobelin.look.word_sheets import word_sheet
+from gobelin.prompt_weighting import refuse_schedules
 from gobelin.samplers import SAMPLERS
+from gobelin.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(PaintingOptions):
-    """Paint pictures from prompts, and print where they are.
+    """Paint images from prompts, and print where they are.
 
     Some examples:
       gobelin generate "a red circle"
-      gobelin generate "a red circle" "a blue ring" --count 4 --seed 7 --out pictures
+      gobelin generate "a red circle" "a blue ring" --count 4 --seed 7 --out images
       gobelin generate "three green rings" --maps
-      gobelin generate "a blue ring" --init-image picture.png --strength 0.6 --mask hole.png
-      gobelin generate --from picture.png --steps 50
+      gobelin generate "a blue ring" --init-image image.png --strength 0.6 --mask mask.png
+      gobelin generate --from image.png --steps 50
       gobelin generate "a castle" --model model.safetensors --lora style.safetensors:0.7 --sampler dpmpp_2m_karras
     """
 
     prompts: Positional[tuple[str, ...]] = ()
-    """What to paint: one prompt or several, each in quotes."""
-    count: int = 1
-    """Pictures for each prompt."""
-    init_image: Path | None = None
-    """A picture to paint over."""
-    strength: float | None = None
-    """0 to 1: how much of it to paint over; without it, 0.8."""
-    mask: Path | None = None
-    """Of that picture: paint where this is white, and change nothing elsewhere."""
+    """One prompt or several, each in quotes; they stand before options that take several values."""
     from_: Annotated[Path | None, arg(name="from")] = None
-    """Paint what a PNG of Gobelin's, AUTOMATIC1111's or ComfyUI's says of itself; what is given besides holds."""
+    """PNG by Gobelin, AUTOMATIC1111 or ComfyUI: paint with its prompt and settings; other options override them."""
     maps: bool = False
-    """Beside each picture, a sheet of what each of its words painted."""
+    """Also write a sheet beside each image: the heat map of every word."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run the command."""
     options = parse(Generate, "generate", arguments)
-    prompts, settings = what_to_paint(options)
-    needed = {name: settings.pop(name) for name in NEEDED if name in settings}
-    settings |= pictures(options, settings)
-    settings |= {"count": options.count, "trace": "sharp" if options.maps else False}
+    prompts, settings, needed = _to_paint(options)
+    if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+        listed = ", ".join(map(repr, prompts))
+        print(
+            f"gobelin: painting {len(prompts)} prompts, {listed}: a prompt of several words needs quotes",
+            file=sys.stderr,
+        )
+    checked = Settings(**settings, trace="sharp" if options.maps else False)
     pipeline = options.open()
-    if options.from_ is not None and settings.pop("repeats", False):
-        refuse_others(needed, pipeline, options.from_)
-    result = paint(pipeline, prompts, settings)
+    if needed is not None:
+        assert options.from_ is not None
+        refuse_other_additions(needed, pipeline, options.from_)
+    result = paint_with_progress(pipeline, prompts, checked)
     for index, path in enumerate(result.save(options.out)):
         print(path)
         if options.maps:
             heatmaps = result.heatmaps[index]
             sheet = path.with_name(f"{path.stem}-words.png")
-            save_picture(sheet, word_sheet(heatmaps, range(len(heatmaps.words))))
+            write_png(sheet, word_sheet(heatmaps, range(len(heatmaps.words))))
             print(sheet)
 
 
-def what_to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any]]:
-    """Prompts and settings: as given, or as a picture says and where more is given, that."""
+def _to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any], dict[str, Any] | None]:
+    """Put together prompts and settings, as given and as an image says; for one of Gobelin's, what it needs loaded."""
+    given = options.settings
     if options.from_ is None:
         if not options.prompts:
-            raise UsageError('no prompt given: say what to paint, as in gobelin generate "a red circle"')
-        return options.prompts, options.settings()
-    found = read_remembered(options.from_, SAMPLERS)
+            raise UsageError('no prompt given: put what to paint first, as in gobelin generate "a red circle"')
+        return options.prompts, given, None
+    found = read_generation_info(options.from_, SAMPLERS)
     ours = found.source == "gobelin"
-    settings = repeatable(found.settings, options.from_, options.model) if ours else found.settings
+    recorded = settings_of_image(found.settings, options.from_, options.model) if ours else dict(found.settings)
+    prompts = options.prompts or (recorded.get("prompt", ""),)
+    for prompt in () if ours else prompts:
+        refuse_schedules(prompt, given.get("weights", recorded["weights"]))
     for missing in found.missing:
-        print(f"gobelin: {options.from_} cannot be repeated in this: {missing}", file=sys.stderr)
-    model = settings.pop("model", "")
+        print(f"gobelin: {options.from_} cannot be repeated exactly: {missing}", file=sys.stderr)
+    model = recorded.pop("model", "")
     if model and options.model is None:
-        print(f"gobelin: {options.from_} was painted by {model}: give that as --model", file=sys.stderr)
-    prompt = settings.pop("prompt", "")
-    given = {name: value for name, value in options.settings().items() if value is not None}
-    return options.prompts or (prompt,), {"seed": None, **settings, **given, "repeats": ours}
+        print(f"gobelin: {options.from_} was painted by {model}: give --model to use that one", file=sys.stderr)
+    needed = {name: recorded.pop(name) for name in ADDED if name in recorded}
+    recorded.pop("prompt", None)
+    _refuse_other_images(recorded, given, options.from_)
+    return prompts, {**recorded, **given}, needed if ours else None
 
 
-def pictures(options: Generate, settings: dict[str, Any]) -> dict[str, Any]:
-    """The pictures to paint over, opened, in place of what tells them apart from others."""
-    given = {"init_image": options.init_image, "mask": options.mask}
-    opened: dict[str, Any] = {name: opened_picture(file) for name, file in given.items() if file is not None}
-    for name in ("init_image", "mask"):
-        if name in settings and name not in opened:
+def _refuse_other_images(recorded: dict[str, Any], given: dict[str, Any], file: Path) -> None:
+    """Raise :class:`UsageError` where the init image or mask given is not the one that an image was painted with."""
+    for name, opened in (("init_image", open_image), ("mask", open_mask)):
+        if name in recorded and name not in given:
             raise UsageError(
-                f"{options.from_} was painted over a picture that it does not hold: give its --{name.replace('_', '-')}"
+                f"{file} was painted with an {name}, which it does not hold: give its --{name.replace('_', '-')}"
             )
-        if isinstance(settings.get(name), str) and digest(opened[name]) != settings[name]:
-            raise UsageError(f"{given[name]} is not the picture that {options.from_} was painted over")
-    if options.strength is not None:
-        opened["strength"] = options.strength
-    return opened
+        if name in recorded and digest(opened(given[name], name)) != recorded[name]:
+            raise UsageError(f"{given[name]} is not the {name} that {file} was painted with")

@@ -16,28 +16,35 @@ from tyro.conf import Positional
 
 from gobelin.attention import AttentionSite, Trace, choose_sites
 from gobelin.cli.options import parse, write_report
-from gobelin.cli.painting import NEEDED, PaintingOptions, paint, refuse_others, repeatable
+from gobelin.cli.painting_options import (
+    ADDED,
+    PaintingOptions,
+    paint_with_progress,
+    refuse_other_additions,
+    settings_of_image,
+)
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
-from gobelin.formats.png import read_png_settings, save_picture
+from gobelin.formats.png import read_png_settings, write_png
 from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps, sharp_trace
-from gobelin.look.page import page
+from gobelin.look.page import word_map_page
 from gobelin.look.word_sheets import grid_sheet, save_animation, word_sheet
-from gobelin.pipeline import Pipeline, picture_name
-from gobelin.prompt_weighting import Style
+from gobelin.pipeline import Pipeline
+from gobelin.settings import Settings
 from gobelin.tokenizer import Word
 
-MOST_COLUMNS = 12  # steps in a grid
+MOST_COLUMNS = 12  # steps in a sheet: more are too small to see
+_OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look(PaintingOptions):
-    """See which word painted which pixel: of a prompt, or of a picture that Gobelin painted.
+    """See which word painted which pixel: of a prompt, or of an image that Gobelin painted.
 
-    Writes a sheet with an overlay a word, and an HTML page in which pointing at a word lights up what it painted, and
-    pointing at the picture ranks the words behind that patch. Maps are sharp: of the decoder's finest level, in the
-    second half of the way, where patches and what they draw on agree. With --plain, --per, --sites or --animation
-    everything shows plain shares of attention instead, BOS left out.
+    Writes the image, a sheet with the heat map of every word, and an HTML page: point at a word to light up what it
+    painted, or at the image to rank the words behind that patch. Heat maps are sharp: cross-attention of the decoder's
+    finest level in the second half of the steps, where it agrees with self-attention. With --plain, --per, --sites or
+    --animation they are plain averages of cross-attention instead, BOS left out.
 
     Some examples:
       gobelin look "a red circle left of a blue square" --seed 3
@@ -47,67 +54,69 @@ class Look(PaintingOptions):
     """
 
     source: Positional[str]
-    """A prompt in quotes, or a PNG file that Gobelin wrote: that picture is painted again as it says."""
+    """A prompt in quotes, or a PNG that Gobelin wrote, which is painted again from its settings."""
     words: tuple[str, ...] = ()
     """Words or phrases to look at; without any, every word."""
     per: Literal["step", "layer", "head"] | None = None
-    """Also a grid: a row a word, a column a step, a layer or a head."""
+    """Also write a grid: a row for each word, a column for each step, layer or head."""
     at: tuple[int, int] | None = None
-    """Column and row of a pixel: the words behind it, and the patches that it draws on."""
+    """Column and row of a pixel: print the words behind it, and write a sheet of the patches it attends to."""
     sites: str | None = None
-    """Plain maps of the attention sites of this pattern, such as "up_blocks.*"."""
+    """Plain maps of the attention sites that match a pattern, such as "up_blocks.*"."""
     plain: bool = False
-    """Plain maps: a mean over every site that sees words and every step."""
+    """Plain maps: the mean over all cross-attention and all steps."""
     animation: bool = False
-    """Also an animation over the steps (WebP)."""
+    """Also write an animation over the steps (WebP)."""
     json: Path | None = None
-    """Write each word's mean and greatest value here, and where that is; and how much attention went to BOS, the text,
-    EOS and padding."""
+    """File for each word's mean and largest value and its place, and the shares of attention on BOS, text, EOS and
+    padding."""
     npz: Path | None = None
-    """Write the maps here: "words", their "maps" [words, height, width], sharp or plain, and each traced site's shares
-    under its name, [steps, heads, patches, tokens] or for attn1 [steps, heads, patches, patches]."""
+    """File for the maps as NumPy arrays: "words", "maps" [words, height, width], and each traced site's attention under
+    its name, [steps, heads, patches, tokens], or [steps, heads, patches, patches] for attn1."""
 
     @property
     def sharp(self) -> bool:
-        """Whether maps are sharp ones; what shows parts of attention shows them as they are."""
+        """True for sharp maps: options that show parts of attention show them as they are."""
         return not (self.plain or self.per or self.sites or self.animation)
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run the command."""
     options = parse(Look, "look", arguments)
-    prompt, settings = what_to_paint(options)
-    needed = {name: settings.pop(name) for name in NEEDED if name in settings}
+    prompt, settings, needed = _to_paint(options)
     pipeline = options.open()
-    if is_picture(options.source):
-        refuse_others(needed, pipeline, Path(options.source))
-    size = pipeline.latent_size(settings.get("height"), settings.get("width"))
-    require_sense(options, pipeline, prompt, settings.get("weights", "a1111"), size)
+    if needed is not None:
+        refuse_other_additions(needed, pipeline, Path(options.source))
+    checked = Settings(**settings)
+    size = pipeline.latent_size(checked.height, checked.width)
+    _refuse_what_cannot_be_shown(options, pipeline, prompt, checked, size)
 
     previews: list[Image.Image] = []
-    result = paint(
+    result = paint_with_progress(
         pipeline,
         [prompt],
-        {**settings, "trace": trace_for(options, pipeline, size)},
+        replace(checked, trace=_trace(options, pipeline, size)),
         (lambda step: previews.append(step.preview())) if options.animation else (lambda step: None),
     )
-    if is_picture(options.source):
-        say_what_differs(Path(options.source), result.images[0])
+    if _is_image(options.source):
+        _say_what_differs(Path(options.source), result.images[0])
     whole = result.heatmaps[0]
     heatmaps = whole.sharpened() if options.sharp else whole.select(sites="*attn2").without("bos")
     words: list[Word] = list(options.words or range(len(heatmaps.words)))
-    stem = options.out / picture_name(result.settings[0])
+    (image,) = result.save(options.out)
+    stem = image.with_suffix("")
 
     sheets = {f"{stem}-words.png": word_sheet(heatmaps, words)}
     if options.per is not None:
-        sheets[f"{stem}-per-{options.per}.png"] = grid(heatmaps, words, options.per)
+        sheets[f"{stem}-per-{options.per}.png"] = _per_sheet(heatmaps, words, options.per)
     if options.at is not None:
-        print_words_at(heatmaps, *options.at)
+        _print_words_at(heatmaps, *options.at)
         sheets[f"{stem}-at-{options.at[0]}-{options.at[1]}.png"] = whole.patches_for(*options.at).overlay(512)
+    print(image)
     for file, sheet in sheets.items():
-        save_picture(Path(file), sheet)
+        write_png(Path(file), sheet)
         print(file)
-    write_text(Path(f"{stem}.html"), page(heatmaps))
+    write_text(Path(f"{stem}.html"), word_map_page(heatmaps))
     print(f"{stem}.html")
     if options.animation:
         frames = [
@@ -117,36 +126,46 @@ def run(arguments: Sequence[str]) -> None:
         save_animation(Path(f"{stem}.webp"), frames)
         print(f"{stem}.webp")
     where = {"shares": whole.shares(), "entropy": whole.entropy()}
-    write_report(options.json, {**summary(heatmaps, words), **where, "settings": result.settings[0]})
+    write_report(options.json, {**_summary(heatmaps, words), **where, "settings": result.settings[0]})
     if options.npz is not None:
-        write_npz(options.npz, whole, words, heatmaps.stacked(words))
+        _write_npz(options.npz, whole, words, heatmaps.stack_words(words))
 
 
-def is_picture(source: str) -> bool:
-    """Whether a file is meant, and not a prompt."""
-    return Path(source).suffix.lower() == ".png"
+def _is_image(source: str) -> bool:
+    """Tell a file from a prompt; raises :class:`UsageError` for an image that is no PNG."""
+    suffix = Path(source).suffix.lower()
+    if suffix in _OTHER_IMAGES and " " not in Path(source).name.strip():
+        raise UsageError(f"{source} is no PNG that Gobelin painted: give one, or a prompt in quotes")
+    return suffix == ".png"
 
 
-def what_to_paint(options: Look) -> tuple[str, dict[str, Any]]:
-    """The prompt and its settings, as given or as a PNG says of itself."""
-    if not is_picture(options.source):
-        return options.source, options.settings()
+def _to_paint(options: Look) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """Return the prompt and its settings, as given or as a PNG says of itself, and what that needs loaded."""
+    given = options.settings
+    if not _is_image(options.source):
+        for name in ("init_image", "count"):
+            if name in given:
+                raise UsageError(f"gobelin look paints one image from noise: leave out --{name.replace('_', '-')}")
+        return options.source, given, None
     file = Path(options.source)
     if not file.is_file():
-        raise UsageError(f"there is no picture at {file}: give a PNG that Gobelin painted, or a prompt")
-    if given := [name for name, value in options.settings().items() if value is not None]:
-        raise UsageError(f"{file} says itself how it was painted: leave out --{given[0].partition('_prompt')[0]}")
-    settings = repeatable(read_png_settings(file), file, options.model)
+        raise UsageError(f"there is no image at {file}: give a PNG that Gobelin painted, or a prompt")
+    if given:
+        raise UsageError(f"{file} says itself how it was painted: leave out --{next(iter(given)).replace('_', '-')}")
+    settings = settings_of_image(read_png_settings(file), file, options.model)
     if "init_image" in settings:
-        raise UsageError(f"{file} was painted over another picture, which it does not hold: look at a plain one")
+        raise UsageError(f"{file} was painted over another image, which it does not hold: look at a plain one")
     if lost := [name for name in ("prompt", "seed", "steps", "sampler", "guidance") if name not in settings]:
         raise DataError(f"{file}: its settings do not say the {lost[0]}, by which it could be painted again")
-    return settings.pop("prompt"), settings
+    needed = {name: settings.pop(name) for name in ADDED if name in settings}
+    return settings.pop("prompt"), settings, needed
 
 
-def require_sense(options: Look, pipeline: Pipeline, prompt: str, weights: Style, size: tuple[int, int]) -> None:
-    """Refuse, before anything is painted, what could not be shown afterwards."""
-    words = pipeline.words(prompt, weights)
+def _refuse_what_cannot_be_shown(
+    options: Look, pipeline: Pipeline, prompt: str, settings: Settings, size: tuple[int, int]
+) -> None:
+    """Raise :class:`UsageError`, before anything is painted, for what could not be shown afterwards."""
+    words = pipeline.words(prompt, settings.weights or "a1111")
     if not words.spans:
         raise UsageError(f"{prompt!r} has no word to look at: say in a few words what to paint")
     for word in options.words:
@@ -155,11 +174,11 @@ def require_sense(options: Look, pipeline: Pipeline, prompt: str, weights: Style
     choose_sites(cross, options.sites)
     height, width = (side * pipeline.vae.config.factor for side in size)
     if options.at is not None and not (0 <= options.at[0] < width and 0 <= options.at[1] < height):
-        raise UsageError(f"the pixel {options.at[0]}, {options.at[1]} is not in the picture of {width}×{height} pixels")
+        raise UsageError(f"the pixel {options.at[0]}, {options.at[1]} is not in the image of {width}×{height} pixels")
 
 
-def trace_for(options: Look, pipeline: Pipeline, size: tuple[int, int]) -> Trace:
-    """What to keep: what sees words, and where a pixel's patches are asked for what sees patches, if not too many."""
+def _trace(options: Look, pipeline: Pipeline, size: tuple[int, int]) -> Trace:
+    """Choose the attention to keep: cross-attention and, for a pixel's patches, self-attention of small maps."""
     if options.sharp:
         return sharp_trace(pipeline.unet.attention_sites, size)
     cross = [site for site in pipeline.unet.attention_sites if site.kind == "cross"]
@@ -171,7 +190,7 @@ def trace_for(options: Look, pipeline: Pipeline, size: tuple[int, int]) -> Trace
     return Trace(sites=chosen, per_head=options.per == "head", per_step=per_step)
 
 
-def say_what_differs(file: Path, painted: Image.Image) -> None:
+def _say_what_differs(file: Path, painted: Image.Image) -> None:
     """Warn where a picture that was painted again is not the one in the file."""
     with Image.open(file) as before:
         if before.size != painted.size:
@@ -185,7 +204,7 @@ def say_what_differs(file: Path, painted: Image.Image) -> None:
         )
 
 
-def print_words_at(heatmaps: HeatMaps, x: int, y: int) -> None:
+def _print_words_at(heatmaps: HeatMaps, x: int, y: int) -> None:
     """The words behind a pixel, as a table."""
     table = Table("word", "share", title=f"Words behind the pixel at {x}, {y}")
     for span, share in heatmaps.words_at(x, y):
@@ -193,7 +212,7 @@ def print_words_at(heatmaps: HeatMaps, x: int, y: int) -> None:
     Console().print(table)
 
 
-def grid(heatmaps: HeatMaps, words: Sequence[Word], per: str) -> Image.Image:
+def _per_sheet(heatmaps: HeatMaps, words: Sequence[Word], per: str) -> Image.Image:
     """A row a word, a column a step, a layer or a head."""
     parts: list[tuple[str, HeatMaps]] = []
     if per == "step":
@@ -211,7 +230,7 @@ def grid(heatmaps: HeatMaps, words: Sequence[Word], per: str) -> Image.Image:
     return grid_sheet(heatmaps.words.text, rows)
 
 
-def summary(heatmaps: HeatMaps, words: Sequence[Word]) -> dict[str, Any]:
+def _summary(heatmaps: HeatMaps, words: Sequence[Word]) -> dict[str, Any]:
     """Each word's mean and greatest value, and where that is."""
     rows = []
     for word in words:
@@ -229,7 +248,7 @@ def summary(heatmaps: HeatMaps, words: Sequence[Word]) -> dict[str, Any]:
     return {"prompt": heatmaps.words.text, "words": rows}
 
 
-def write_npz(file: Path, heatmaps: HeatMaps, words: Sequence[Word], maps: Tensor) -> None:
+def _write_npz(file: Path, heatmaps: HeatMaps, words: Sequence[Word], maps: Tensor) -> None:
     """The words' ``maps`` as NumPy arrays, and what every site gave."""
     arrays: dict[str, Any] = {site.name: probs.cpu().numpy() for site, probs in heatmaps.maps.items()}
     arrays["words"] = np.array([heatmaps[word].label for word in words])

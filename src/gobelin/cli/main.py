@@ -1,4 +1,4 @@
-"""``gobelin COMMAND``: finds the command, runs it, and turns errors into one sentence and an exit status."""
+"""``gobelin COMMAND``: find the command, run it, and turn an error into one sentence and an exit status."""
 
 import os
 import sys
@@ -10,15 +10,15 @@ from gobelin import __version__
 from gobelin.errors import GobelinError, UsageError
 
 COMMANDS = {
-    "generate": "paint pictures from prompts",
+    "generate": "paint images from prompts",
     "look": "see which word painted which pixel",
-    "edit": "change words of a prompt, keep its picture",
-    "train": "train a model from nothing, or go on with a run",
-    "evaluate": "measure how faithfully a model paints what it is told",
-    "verify": "look through a model: keys, shapes, numbers, schedule",
-    "convert": "write a model as a diffusers folder, or as a single file",
-    "show": "print a model's module tree and its shapes through attn1 and attn2",
-    "data": "make scenes, or check a folder of captioned images",
+    "edit": "change words of a prompt, and keep its image",
+    "train": "train a model from scratch, or resume a run",
+    "evaluate": "score how faithfully a model follows its prompts",
+    "verify": "audit a model: keys, shapes, numbers, noise schedule",
+    "convert": "convert a model to a diffusers folder, or to a single file",
+    "show": "print a model's modules, and the tensor shapes in its attention",
+    "data": "write a dataset of scenes, or check a folder of captioned images",
 }
 
 HELP = """usage: gobelin COMMAND [OPTIONS]
@@ -30,7 +30,7 @@ commands:
 
   gobelin COMMAND --help   options and examples
   gobelin --version
-  --debug                  anywhere: show the traceback of an error
+  --debug                  with any command: show the traceback of an error
 
 examples:
   gobelin generate "a red circle to the left of a blue square" --seed 3
@@ -41,7 +41,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves with 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
+    """Run the command line; exits with status 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -58,20 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print("gobelin: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # the disk, the file system: nothing this program did wrong
+    except OSError as error:  # the disk or the file system
         if debug:
             raise
-        print(f"gobelin: {error}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"gobelin: {said}", file=sys.stderr)
         sys.exit(1)
 
 
 def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+        lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
         print(HELP.format(commands=lines), end="")
         return
     if arguments[0] == "--version":
@@ -79,11 +80,15 @@ def _dispatch(arguments: list[str]) -> None:
         return
     command, *rest = arguments
     if command not in COMMANDS:
-        raise UsageError(f"unknown command {command!r}: the choices are {', '.join(COMMANDS)}")
+        from difflib import get_close_matches  # imported where it is needed: the help has to be quick
+
+        near = get_close_matches(command, COMMANDS, 1, 0.7)
+        hint = f"did you mean {near[0]!r}?" if near else f"the choices are {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown command {command!r}: {hint}")
     import_module(f"gobelin.cli.{command}").run(rest)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """Our own warnings are for the user: one sentence, no place in the code."""
+    """Print a warning of Gobelin's own as one sentence, without its place in the code."""
     if issubclass(category, UserWarning):
         print(f"gobelin: {message}", file=sys.stderr)

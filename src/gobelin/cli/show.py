@@ -1,4 +1,4 @@
-"""``gobelin show``: what a U-Net is made of, and the way of a picture through its attention."""
+"""``gobelin show``: the module tree of a U-Net, and the shapes at every attention in it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,12 @@ from gobelin.errors import UsageError
 from gobelin.formats.component import config_from_json
 from gobelin.formats.files import read_json
 from gobelin.formats.weights import parameter_count
-from gobelin.look.attention_shapes import SiteShapes, walk
+from gobelin.look.attention_shapes import SiteShapes, trace_shapes
 from gobelin.pipeline import shipped_model
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAEConfig
 
-PRESETS = ("nano", "tiny", "small", "sd15")
-PRESET_LENGTHS = {"sd15": 77}
+_PRESETS = {"nano": 32, "tiny": 32, "small": 32, "sd15": 77}  # and how many tokens their prompts have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +35,19 @@ class Show:
     """
 
     model: Positional[str] = ""
-    """A diffusers folder, or a preset: nano, tiny, small, sd15; without one, the model that comes with Gobelin."""
+    """A diffusers folder, or a preset: nano, tiny, small, sd15; by default the model that comes with Gobelin."""
     height: int | None = None
-    """Of the picture, in pixels; without it, the model's own."""
+    """The image's height in pixels; by default the model's own."""
     width: int | None = None
-    """Of the picture, in pixels; without it, the model's own."""
+    """The image's width in pixels; by default the model's own."""
     no_tree: bool = False
     """Leave out the module tree."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
+    """Run the command."""
     options = parse(Show, "show", arguments)
-    unet_config, factor, length = find_model(options.model)
+    unet_config, factor, length = _find_model(options.model)
     side = unet_config.sample_size * factor
     height, width = (side if given is None else given for given in (options.height, options.width))
     if height < factor or width < factor or height % factor or width % factor:
@@ -59,8 +58,8 @@ def run(arguments: Sequence[str]) -> None:
         print(unet)
         print()
     print(f"{parameter_count(unet):,} parameters in {len(unet.state_dict())} tensors\n")
-    print_walk(
-        walk(unet_config, height // factor, width // factor, length),
+    _print_shapes(
+        trace_shapes(unet_config, height // factor, width // factor, length),
         unet_config,
         height,
         width,
@@ -69,14 +68,14 @@ def run(arguments: Sequence[str]) -> None:
     )
 
 
-def find_model(model: str) -> tuple[UNetConfig, int, int]:
-    """(U-Net configuration, pixels a latent, tokens a prompt) of a preset or a folder."""
-    if model in PRESETS:
+def _find_model(model: str) -> tuple[UNetConfig, int, int]:
+    """Read (U-Net configuration, pixels a latent, tokens a prompt) of a preset or a folder."""
+    if model in _PRESETS:
         vae = getattr(VAEConfig, model)()
-        return getattr(UNetConfig, model)(), vae.factor, PRESET_LENGTHS.get(model, 32)
+        return getattr(UNetConfig, model)(), vae.factor, _PRESETS[model]
     folder = Path(model) if model else shipped_model()
     if not folder.is_dir():
-        raise UsageError(f"{model!r} is neither a folder nor a preset: the presets are {', '.join(PRESETS)}")
+        raise UsageError(f"{model!r} is neither a folder nor a preset: the presets are {', '.join(_PRESETS)}")
     unet, vae = (folder / part / "config.json" for part in ("unet", "vae"))
     text = read_json(folder / "text_encoder" / "config.json")
     return (
@@ -86,14 +85,16 @@ def find_model(model: str) -> tuple[UNetConfig, int, int]:
     )
 
 
-def print_walk(sites: list[SiteShapes], config: UNetConfig, height: int, width: int, factor: int, length: int) -> None:
-    """The walk as a story, then as a table with every site."""
+def _print_shapes(
+    sites: list[SiteShapes], config: UNetConfig, height: int, width: int, factor: int, length: int
+) -> None:
+    """Print the first transformer step by step, then a table with every site."""
     first, cross = sites[0], next(site for site in sites if site.kind == "cross")
     h, w = height // factor, width // factor
     channels = first.output[-1]
     heads, head = first.query[1], first.query[-1]
     patches = first.query[2]
-    print(f"A {width}×{height} picture is [1, {config.in_channels}, {h}, {w}] latents; a prompt is {length} tokens.")
+    print(f"A {width}×{height} image is [1, {config.in_channels}, {h}, {w}] latents; a prompt is {length} tokens.")
     print(f"conv_in makes them [1, {config.block_out_channels[0]}, {h}, {w}].\n")
     print(f"The first transformer ({first.name.rsplit('.', 1)[0]}):")
     print(f"  its {first.grid[0]}×{first.grid[1]} feature map is a row of patches, x = [1, {patches}, {channels}]")

@@ -1,4 +1,4 @@
-"""``gobelin train``: captioned images in, a model folder out."""
+"""``gobelin train``: train a model from scratch on captioned images or scenes."""
 
 import argparse
 import dataclasses
@@ -11,25 +11,26 @@ from typing import Annotated, Any
 
 import tomli_w
 import tyro
+from rich.console import Console
 from tyro.conf import Positional
 
 from gobelin.cli.options import parse
 from gobelin.errors import UsageError
 from gobelin.formats.files import read_json
-from gobelin.training import PRESETS, TrainConfig, distributed, find_preset
+from gobelin.training import TRAINING_PRESETS, TrainConfig, distributed, find_preset
 from gobelin.training.recipes.from_scratch import STAGES, config_file, train
 
-HELP = f"""Train a model from nothing: tokenizer, text encoder, VAE, U-Net.
+_HELP = f"""Train a model from scratch: tokenizer, text encoder, VAE, U-Net.
 
-Every number of a preset can be changed, in a TOML file or as --section.key VALUE; `--preset NAME --help` lists
-them, `--print-config` prints what would be used.
+Every setting of a preset can be changed, in a TOML file or as --section.key VALUE; `--preset NAME --help` lists them,
+`--print-config` prints the resulting configuration.
 
-Presets: {", ".join(PRESETS)}. Stages: {", ".join(STAGES)}.
+Presets: {", ".join(TRAINING_PRESETS)}. Stages: {", ".join(STAGES)}.
 
 Some examples:
   gobelin train --preset nano --out runs/mine
   gobelin train --preset nano --out runs/mine --resume
-  gobelin train --data.path my-pictures --out runs/mine --unet.optim.steps 8000
+  gobelin train --data.path my-images --out runs/mine --unet.optim.steps 8000
   gobelin train mine.toml --out runs/mine --stage vae
 """
 
@@ -37,43 +38,47 @@ Some examples:
 @dataclass(frozen=True, kw_only=True)
 class Train:
     config_file: Positional[Path | None] = None
-    """A TOML file with sections as in --print-config; it stands before all options."""
+    """A TOML file with sections as in --print-config; it goes before all options."""
     preset: str = "nano"
-    """Where to start from."""
+    """The preset to start from."""
     out: Path | None = None
     """The model folder to write; its `training` subfolder keeps metrics, samples and checkpoints."""
     resume: bool = False
-    """Go on with the run in --out."""
+    """Continue the run in --out."""
     stage: str | None = None
-    """Only this stage."""
+    """Train this stage alone."""
     print_config: bool = False
-    """Print the whole configuration, and stop."""
+    """Print the whole configuration and exit."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    """The run's numbers."""
+    """The run's configuration."""
 
 
-Train.__doc__ = HELP
+Train.__doc__ = _HELP
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command."""
-    options = parse(Train, "train", arguments, default=starting_point(arguments))
+    """Run ``gobelin train``."""
+    options = parse(Train, "train", arguments, default=_defaults(arguments))
     if options.config_file is not None and str(options.config_file) != arguments[0]:
-        raise UsageError(f"{options.config_file} comes too late: the configuration file stands before all options")
-    if options.stage is not None and options.stage not in STAGES:
-        raise UsageError(f"unknown stage {options.stage!r}: the choices are {', '.join(STAGES)}")
+        raise UsageError(f"{options.config_file} comes too late: the configuration file goes before all options")
     if options.print_config:
-        print(tomli_w.dumps(without_none(dataclasses.asdict(options.config))), end="")
+        print(config_to_toml(options.config), end="")
         return
     if options.out is None:
         raise UsageError("no folder to write to: say --out DIR")
-    folder = train(options.config, options.out, resume=options.resume, stage=options.stage)
-    if distributed.is_first():
+    console = Console(stderr=True)
+    folder = train(options.config, options.out, resume=options.resume, stage=options.stage, console=console)
+    if distributed.is_main_process():
         print(folder)
 
 
-def starting_point(arguments: Sequence[str]) -> Train:
-    """What the options override: the preset's numbers, then the file's; or those of the run that is resumed."""
+def config_to_toml(config: TrainConfig) -> str:
+    """Write a configuration as TOML; fields that are None are left out, as TOML has no such value."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def _defaults(arguments: Sequence[str]) -> Train:
+    """Make the options' defaults: a preset overridden by the TOML file, or the configuration of the resumed run."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--preset", default=Train.preset)
     finder.add_argument("--out", type=Path)
@@ -81,26 +86,26 @@ def starting_point(arguments: Sequence[str]) -> Train:
     try:
         known, _ = finder.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise UsageError(f"{error}; the presets are {', '.join(PRESETS)}") from error
+        raise UsageError(f"{error}; the presets are {', '.join(TRAINING_PRESETS)}") from error
     config = find_preset(known.preset)
     if known.resume and known.out is not None and (recorded := config_file(known.out)).exists():
-        return Train(preset=known.preset, config=override(config, read_json(recorded), str(recorded)))
+        return Train(preset=known.preset, config=_override(config, read_json(recorded), str(recorded)))
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if file is not None:
-        config = override(config, read_toml(Path(file)), file)
+        config = _override(config, _read_toml(Path(file)), file)
     return Train(preset=known.preset, config=config)
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """The tables of a TOML file; :class:`UsageError` where it is missing or not TOML."""
+def _read_toml(file: Path) -> dict[str, Any]:
+    """Read a TOML file; :class:`UsageError` if it is missing or not TOML."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"the configuration {file} cannot be read: {error}") from error
 
 
-def override(config: Any, values: dict[str, Any], source: str) -> Any:
-    """A frozen configuration with some fields replaced; an unknown key is an error that names the nearest one."""
+def _override(config: Any, values: dict[str, Any], source: str) -> Any:
+    """Replace fields of a frozen configuration; an unknown key or a value out of range is a :class:`UsageError`."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     changes = {}
     for name, value in values.items():
@@ -111,7 +116,7 @@ def override(config: Any, values: dict[str, Any], source: str) -> Any:
         if dataclasses.is_dataclass(fields[name]):
             if not isinstance(value, dict):
                 raise UsageError(f"{source}: {name} is {value!r}, expected a table [{name}]")
-            value = override(fields[name], value, source)
+            value = _override(fields[name], value, f"{source}, {name}")
         elif isinstance(fields[name], float) and type(value) is int:
             value = float(value)
         elif isinstance(fields[name], tuple) and isinstance(value, list):
@@ -121,13 +126,16 @@ def override(config: Any, values: dict[str, Any], source: str) -> Any:
                 f"{source}: {name} is {value!r}, expected a {type(fields[name]).__name__} like {fields[name]!r}"
             )
         changes[name] = value
-    return dataclasses.replace(config, **changes)
+    try:
+        return dataclasses.replace(config, **changes)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
 
 
-def without_none(values: dict[str, Any]) -> dict[str, Any]:
-    """The same without what is None, which TOML cannot say."""
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out entries that are None, at every depth."""
     return {
-        name: without_none(value) if isinstance(value, dict) else value
+        name: _without_none(value) if isinstance(value, dict) else value
         for name, value in values.items()
         if value is not None
     }

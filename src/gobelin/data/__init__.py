@@ -1,8 +1,8 @@
-"""Captioned images in: from a folder of anyone's pairs, or from the procedural scenes."""
+"""Image-text datasets: a folder of captioned images, or procedural scenes."""
 
-from gobelin.data.corpus import Corpus
-from gobelin.data.image_folder import FolderPairs
-from gobelin.data.pairs import Pair, Pairs
-from gobelin.data.scene_pairs import ScenePairs, find_world
+from gobelin.data.cached_dataset import CachedDataset
+from gobelin.data.dataset import CaptionedImage, Dataset
+from gobelin.data.image_folder import ImageFolderDataset
+from gobelin.data.scene_dataset import SceneDataset, find_world
 
-__all__ = ["Corpus", "FolderPairs", "Pair", "Pairs", "ScenePairs", "find_world"]
+__all__ = ["CachedDataset", "CaptionedImage", "Dataset", "ImageFolderDataset", "SceneDataset", "find_world"]

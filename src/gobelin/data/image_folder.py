@@ -1,4 +1,4 @@
-"""Pairs from a folder of images: ``metadata.jsonl``, or a ``.txt`` file beside each image."""
+"""Image folder: captions from ``metadata.jsonl``, or from a ``.txt`` file beside each image."""
 
 import json
 from collections.abc import Iterator
@@ -6,32 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from gobelin.data.pairs import Pair
-from gobelin.errors import DataError
+from gobelin.data.dataset import CaptionedImage
+from gobelin.errors import DataError, UsageError
+from gobelin.images import MAX_IMAGE_PIXELS, UNREADABLE, open_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_PIXELS = 64_000_000
-MAX_SKIPPED = 0.5  # more than this fraction without a caption or unreadable, and the folder is refused
+MAX_SKIPPED = 0.5  # a folder with a larger share of unusable images is refused: it is likely the wrong folder
 METADATA = "metadata.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """An image that cannot be learned from, and why."""
+class SkippedImage:
+    """An image that cannot be used, and the reason."""
 
     name: str
     reason: str
 
 
-class FolderPairs:
-    """Captioned images of a folder (and its subfolders), in the order of their names.
+class ImageFolderDataset:
+    """Read a folder of captioned images, with its subfolders, as Hugging Face's "imagefolder" datasets are laid out.
 
-    Every image is opened once when the folder is read; those that cannot be are in ``skipped``. Images are turned
-    as their EXIF says, laid on white where they are transparent, scaled so that the shorter side is ``size``, and
-    cropped to the middle square. Raises :class:`DataError` where nothing, or less than half, can be used.
+    Entries stand in the order of ``metadata.jsonl`` (``file_name``, ``text``) or, with ``.txt`` captions, of their
+    names. Every image is opened once; unusable ones are listed in ``skipped``. Images are rotated by their EXIF
+    orientation, composited on white, scaled so that the shorter side is ``size`` pixels, and cropped to the centre.
+    Raises :class:`DataError` for a missing folder, broken metadata, or if less than half of the images can be used.
     """
 
     def __init__(self, folder: str | Path, size: int = 64):
@@ -39,22 +40,23 @@ class FolderPairs:
         self.size = size
         if not self.folder.is_dir():
             raise DataError(f"no folder at {self.folder}: expected images with captions there")
-        self.skipped: list[Skipped] = []
+        self.skipped: list[SkippedImage] = []
         self._files: list[Path] = []
         self._captions: list[str] = []
         for file, caption in self._listed():
             reason = "no caption" if not caption.strip() else unreadable(file)
             if reason:
                 name = file.resolve().relative_to(self.folder.resolve()).as_posix()
-                self.skipped.append(Skipped(name=name, reason=reason))
+                self.skipped.append(SkippedImage(name=name, reason=reason))
             else:
                 self._files.append(file)
                 self._captions.append(" ".join(caption.split()))
-        self._refuse_if_poor()
+        self._refuse_if_mostly_unusable()
 
     @property
     def description(self) -> str:
-        text = f"{len(self):,} pairs in {self.folder}"
+        """One line for people: the number of images, the folder, and the first skipped files."""
+        text = f"{len(self):,} captioned images in {self.folder}"
         if self.skipped:
             first = ", ".join(f"{skip.name} ({skip.reason})" for skip in self.skipped[:5])
             more = f" and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
@@ -64,11 +66,11 @@ class FolderPairs:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> Pair:
-        return Pair(image=read_image(self._files[index], self.size), caption=self._captions[index])
+    def __getitem__(self, index: int) -> CaptionedImage:
+        return CaptionedImage(image=read_image(self._files[index], self.size), caption=self._captions[index])
 
     def _listed(self) -> Iterator[tuple[Path, str]]:
-        """(image file, caption) as the folder has them; the caption is empty where there is none."""
+        """List (image file, caption); the caption is empty if there is none."""
         metadata = self.folder / METADATA
         if metadata.is_file():
             yield from self._from_metadata(metadata)
@@ -80,6 +82,7 @@ class FolderPairs:
                 yield file, text
 
     def _from_metadata(self, metadata: Path) -> Iterator[tuple[Path, str]]:
+        """List (image file, caption) from ``metadata.jsonl``; raises :class:`DataError` that names the broken line."""
         inside = self.folder.resolve()
         try:
             lines = metadata.read_text(encoding="utf-8-sig").split("\n")
@@ -101,7 +104,8 @@ class FolderPairs:
                 raise DataError(f"{metadata}, line {number}: {name!r} lies outside the folder")
             yield file, str(caption)
 
-    def _refuse_if_poor(self) -> None:
+    def _refuse_if_mostly_unusable(self) -> None:
+        """Raise :class:`DataError` for a folder without images, or with too many that cannot be used."""
         found = len(self) + len(self.skipped)
         if not found:
             raise DataError(
@@ -112,28 +116,20 @@ class FolderPairs:
             raise DataError(f"only {len(self)} of {found} images can be used: {self.description}")
 
 
-def read_image(file: Path, size: int) -> NDArray[np.uint8]:
-    """An image file as uint8 RGB [size, size, 3]: upright, opaque, scaled, cropped to the middle."""
-    upright = _open_upright(file)
-    white = Image.new("RGBA", upright.size, "white")
-    opaque = Image.alpha_composite(white, upright).convert("RGB")
-    return np.asarray(ImageOps.fit(opaque, (size, size), Image.Resampling.LANCZOS))
+def read_image(file: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Read an image file as uint8 RGB: upright, opaque, scaled, and cropped to the centre square."""
+    return np.asarray(ImageOps.fit(open_image(file), (size, size), Image.Resampling.LANCZOS))
 
 
 def unreadable(file: Path) -> str:
-    """Why an image file cannot be used; empty where it can."""
+    """Explain in words why an image file cannot be used; an empty string if it can."""
+    if not file.is_file():
+        return "no such file"
     try:
         with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width}×{image.height} pixels, more than {MAX_PIXELS // 1_000_000} million"
-        _open_upright(file)
-    except FileNotFoundError:
-        return "no such file"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                return f"{image.width}×{image.height} pixels, more than {MAX_IMAGE_PIXELS // 1_000_000} million"
+        open_image(file)
+    except (*UNREADABLE, DataError, UsageError):
         return "not a readable image"
     return ""
-
-
-def _open_upright(file: Path) -> Image.Image:
-    with Image.open(file) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGBA")

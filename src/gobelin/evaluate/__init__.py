@@ -1,1 +1,1 @@
-"""Measuring: faithfulness to the prompt, the instruments themselves, and the shapes inside a U-Net."""
+"""Measuring: scores on scenes with their controls, attribution of words to pixels, editing, and sanity checks."""

@@ -1,13 +1,12 @@
-"""Whether words light up what they painted: heat maps against masks that are known.
+"""Attribution: compare the heat maps of words with the masks of the objects that they speak of.
 
-Two kinds of pictures: what the model paints itself, where the grader found just what the caption asks for, with the
-grader's masks; and true renders, noised to several timesteps, with exact masks. By DAAM's protocol (Tang et al. 2022,
-arXiv 2210.04885, section 4.1) a word's map, above a threshold τ of its range, is intersected with the mask.
+Two kinds of images: the model's own, where the grader finds exactly what the caption asks for, with the grader's
+masks; and true renders, noised to several timesteps, with exact masks. By DAAM's protocol (Tang et al. 2022, arXiv
+2210.04885, section 4.1) a word's map, above a threshold τ of its range, is intersected with the mask.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,25 +16,27 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from gobelin.attention import AttentionSite, Trace
-from gobelin.control.attention_control import silenced
-from gobelin.evaluate.intervals import Z
+from gobelin.control import suppress
+from gobelin.evaluate.intervals import Mean
+from gobelin.evaluate.report import Report, ReportTable, as_json, mean_cell
+from gobelin.images import images_to_tensor, tensor_to_images
 from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps, sharp_trace
-from gobelin.pipeline import Pipeline, to_pil
-from gobelin.scenes import Sample, Seen, World, grade, sample
+from gobelin.pipeline import Pipeline
+from gobelin.scenes import Detection, Sample, World, grade, sample
 from gobelin.scenes.captions import NOUNS, NUMBERS, Phrasing, pluralised
 from gobelin.scenes.colours import COLOURS
 from gobelin.scenes.relations import answers, found_in
 
-SEED = 77  # of the scenes, apart from training's
-TIMESTEPS = (100, 300, 500, 700, 900)
-THRESHOLDS = (0.3, 0.4, 0.5)
-BATCH = 16
-CAUSAL_PICTURES = 25  # each is painted again for every word
+ATTRIBUTION_SEED = 77  # of the scenes, apart from training's
+_TIMESTEPS = (100, 300, 500, 700, 900)
+_THRESHOLDS = (0.3, 0.4, 0.5)
+_BATCH_SIZE = 16
+_CAUSALITY_IMAGES = 25  # each is generated again for every word
 
 
 @dataclass(frozen=True, kw_only=True)
-class Truth:
-    """A word by its number in the caption, of what kind it is, and the pixels that it speaks of, bool [H, W]."""
+class WordTruth:
+    """A word's number in the caption, its kind, and the mask of the objects that it speaks of, bool [H, W]."""
 
     number: int
     kind: str
@@ -43,90 +44,123 @@ class Truth:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One picture with its heat maps, all of them with heads apart and sharp ones, and what its words speak of.
+class AttributionCase:
+    """One image with its heat maps, complete with heads apart and sharp ones, and the truth about its words.
 
-    ``settings`` repeat one of its own.
+    ``settings`` generate an image of the model's own again.
     """
 
     heatmaps: HeatMaps
     sharp: HeatMaps
-    truths: tuple[Truth, ...]
+    truths: tuple[WordTruth, ...]
     settings: dict | None = None
 
 
-Protocol = Callable[[Case, int], HeatMap]
+MapProtocol = Callable[[AttributionCase, int], HeatMap]
 """(a case, number of the word) -> the word's map."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean:
-    """A mean over ``n`` words in pictures with half of its 95 % interval, which knows which words share a picture."""
+class KindOverlap:
+    """Mean intersection over union of one kind of word's maps with their masks, at a threshold τ."""
 
-    value: float
-    margin: float
-    n: int
-
-    @classmethod
-    def of(cls, groups: Sequence[Sequence[float]]) -> "Mean":
-        """Of values in groups: the margin is that of a ratio of sums over independent groups, to first order."""
-        sums = np.array([sum(group) for group in groups if group])
-        sizes = np.array([len(group) for group in groups if group])
-        if not len(sizes):
-            return cls(value=float("nan"), margin=float("nan"), n=0)
-        value = sums.sum() / sizes.sum()
-        spread = (sums - value * sizes).std(ddof=1) if len(sizes) > 1 else float("nan")
-        return cls(value=float(value), margin=float(Z * spread * len(sizes) ** 0.5 / sizes.sum()), n=int(sizes.sum()))
-
-    def to_json(self) -> dict[str, float | None]:
-        """The fields, None for what there was too little of."""
-        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
+    kind: str
+    threshold: float
+    overlap: Mean
 
 
-def measure(pipeline: Pipeline, world: World, count: int, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Everything on ``count`` captions of the test list, as JSON.
+@dataclass(frozen=True, kw_only=True)
+class ProtocolOverlap:
+    """Overlaps of the maps of one protocol: by kind of word, and for nouns with each pixel given to one of them."""
 
-    Where the grader finds no picture right, means are None. ``advance`` hears of each picture that is looked into.
+    kinds: list[KindOverlap]
+    argmax: Mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesAttribution:
+    """Attribution in one kind of images.
+
+    ``ceilings`` are the overlaps of perfect maps by their downscale, and ``whole_image`` that of a map that lights up
+    everywhere, both for nouns. ``shares`` of attention go to text, BOS, EOS and padding, and ``entropy`` is that of
+    the attention in nats; empty and None without images.
     """
 
-    def looked(cases: Iterator[Case]) -> list[Case]:
+    images: int
+    protocols: dict[str, ProtocolOverlap]
+    ceilings: dict[str, Mean]
+    whole_image: Mean
+    shares: dict[str, float]
+    entropy: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """Attribution in a model's own images and in true renders, and the causality of words by protocol and kind."""
+
+    model: str
+    world: str
+    captions: int
+    own: ImagesAttribution
+    renders: ImagesAttribution
+    causality: dict[str, dict[str, Mean]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to dicts, lists, strings and numbers."""
+        return as_json(self)
+
+
+def measure_attribution(
+    pipeline: Pipeline, world: World, count: int, advance: Callable[[], None] = lambda: None
+) -> Attribution:
+    """Measure attribution on ``count`` captions of the test list.
+
+    Where the grader finds no image right, means are NaN. ``advance`` is called after each image.
+    """
+
+    def counted(cases: Iterator[AttributionCase]) -> list[AttributionCase]:
         return [case for case in cases if advance() is None]
 
-    content: dict[str, Any] = {"captions": count}
-    own, true = looked(own_samples(pipeline, world, count)), looked(renders(pipeline, world, count))
-    for name, cases in (("own", own), ("renders", true)):
-        content[name] = {
-            "pictures": len(cases),
-            "protocols": {
-                protocol: {
-                    "intersection": [
-                        {"kind": kind, "threshold": threshold, **mean.to_json()}
-                        for (kind, threshold), mean in sorted(intersections(cases, function).items())
-                    ],
-                    "argmax": argmax_intersection(cases, function).to_json(),
-                }
-                for protocol, function in PROTOCOLS.items()
-            },
-            "ceilings": {
-                str(downscale): ceiling(cases, site).to_json()
-                for downscale, site in sorted({site.downscale: site for site in pipeline.unet.attention_sites}.items())
-            },
-            "whole_image": whole_image(cases).to_json(),
-            "shares": _average([case.heatmaps.shares() for case in cases]),
-            **_average([{"entropy": case.heatmaps.entropy()} for case in cases]),
-        }
-    content["causality"] = {
-        protocol: {kind: mean.to_json() for kind, mean in kinds.items()}
-        for protocol, kinds in causality(pipeline, own[:CAUSAL_PICTURES]).items()
-    }
-    return content
+    own, true = counted(own_samples(pipeline, world, count)), counted(renders(pipeline, world, count))
+    return Attribution(
+        model=pipeline.name,
+        world=world.name,
+        captions=count,
+        own=_images_attribution(pipeline, own),
+        renders=_images_attribution(pipeline, true),
+        causality=causality(pipeline, own[:_CAUSALITY_IMAGES]),
+    )
 
 
-def own_samples(pipeline: Pipeline, world: World, count: int) -> Iterator[Case]:
-    """The pictures of ``count`` captions in which the grader finds what is asked for, and nothing else."""
+def _images_attribution(pipeline: Pipeline, cases: Sequence[AttributionCase]) -> ImagesAttribution:
+    """Measure attribution in images of one kind, apart from causality."""
+    sites = {site.downscale: site for site in pipeline.unet.attention_sites}
+    return ImagesAttribution(
+        images=len(cases),
+        protocols={
+            name: ProtocolOverlap(
+                kinds=[
+                    KindOverlap(kind=kind, threshold=threshold, overlap=mean)
+                    for (kind, threshold), mean in sorted(intersections(cases, protocol).items())
+                ],
+                argmax=argmax_intersection(cases, protocol),
+            )
+            for name, protocol in PROTOCOLS.items()
+        },
+        ceilings={str(downscale): ceiling(cases, site) for downscale, site in sorted(sites.items())},
+        whole_image=whole_image(cases),
+        shares=_average([case.heatmaps.shares() for case in cases]),
+        entropy=float(np.mean([case.heatmaps.entropy() for case in cases])) if cases else None,
+    )
+
+
+def own_samples(pipeline: Pipeline, world: World, count: int) -> Iterator[AttributionCase]:
+    """Generate images of ``count`` captions; yield those in which the grader finds what they ask for, nothing else."""
     for indices in _batches(count):
-        samples = [sample(SEED, index, world, "test") for index in indices]
-        result = pipeline([each.caption for each in samples], seed=SEED + indices[0], trace=Trace(per_head=True))
+        samples = [sample(ATTRIBUTION_SEED, index, world, "test") for index in indices]
+        result = pipeline(
+            [each.caption for each in samples], seed=ATTRIBUTION_SEED + indices[0], trace=Trace(per_head=True)
+        )
         right = [
             (each, heatmaps, masks, settings)
             for each, heatmaps, settings in zip(samples, result.heatmaps, result.settings, strict=True)
@@ -135,52 +169,56 @@ def own_samples(pipeline: Pipeline, world: World, count: int) -> Iterator[Case]:
         if not right:
             continue
         captions, seeds = [each.caption for each, *_ in right], [settings["seed"] for *_, settings in right]
-        sharp = pipeline(captions, seed=seeds, trace="sharp").heatmaps  # the same pictures, whatever is traced
+        sharp = pipeline(captions, seed=seeds, trace="sharp").heatmaps  # the same images, whatever is traced
         for (each, heatmaps, masks, settings), pointing in zip(right, sharp, strict=True):
-            found = truths(each, heatmaps, masks)
-            yield Case(heatmaps=heatmaps, sharp=pointing, truths=found, settings=settings)
+            found = word_truths(each, heatmaps, masks)
+            yield AttributionCase(heatmaps=heatmaps, sharp=pointing, truths=found, settings=settings)
 
 
 @torch.no_grad()
-def renders(pipeline: Pipeline, world: World, count: int) -> Iterator[Case]:
-    """``count`` true scenes, looked at while they are denoised from several timesteps, one U-Net pass each."""
+def renders(pipeline: Pipeline, world: World, count: int) -> Iterator[AttributionCase]:
+    """Render ``count`` true scenes and trace one U-Net pass at each of several timesteps."""
     for indices in _batches(count):
-        samples = [sample(SEED, index, world, "test") for index in indices]
-        images = torch.from_numpy(np.stack([each.image for each in samples])).permute(0, 3, 1, 2) / 127.5 - 1
+        samples = [sample(ATTRIBUTION_SEED, index, world, "test") for index in indices]
+        images = images_to_tensor(np.stack([each.image for each in samples]))
         vae, unet = pipeline.vae, pipeline.unet
         latents = vae.images_to_latents(images.to(vae.device, vae.dtype)).float().cpu()
-        text_embeddings = pipeline.encode_text([each.caption for each in samples])
-        noise = torch.randn(latents.shape, generator=Generator().manual_seed(SEED + indices[0]))
+        text = pipeline.encode_text([each.caption for each in samples])
+        noise = torch.randn(latents.shape, generator=Generator().manual_seed(ATTRIBUTION_SEED + indices[0]))
         size = (latents.shape[2], latents.shape[3])
         best = sharp_trace(unet.attention_sites, size)
         plain, sharp = Collector(Trace(per_head=True)), Collector(best)
-        for timestep in TIMESTEPS:
+        for timestep in _TIMESTEPS:
             timesteps = torch.full((len(samples),), timestep)
             noisy_latents = pipeline.schedule.add_noise(latents, noise, timesteps).to(unet.device, unet.dtype)
-            _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text_embeddings, reduce="none")
+            _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text.embeddings, reduce="none")
             plain.add(maps)
-            if pipeline.schedule.way(timestep) >= best.start:
-                _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text_embeddings, sites=best.sites)
+            if pipeline.schedule.progress(timestep) >= best.start:
+                _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text.embeddings, sites=best.sites)
                 sharp.add(maps)
-        for place, (each, picture) in enumerate(zip(samples, to_pil(images), strict=True)):
-            words = pipeline.tokenizer.words(each.caption)
+        for place, (each, picture) in enumerate(zip(samples, tensor_to_images(images), strict=True)):
+            words = pipeline.words(each.caption)
             heatmaps = HeatMaps(words=words, maps=plain.maps(place), latent_size=size, picture=picture)
             pointing = HeatMaps(words=words, maps=sharp.maps(place), latent_size=size, picture=picture)
             masks = torch.from_numpy(each.masks)
-            yield Case(heatmaps=heatmaps, sharp=pointing.sharpened(), truths=truths(each, heatmaps, masks))
+            yield AttributionCase(
+                heatmaps=heatmaps, sharp=pointing.sharpened(), truths=word_truths(each, heatmaps, masks)
+            )
 
 
-def found_masks(phrasing: Phrasing, seen: Sequence[Seen]) -> Tensor | None:
-    """The masks [n, H, W] of a caption's objects among what was seen; None where they are not all there, or others are.
+def found_masks(phrasing: Phrasing, detections: Sequence[Detection]) -> Tensor | None:
+    """Find the masks [n, H, W] of a caption's objects; None where they are not all there, or others are.
 
-    None too where two things answer to what is said of one: whose word lit up could not be told.
+    None too where two objects answer to the description of one, as it would be unclear which of them a word means.
     """
     things = [thing for mention in phrasing.mentions for thing in mention.things]
-    if len(seen) != len(things) or not found_in(phrasing.wanted, phrasing.relation, seen, count=phrasing.count):
+    if len(detections) != len(things) or not found_in(
+        phrasing.wanted, phrasing.relation, detections, count=phrasing.count
+    ):
         return None
-    masks = torch.zeros(len(things), *seen[0].mask.shape, dtype=torch.bool)
+    masks = torch.zeros(len(things), *detections[0].mask.shape, dtype=torch.bool)
     for mention in phrasing.mentions:
-        answering = [thing for thing in seen if answers(mention.wanted, thing)]
+        answering = [thing for thing in detections if answers(mention.wanted, thing)]
         if len(answering) != len(mention.things):
             return None
         for place, thing in zip(mention.things, answering, strict=True):
@@ -188,19 +226,21 @@ def found_masks(phrasing: Phrasing, seen: Sequence[Seen]) -> Tensor | None:
     return masks
 
 
-def truths(each: Sample, heatmaps: HeatMaps, masks: Tensor) -> tuple[Truth, ...]:
-    """What the caption's words speak of, for those that speak of any object and were not cut off."""
+def word_truths(each: Sample, heatmaps: HeatMaps, masks: Tensor) -> tuple[WordTruth, ...]:
+    """List the truths of the caption's words that speak of objects and were not cut off."""
     spoken = [(word.strip(","), things) for word, things in each.words]
     found = []
     for number, (span, (word, things)) in enumerate(zip(heatmaps.words.spans, spoken, strict=False)):
         assert span.word == word, "the tokenizer's words are not the caption's"
         if things:
-            found.append(Truth(number=number, kind=kind_of(word, len(things)), mask=masks[list(things)].any(dim=0)))
+            found.append(
+                WordTruth(number=number, kind=word_kind(word, len(things)), mask=masks[list(things)].any(dim=0))
+            )
     return tuple(found)
 
 
-def kind_of(word: str, things: int) -> str:
-    """The kind of a word that speaks of so many objects."""
+def word_kind(word: str, things: int) -> str:
+    """Name the kind of a word that speaks of ``things`` objects."""
     if word in _NOUNS:
         return "noun"
     if word in COLOURS:
@@ -210,37 +250,37 @@ def kind_of(word: str, things: int) -> str:
     return "relation" if things > 1 else "place"
 
 
-def daam(case: Case, number: int) -> HeatMap:
-    """DAAM's own aggregation: every step, layer and head."""
+def daam(case: AttributionCase, number: int) -> HeatMap:
+    """Aggregate a word's map as DAAM does: every step, layer and head."""
     return case.heatmaps.daam(number)
 
 
-def sharpened(case: Case, number: int) -> HeatMap:
-    """Gobelin's own: :meth:`gobelin.look.heatmaps.HeatMaps.sharpened`."""
+def sharpened(case: AttributionCase, number: int) -> HeatMap:
+    """Take a word's sharp map: :meth:`gobelin.look.heatmaps.HeatMaps.sharpened`."""
     return case.sharp[number]
 
 
-PROTOCOLS: dict[str, Protocol] = {"DAAM": daam, "sharp": sharpened}
+PROTOCOLS: dict[str, MapProtocol] = {"DAAM": daam, "sharp": sharpened}
 
 
-def intersections(cases: Sequence[Case], protocol: Protocol) -> dict[tuple[str, float], Mean]:
-    """Mean intersection over union by kind of word and threshold."""
+def intersections(cases: Sequence[AttributionCase], protocol: MapProtocol) -> dict[tuple[str, float], Mean]:
+    """Compute the mean intersection over union by kind of word and threshold."""
     values: dict[tuple[str, float], list[list[float]]] = {}
     for case in cases:
         for groups in values.values():
             groups.append([])
         for truth in case.truths:
             heatmap = protocol(case, truth.number)
-            for threshold in THRESHOLDS:
+            for threshold in _THRESHOLDS:
                 groups = values.setdefault((truth.kind, threshold), [[]])
                 groups[-1].append(overlap(heatmap.mask(threshold), truth.mask))
     return {key: Mean.of(groups) for key, groups in values.items()}
 
 
-def argmax_intersection(cases: Sequence[Case], protocol: Protocol, threshold: float = 0.4) -> Mean:
-    """Mean intersection over union where every pixel goes to one noun, or to none where no map exceeds the threshold.
+def argmax_intersection(cases: Sequence[AttributionCase], protocol: MapProtocol, threshold: float = 0.4) -> Mean:
+    """Compute nouns' mean overlap where every pixel goes to one of them, or below the threshold to none.
 
-    Of captions with nouns for different objects.
+    Captions without nouns for different objects are left out.
     """
     groups = []
     for case in cases:
@@ -255,8 +295,8 @@ def argmax_intersection(cases: Sequence[Case], protocol: Protocol, threshold: fl
     return Mean.of(groups)
 
 
-def ceiling(cases: Sequence[Case], site: AttentionSite, threshold: float = 0.4) -> Mean:
-    """What a perfect map of a site's resolution would reach for nouns: the masks, averaged over its patches."""
+def ceiling(cases: Sequence[AttributionCase], site: AttentionSite, threshold: float = 0.4) -> Mean:
+    """Compute the overlap of perfect maps of a site's resolution for nouns: their masks, averaged over its patches."""
     groups = []
     for case in cases:
         group = []
@@ -271,13 +311,13 @@ def ceiling(cases: Sequence[Case], site: AttentionSite, threshold: float = 0.4) 
     return Mean.of(groups)
 
 
-def whole_image(cases: Sequence[Case]) -> Mean:
-    """What a map that lights up everywhere reaches for nouns: the share of the picture that they fill."""
+def whole_image(cases: Sequence[AttributionCase]) -> Mean:
+    """Compute the overlap of a map that lights up everywhere for nouns: the share of the image that they fill."""
     return Mean.of([[t.mask.float().mean().item() for t in case.truths if t.kind == "noun"] for case in cases])
 
 
-def causality(pipeline: Pipeline, cases: Sequence[Case]) -> dict[str, dict[str, Mean]]:
-    """How the change of a picture, where a word is not looked at, correlates with the word's map: by kind of word.
+def causality(pipeline: Pipeline, cases: Sequence[AttributionCase]) -> dict[str, dict[str, Mean]]:
+    """Correlate the change of an image where a word gets no attention with the word's map, by protocol and kind.
 
     Pearson's correlation over pixels of the map with the greatest change of a channel, for words that change any.
     """
@@ -288,8 +328,8 @@ def causality(pipeline: Pipeline, cases: Sequence[Case]) -> dict[str, dict[str, 
         before = pipeline(case.heatmaps.words.text, **settings).images[0]
         found: dict[tuple[str, str], list[float]] = {}
         for truth in case.truths:
-            edit = silenced(case.heatmaps.words, truth.number)
-            change = _difference(before, pipeline(case.heatmaps.words.text, **settings, edit=edit).images[0])
+            control = suppress(truth.number)
+            change = _difference(before, pipeline(case.heatmaps.words.text, **settings, control=control).images[0])
             for name, protocol in PROTOCOLS.items():
                 heat = protocol(case, truth.number).raw
                 if change.std() > 0 and heat.std() > 0:
@@ -300,24 +340,89 @@ def causality(pipeline: Pipeline, cases: Sequence[Case]) -> dict[str, dict[str, 
     return {name: {kind: Mean.of(values) for kind, values in sorted(kinds.items())} for name, kinds in groups.items()}
 
 
+def attribution_report(content: dict[str, Any]) -> Report:
+    """Lay out an :class:`Attribution` from JSON."""
+    titles = {"own": "own images that the grader found right", "renders": "true scenes, noised"}
+    overlaps = [
+        _overlap_table(f"Attribution: {title} ({content[name]['images']:,})", content[name])
+        for name, title in titles.items()
+    ]
+    parts = ("text", "bos", "eos", "padding")
+    shares = [
+        (title, *(f"{content[name]['shares'][part]:.3f}" for part in parts), f"{content[name]['entropy']:.2f}")
+        for name, title in titles.items()
+        if content[name]["images"]
+    ]
+    destinations = ReportTable(title="Where attention goes", columns=("images", *parts, "entropy (nats)"), rows=shares)
+    return Report(
+        title=f"Attribution in {content['model']}",
+        description=f"World {content['world']}, {content['captions']:,} captions of the test list.",
+        tables=[*overlaps, _causality_table(content["causality"]), destinations],
+    )
+
+
+def _overlap_table(title: str, content: dict[str, Any]) -> ReportTable:
+    """Lay out an :class:`ImagesAttribution` from JSON."""
+    rows: list[tuple[str, ...]] = []
+    thresholds: list[float] = []
+    for protocol, measured in content["protocols"].items():
+        cells = {(row["kind"], row["threshold"]): row["overlap"] for row in measured["kinds"]}
+        thresholds = sorted({threshold for _, threshold in cells})
+        for kind in dict.fromkeys(kind for kind, _ in cells):
+            row = [cells[kind, threshold] for threshold in thresholds]
+            rows.append((kind, protocol, *map(mean_cell, row), f"{row[0]['n']:,} words"))
+        if argmax := measured["argmax"]["n"]:
+            blank = [""] * (len(thresholds) - 2)
+            cell = mean_cell(measured["argmax"])
+            rows.append(("nouns, each pixel to one", protocol, "", cell, *blank, f"{argmax:,} words"))
+    ceilings = ", ".join(f"1/{scale} {mean_cell(mean)}" for scale, mean in content["ceilings"].items())
+    return ReportTable(
+        title=title,
+        columns=("words", "protocol", *(f"τ = {threshold}" for threshold in thresholds), "of"),
+        rows=rows,
+        note=(
+            f"Mean intersection over union. For nouns at τ = 0.4 a perfect map reaches, by its resolution: {ceilings}; "
+            f"one that lights up everywhere: {mean_cell(content['whole_image'])}."
+        ),
+    )
+
+
+def _causality_table(content: dict[str, dict[str, Any]]) -> ReportTable:
+    """Lay out correlations by protocol and kind of word."""
+    kinds = dict.fromkeys(kind for means in content.values() for kind in means)
+    rows = []
+    for kind in kinds:
+        means = [means.get(kind) for means in content.values()]
+        words = max(mean["n"] for mean in means if mean)
+        rows.append((kind, *map(mean_cell, means), f"{words:,} words"))
+    return ReportTable(
+        title="Causality: the change where a word gets no attention, and the word's map",
+        columns=("words", *content, "of"),
+        rows=rows,
+        note="Pearson's correlation over the pixels.",
+    )
+
+
 def overlap(found: Tensor, truth: Tensor) -> float:
-    """Intersection over union of two bool masks; 1 where both are empty."""
+    """Compute the intersection over union of two bool masks; 1 where both are empty."""
     union = (found | truth).sum().item()
     return (found & truth).sum().item() / union if union else 1.0
 
 
 def _difference(one: Image.Image, other: Image.Image) -> Tensor:
-    """The greatest change of a channel at each pixel, [H, W] in [0, 1]."""
+    """Compute the greatest change of a channel at each pixel, [H, W] in [0, 1]."""
     levels = [torch.from_numpy(np.asarray(image, dtype=np.float32)) / 255 for image in (one, other)]
     return (levels[0] - levels[1]).abs().amax(dim=-1)
 
 
 def _average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Average rows of the same names; empty without any."""
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
 
 def _batches(count: int) -> Iterator[range]:
-    return (range(start, min(count, start + BATCH)) for start in range(0, count, BATCH))
+    """Split ``count`` indices into batches."""
+    return (range(start, min(count, start + _BATCH_SIZE)) for start in range(0, count, _BATCH_SIZE))
 
 
 _NOUNS = frozenset(

@@ -1,4 +1,4 @@
-"""Shares of right pictures, with intervals that know that pictures of one prompt are alike."""
+"""Confidence intervals of shares and means, wider where outcomes come in groups that are alike."""
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations
+_Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,26 +20,26 @@ class Share:
 
     @classmethod
     def of(cls, outcomes: Sequence[bool], groups: Sequence[Hashable] | None = None) -> "Share":
-        """The share of True, with Wilson's interval (1927).
+        """Compute the share of True, with Wilson's interval (1927).
 
-        ``groups`` names for each outcome what it belongs to, as pictures belong to prompts. Outcomes of a group
-        are alike and tell less than as many independent ones, so Wilson's formula is given as many trials as they
-        are worth: n divided by the design effect, the variance of the share between groups over that of
-        independent trials (Franco et al. 2019, "Comparative study of confidence intervals for proportions in
-        complex sample surveys"). No random numbers are drawn.
+        ``groups`` names the group of each outcome, as images belong to prompts. Outcomes of one group are alike and
+        tell less than as many independent ones, so Wilson's formula gets the effective number of trials: n divided
+        by the design effect, the variance of the share between groups over that of independent trials (Franco et
+        al. 2019, "Comparative study of confidence intervals for proportions in complex sample surveys"). No random
+        numbers are drawn.
         """
         n, hits = len(outcomes), sum(outcomes)
         if not n:
             return cls(value=math.nan, low=math.nan, high=math.nan, n=0)
         value, worth = hits / n, n / (1.0 if groups is None else _design_effect(outcomes, groups))
-        centre = (value * worth + Z * Z / 2) / (worth + Z * Z)
-        half = Z / (worth + Z * Z) * math.sqrt(worth * value * (1 - value) + Z * Z / 4)
+        centre = (value * worth + _Z * _Z / 2) / (worth + _Z * _Z)
+        half = _Z / (worth + _Z * _Z) * math.sqrt(worth * value * (1 - value) + _Z * _Z / 4)
         # the clamps are for rounding, at shares of 0 and 1
         return cls(value=value, low=max(0.0, min(value, centre - half)), high=min(1.0, max(value, centre + half)), n=n)
 
     @classmethod
     def mean(cls, shares: Sequence["Share"]) -> "Share":
-        """The mean of independent shares, each weighing the same; its interval is put together from theirs.
+        """Compute the mean of independent shares of equal weight, with an interval made of theirs.
 
         Each side of the interval is the root of the sum of squares of the shares' own sides (Zou and Donner 2008,
         "MOVER"), so that it keeps their asymmetry, and has a width where all shares are 1.
@@ -58,12 +58,36 @@ class Share:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A mean of ``n`` values with half of its 95 % interval; NaN where there are too few."""
+
+    value: float
+    margin: float
+    n: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[float]]) -> "Mean":
+        """Compute the mean of values in independent groups, such as words in images.
+
+        The margin is that of a ratio of sums over groups, to first order.
+        """
+        sums = np.array([sum(group) for group in groups if group])
+        sizes = np.array([len(group) for group in groups if group])
+        if not len(sizes):
+            return cls(value=math.nan, margin=math.nan, n=0)
+        value = sums.sum() / sizes.sum()
+        spread = (sums - value * sizes).std(ddof=1) if len(sizes) > 1 else math.nan
+        margin = _Z * spread * len(sizes) ** 0.5 / sizes.sum()
+        return cls(value=float(value), margin=float(margin), n=int(sizes.sum()))
+
+
 def _design_effect(outcomes: Iterable[bool], groups: Sequence[Hashable]) -> float:
-    """How many times more a share of grouped outcomes varies than one of as many independent ones.
+    """Compute the design effect: the variance of a share of grouped outcomes over that of independent ones.
 
     It is at least 1 and at most the mean size of a group, where all outcomes of a group are the same. The variance
     is that of a ratio between groups, with two more groups pretended, one all right and one all wrong: where
-    (almost) all outcomes are the same they say nothing of how alike groups are, and the worst case is taken.
+    (almost) all outcomes are the same they do not tell whether groups are alike, and the worst case is taken.
     """
     names = {name: place for place, name in enumerate(dict.fromkeys(groups))}
     hits, sizes = np.zeros(len(names)), np.zeros(len(names))

@@ -1,4 +1,4 @@
-"""Pictures that another program paints: the list written out as a folder's metadata, and the folder read back."""
+"""Folders of images that another program generates: write their list as metadata, and read the images back."""
 
 import json
 from collections.abc import Sequence
@@ -11,29 +11,29 @@ from PIL import Image
 from gobelin.data import find_world
 from gobelin.data.image_folder import METADATA, read_image, unreadable
 from gobelin.errors import DataError, UsageError
-from gobelin.evaluate.picture_list import ALL_TASKS, MAX_PROMPTS, Asked
+from gobelin.evaluate.picture_list import ALL_TASKS, MAX_PROMPTS, RequestedImage
 from gobelin.formats.files import write_text
 from gobelin.scenes import PROMPT_SPLITS, Prompt, World, prompts, tasks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """A folder's pictures, [size, size] as the world has them, and what each was asked to show.
+    """A folder's images, in the size of their world, and the request behind each.
 
-    ``resized`` counts those that came in another size.
+    ``resized`` counts the images that came in another size.
     """
 
     world: World
-    asked: list[Asked]
+    requests: list[RequestedImage]
     images: list[Image.Image]
     resized: int
 
 
-def write_list(folder: Path, asked: Sequence[Asked], world: World, seed: int = 0) -> None:
-    """Write what to paint as ``metadata.jsonl``, one line a picture: where it goes, its text, and what it is for.
+def write_image_list(folder: Path, requests: Sequence[RequestedImage], world: World, seed: int = 0) -> None:
+    """Write the list of images as ``metadata.jsonl``, one line an image: file name, text, task, split and seed.
 
-    ``seed`` is added to every picture's own, as when painting here. Raises :class:`DataError` for a folder with
-    anything in it.
+    ``seed`` is added to every image's own, as :func:`gobelin.evaluate.benchmark.generate_images` does. Raises
+    :class:`DataError` for a folder with anything in it.
     """
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty: choose another folder")
@@ -46,58 +46,58 @@ def write_list(folder: Path, asked: Sequence[Asked], world: World, seed: int = 0
             "task": each.prompt.task,
             "seed": seed + each.seed,
         }
-        for each in asked
+        for each in requests
     ]
     write_text(folder / METADATA, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_gallery(folder: Path, world: World | None = None) -> Gallery:
-    """Read a folder of pictures and the ``metadata.jsonl`` that says what each was painted for.
+    """Read a folder of images and the ``metadata.jsonl`` that names each one's prompt.
 
-    A line needs ``file_name`` and ``text``, the text of a prompt of our lists, of which what is asked for is known.
-    Where ``split`` and ``task`` say which list, it has to be in that one. ``world`` None takes the one that the
-    lines name. Raises :class:`DataError` for the first line or picture that cannot be used.
+    A line needs ``file_name`` and ``text``, the text of a prompt of Gobelin's lists. Where it has ``split`` and
+    ``task``, the text has to be in that list. ``world`` None takes the one that the lines name. Raises
+    :class:`DataError` for the first line or image that cannot be used.
     """
     entries = _entries(folder / METADATA)
     world = world or _world(entries, folder / METADATA)
     listed = _Lists(world)
-    asked, images, resized = [], [], 0
-    seen: dict[str, int] = {}
+    requests, images, resized = [], [], 0
+    named: dict[str, int] = {}
     counts: dict[tuple[str, str, int], int] = {}
     for line, entry in entries.items():
         where, name = f"{folder / METADATA}, line {line}", entry["file_name"]
         if entry.get("world", world.name) != world.name:
-            raise DataError(f"{where}: painted for the world {entry['world']}, not {world.name}")
-        if name in seen:
-            raise DataError(f"{where}: {name} is named in line {seen[name]} already")
-        seen[name] = line
+            raise DataError(f"{where}: generated for the world {entry['world']}, not {world.name}")
+        if name in named:
+            raise DataError(f"{where}: {name} is named in line {named[name]} already")
+        named[name] = line
         split, number, prompt = listed.find(entry, where)
-        picture = counts.get((split, prompt.task, number), 0)
-        counts[split, prompt.task, number] = picture + 1
+        repeat = counts.get((split, prompt.task, number), 0)
+        counts[split, prompt.task, number] = repeat + 1
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"{where}: {name} lies outside the folder")
         if reason := unreadable(file):
-            raise DataError(f"{file} cannot be judged: {reason}")
+            raise DataError(f"{file} cannot be scored: {reason}")
         with Image.open(file) as opened:
             width, height = opened.size
         if width != height:
             raise DataError(f"{file} is {width}×{height} pixels: expected a square, best {world.size}×{world.size}")
         resized += width != world.size
-        asked.append(Asked(prompt=prompt, split=split, number=number, picture=picture))
+        requests.append(RequestedImage(prompt=prompt, split=split, number=number, repeat=repeat))
         images.append(Image.fromarray(read_image(file, world.size)))
-    return Gallery(world=world, asked=asked, images=images, resized=resized)
+    return Gallery(world=world, requests=requests, images=images, resized=resized)
 
 
 class _Lists:
-    """Every prompt of a world by its text, list by list as they are needed."""
+    """The prompts of a world by their texts, list by list as they are needed."""
 
     def __init__(self, world: World):
         self._world = world
         self._lists: dict[tuple[str, str], dict[str, tuple[int, Prompt]]] = {}
 
     def find(self, entry: dict[str, Any], where: str) -> tuple[str, int, Prompt]:
-        """The (split, number, prompt) of a line; of several lists that have its text, the first."""
+        """Find the (split, number, prompt) of a line, in the first list that has its text."""
         splits, names = [entry.get("split", PROMPT_SPLITS)], [entry.get("task", ALL_TASKS)]
         for split in PROMPT_SPLITS if "split" not in entry else splits:
             for task in ALL_TASKS if "task" not in entry else names:
@@ -105,10 +105,11 @@ class _Lists:
                     return split, *found
         raise DataError(
             f"{where}: {entry['text']!r} is not a prompt of the world {self._world.name}'s lists, and only theirs can "
-            "be judged: gobelin evaluate --write-prompts DIR writes them"
+            "be scored: gobelin evaluate prompts --out DIR writes them"
         )
 
     def _list(self, split: str, task: str, where: str) -> dict[str, tuple[int, Prompt]]:
+        """List the prompts of a task and split by their texts, with their numbers; empty where the world has none."""
         if (split, task) not in self._lists:
             try:
                 there = tasks(self._world, split, (task,))
@@ -121,13 +122,11 @@ class _Lists:
 
 
 def _entries(metadata: Path) -> dict[int, dict[str, Any]]:
-    """The lines by their number, from 1."""
+    """Read the lines of the metadata by their number, from 1."""
     try:
         lines = metadata.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{metadata} cannot be read: expected the list that gobelin evaluate --write-prompts writes"
-        ) from error
+        raise DataError(f"{metadata} cannot be read: expected the list that gobelin evaluate prompts writes") from error
     entries = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -147,7 +146,8 @@ def _entries(metadata: Path) -> dict[int, dict[str, Any]]:
 
 
 def _world(entries: dict[int, dict[str, Any]], metadata: Path) -> World:
+    """Find the world that the first line names."""
     first = next(iter(entries.values()))
     if "world" not in first:
-        raise DataError(f"{metadata} does not say of which world its prompts are: say --world NAME")
+        raise DataError(f"{metadata} does not name the world of its prompts: say --world NAME")
     return find_world(str(first["world"]))

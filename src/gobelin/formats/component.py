@@ -1,28 +1,27 @@
-"""A component of a diffusers folder: one network, its ``config.json`` and its weights."""
+"""Components of a diffusers folder: one network each, with its ``config.json`` and its weights."""
 
 import dataclasses
-import math
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.files import read_json, write_json
-from gobelin.formats.weights import Shards, TensorFile, load_into, open_tensors, write_tensors
+from gobelin.formats.weights import ShardedFile, TensorFile, load_into, open_tensors, write_tensors
 
 DIFFUSERS_VERSION = "0.35.0"  # the version whose folder layout is written
 
-Config = TypeVar("Config")
+ConfigT = TypeVar("ConfigT")
 
 
-def config_from_json(config_class: type[Config], content: dict[str, Any], source: Path) -> Config:
-    """Read a frozen dataclass from a config file's fields.
+def config_from_json(config_class: type[ConfigT], content: dict[str, Any], source: Path) -> ConfigT:
+    """Build a frozen dataclass from the ``content`` of a config file; lists become tuples.
 
-    Fields that the dataclass lacks are ignored, except those in its ``fixed`` table, which must have the one
-    value that it allows. Raises :class:`ModelError` for anything this code could not compute as meant.
+    Fields that the dataclass lacks are ignored, except those in its ``fixed`` table, which must have the one value that
+    the table allows. Raises :class:`ModelError` that names ``source`` and the first field that is missing, of another
+    type, or asks for what the architecture does not compute.
     """
     known = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for name, only in getattr(config_class, "fixed", {}).items():
@@ -34,62 +33,20 @@ def config_from_json(config_class: type[Config], content: dict[str, Any], source
     values = {
         name: tuple(value) if isinstance(value, list) else value for name, value in content.items() if name in known
     }
-    hints = get_type_hints(config_class)
-    for name, value in values.items():
-        if not _is_of(value, hints[name]):
-            raise ModelError(f"{source}: {name} is {content[name]!r}: {_wanted(hints[name])}")
     try:
         return config_class(**values)
     except (UsageError, TypeError) as error:
         raise ModelError(f"{source}: {error}") from error
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a field's type; numbers are finite ones."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, UnionType):
-        return any(_is_of(value, one) for one in inner)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_of(one, inner[0]) for one in value)
-    if hint is float:
-        return type(value) in (int, float) and abs(value) < math.inf
-    return type(value) is hint
-
-
-def _wanted(hint: Any) -> str:
-    """What a field takes, in words."""
-    if get_origin(hint) is Literal:
-        return f"the choices are {', '.join(map(str, get_args(hint)))}"
-    return f"expected {hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint}"
-
-
-def require_counts(config: Any, *names: str) -> None:
-    """Raise :class:`UsageError` for the first of these fields that is not a whole number of 1 or more."""
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise UsageError(f"{name} is {value!r}: give a whole number of 1 or more")
-
-
-def require_choices(config: Any) -> None:
-    """Raise :class:`UsageError` for the first field that is not one of the choices of its ``Literal`` type."""
-    for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            raise UsageError(
-                f"{name} is {getattr(config, name)!r}: the choices are {', '.join(map(str, get_args(hint)))}"
-            )
-
-
-class Component(nn.Module, Generic[Config]):
-    """A network with a frozen ``config``, that reads and writes itself as a component folder."""
+class Component(nn.Module, Generic[ConfigT]):
+    """A network with a frozen ``config`` that reads and writes itself as one folder of a diffusers model."""
 
     config_class: ClassVar[type]
-    class_name: ClassVar[str]  # as diffusers or transformers call it
+    class_name: ClassVar[str]  # in diffusers or transformers
     weights_name: ClassVar[str]
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ConfigT):
         super().__init__()
         self.config = config
 
@@ -101,42 +58,44 @@ class Component(nn.Module, Generic[Config]):
         variant: str | None = None,
         allow_pickle: bool = False,
     ) -> Self:
-        """Read ``config.json`` and the weights beside it, whole or in shards; ``dtype`` None is the file's own.
+        """Read ``config.json`` and the weights beside it, whole or in shards; ``dtype`` None keeps the file's own.
 
-        ``variant`` ("fp16") picks the files of that name, where there are some; ``allow_pickle`` allows ``.bin`` files,
-        of which tensors are read and nothing else. Raises :class:`ModelError` where weights and configuration do not
-        fit.
+        ``variant`` ("fp16") picks the files of that name where the folder has some; ``allow_pickle`` allows ``.bin``
+        files, from which only tensors are read. Raises :class:`ModelError` where weights and configuration do not fit.
         """
         folder = Path(folder)
         source = folder / "config.json"
         config = config_from_json(cls.config_class, read_json(source), source)
-        weights = cls._weights(folder, variant, allow_pickle)
-        module = cls.planned(config, weights).to(dtype or weights.precision())
+        weights = cls._open_weights(folder, variant, allow_pickle)
+        module = cls.build_on_meta(config, weights).to(dtype or weights.float_dtype())
         load_into(module, cls.rename(weights.read(dtype=dtype)), weights.path)
         return module.eval()
 
     @classmethod
-    def planned(cls, config: Config, weights: TensorFile) -> Self:
-        """The network on the meta device, as a file's weights are to fill it.
+    def build_on_meta(cls, config: ConfigT, weights: TensorFile) -> Self:
+        """Build the network on the meta device, where it takes no memory, for ``weights`` to be loaded into it.
 
-        Raises :class:`ModelError` for a configuration of more layers than the file has tensors, before it is built.
+        Raises :class:`ModelError` for a configuration that no network can have.
         """
+        # Even on the meta device a billion layers would fill the memory with modules; every layer has a tensor.
         layers = getattr(config, "layers_per_block", 0) * len(getattr(config, "block_out_channels", ()))
         layers = max(layers, getattr(config, "num_hidden_layers", 0))
         if layers > len(weights.shapes):
             raise ModelError(
                 f"{weights.path} holds {len(weights.shapes)} tensors, too few for the {layers} layers that its "
-                "configuration says"
+                "configuration asks for"
             )
         try:
             with torch.device("meta"):
                 return cls(config)
         except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-            raise ModelError(f"{weights.path}: a network cannot have the shape that its configuration says") from error
+            raise ModelError(
+                f"{weights.path}: no network can have the shape that its configuration asks for"
+            ) from error
 
     @classmethod
-    def _weights(cls, folder: Path, variant: str | None, allow_pickle: bool) -> TensorFile:
-        """The files of the variant, or the plain ones; safetensors before pickles, and one file before shards."""
+    def _open_weights(cls, folder: Path, variant: str | None, allow_pickle: bool) -> TensorFile:
+        """Open the variant's files, or the plain ones: safetensors before pickles, one file before shards."""
         stem, _, kind = cls.weights_name.rpartition(".")
         names = ((stem, kind), ("pytorch_model" if stem == "model" else stem, "bin"))
         for middle in dict.fromkeys([f".{variant}" if variant else "", ""]):
@@ -146,20 +105,20 @@ class Component(nn.Module, Generic[Config]):
                 if whole.is_file():
                     return open_tensors(whole, allow_pickle)
                 if index.is_file():
-                    return Shards(index, allow_pickle)
+                    return ShardedFile(index, allow_pickle)
         if others := sorted({file.name.split(".")[-2] for file in folder.glob(f"{stem}.*.{kind}")}):
-            raise ModelError(f"{folder} has its weights as variant {' and '.join(others)} only: say which, as variant")
+            raise ModelError(f"{folder} has its weights as variant {' and '.join(others)} only: name it, as variant")
         raise ModelError(f"no weight file at {folder / cls.weights_name}: expected a .safetensors file there")
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and the weights, in ``dtype`` or in their own precision."""
+        """Write ``config.json`` and the weights, in ``dtype`` or in their own precision (None)."""
         folder = Path(folder)
         tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
         write_tensors(folder / self.weights_name, tensors)
         write_json(folder / "config.json", self.config_json())
 
     def config_json(self) -> dict[str, Any]:
-        """The fields of ``config.json``."""
+        """Return the fields of ``config.json`` as diffusers reads them."""
         return {
             "_class_name": self.class_name,
             "_diffusers_version": DIFFUSERS_VERSION,
@@ -168,12 +127,12 @@ class Component(nn.Module, Generic[Config]):
 
     @classmethod
     def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Bring the names that other writers use to this network's own; here, nothing to do."""
+        """Rename the tensors of a file to this network's state-dict keys; subclasses know other writers' names."""
         return tensors
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: JSON and text in and out, every write by way of a temporary name."""
+"""JSON and text files: read with errors that name the file, written atomically, through a temporary name."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from gobelin.errors import ModelError
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file; :class:`ModelError` where there is none."""
+    """Read the object in a JSON file; raises :class:`ModelError` that names the file where there is none."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -21,7 +21,7 @@ def read_json(file: Path) -> dict:
 
 
 def parse_json(text: str, source: str) -> dict:
-    """The object in a JSON text; :class:`ModelError` that names its ``source`` where there is none."""
+    """Read the object in a JSON text; raises :class:`ModelError` that names its ``source`` where there is none."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -32,19 +32,22 @@ def parse_json(text: str, source: str) -> dict:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file: the whole of it, or nothing."""
+    """Write a text file atomically, in UTF-8."""
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, content: object) -> None:
-    """Write a JSON file: the whole of it, or nothing."""
+    """Write a JSON file atomically, indented by two spaces, in UTF-8."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary path beside ``file`` that takes its place, on disk, when the block ends without an error."""
+    """Atomic write: yield a temporary path beside ``file`` that replaces it when the block ends without an error.
+
+    What was written is on disk (fsync) before it takes the name; after an error the old file stands as it was.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -58,7 +61,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power cut."""
+    """Flush a folder to disk (fsync), so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

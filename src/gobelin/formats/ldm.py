@@ -1,6 +1,6 @@
-"""The single files of the original latent-diffusion code: what each tensor is called there, and what they hold.
+"""State-dict keys of the original latent-diffusion (LDM) code's single files, and configurations read off their shapes.
 
-Names are mapped forward only, from Gobelin's (which are diffusers') to those of CompVis' code. The facts are those of
+Keys are mapped forward only, from Gobelin's (which are diffusers') to CompVis', after
 ``ldm/modules/diffusionmodules/openaimodel.py`` and ``model.py`` in CompVis/stable-diffusion.
 """
 
@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
-EMA = "model_ema."
-# What such files hold beside the weights: the schedule's tables, training's leftovers, parts that painting never uses.
-PASSED_OVER = re.compile(
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer."
+_EMA_PREFIX = "model_ema."
+# Keys beside the weights: the schedule's tables, training's leftovers, parts that painting never uses.
+IGNORED_KEYS = re.compile(
     r"(betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights"
     r"|model_ema\..*|first_stage_model\.loss\..*|loss\..*"
     r"|cond_stage_model\.(logit_scale|text_projection|transformer\.(text_model\.)?embeddings\.position_ids))$"
@@ -28,8 +30,8 @@ _RESNET = {
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def unet_names(keys: Collection[str], layers: int) -> dict[str, str]:
-    """The original name, with its prefix, of each of a U-Net's tensors; ``layers`` as in its configuration."""
+def map_unet_keys(keys: Collection[str], layers: int) -> dict[str, str]:
+    """Map a U-Net's state-dict keys to LDM's, with their prefix; ``layers`` is ``layers_per_block``."""
     attends = {int(key.split(".")[1]) for key in keys if re.match(r"up_blocks\.\d+\.attentions\.", key)}
 
     def resnet(part: str) -> str:
@@ -65,18 +67,18 @@ def unet_names(keys: Collection[str], layers: int) -> dict[str, str]:
         (r"up_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", up),
         (r"mid_block\.(\w+)\.(\d+)\.(.*)", middle),
     ]
-    return {key: UNET + _first(table, key) for key in keys}
+    return {key: UNET_PREFIX + _rewrite(table, key) for key in keys}
 
 
-def vae_names(keys: Collection[str], levels: int) -> dict[str, str]:
-    """The original name, with its prefix, of each of a VAE's tensors; ``levels`` is how many widths it has."""
+def map_vae_keys(keys: Collection[str], levels: int) -> dict[str, str]:
+    """Map a VAE's state-dict keys to LDM's, with their prefix; ``levels`` is ``len(block_out_channels)``."""
 
     def block(match: re.Match[str]) -> str:
-        half, way, number, what, layer, rest = match.groups()
-        level = number if way == "down" else str(levels - 1 - int(number))
-        if what == "resnets":
-            return f"{half}.{way}.{level}.block.{layer}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
-        return f"{half}.{way}.{level}.{what.removesuffix('rs')}.{rest}"
+        half, direction, number, kind, layer, rest = match.groups()
+        level = number if direction == "down" else str(levels - 1 - int(number))
+        if kind == "resnets":
+            return f"{half}.{direction}.{level}.block.{layer}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
+        return f"{half}.{direction}.{level}.{kind.removesuffix('rs')}.{rest}"
 
     def resnet(match: re.Match[str]) -> str:
         return f"{match[1]}.mid.block_{int(match[2]) + 1}.{match[3]}"
@@ -91,36 +93,38 @@ def vae_names(keys: Collection[str], levels: int) -> dict[str, str]:
         (r"(\w+)\.conv_norm_out\.(.*)", r"\1.norm_out.\2"),
         (r"(.*)", r"\1"),
     ]
-    return {key: VAE + _first(table, key) for key in keys}
+    return {key: VAE_PREFIX + _rewrite(table, key) for key in keys}
 
 
-def text_names(keys: Collection[str]) -> dict[str, str]:
-    """The original name, with its prefix, of each of a text encoder's tensors."""
-    return {key: TEXT + key for key in keys}
+def map_text_keys(keys: Collection[str]) -> dict[str, str]:
+    """Map a text encoder's state-dict keys to LDM's, with their prefix."""
+    return {key: TEXT_PREFIX + key for key in keys}
 
 
-def ema_name(original: str) -> str:
-    """What the average of a U-Net's tensor is called: all dots but the first are gone."""
-    return EMA + original.removeprefix("model.").replace(".", "")
+def map_ema_key(original: str) -> str:
+    """Map an LDM key of the U-Net to that of its exponential moving average (EMA): no dot but the first."""
+    return _EMA_PREFIX + original.removeprefix("model.").replace(".", "")
 
 
-def is_vae_attention(original: str) -> bool:
-    """Whether a tensor is one of the VAE's attention's, whose linear layers are 1×1 convolutions there."""
+def is_vae_attention_weight(original: str) -> bool:
+    """Recognise the LDM key of a weight in the VAE's attention: a 1×1 convolution there, a linear layer here."""
     return bool(re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", original))
 
 
-def unet_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of a U-Net's configuration that its tensors' shapes tell; heads and groups are not among them."""
-    numbers = _numbers(shapes, UNET + r"input_blocks\.(\d+)\.")
-    halvings = _numbers(shapes, UNET + r"input_blocks\.(\d+)\.0\.op\.")
-    layers = (halvings[0] if halvings else len(numbers)) - 1
-    firsts = [1 + level * (layers + 1) for level in range(len(halvings) + 1)]
-    attends = [f"{UNET}input_blocks.{first}.1.norm.weight" in shapes for first in firsts]
+def infer_unet_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Infer a U-Net's configuration from its tensors' shapes by LDM key, all but heads and groups."""
+    blocks = _indices(shapes, UNET_PREFIX + r"input_blocks\.(\d+)\.")
+    downsamplers = _indices(shapes, UNET_PREFIX + r"input_blocks\.(\d+)\.0\.op\.")
+    layers = (downsamplers[0] if downsamplers else len(blocks)) - 1
+    firsts = [1 + level * (layers + 1) for level in range(len(downsamplers) + 1)]
+    attends = [f"{UNET_PREFIX}input_blocks.{first}.1.norm.weight" in shapes for first in firsts]
     context = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
     return {
-        "in_channels": shapes[f"{UNET}input_blocks.0.0.weight"][1],
-        "out_channels": shapes[f"{UNET}out.2.weight"][0],
-        "block_out_channels": tuple(shapes[f"{UNET}input_blocks.{first}.0.out_layers.3.weight"][0] for first in firsts),
+        "in_channels": shapes[f"{UNET_PREFIX}input_blocks.0.0.weight"][1],
+        "out_channels": shapes[f"{UNET_PREFIX}out.2.weight"][0],
+        "block_out_channels": tuple(
+            shapes[f"{UNET_PREFIX}input_blocks.{first}.0.out_layers.3.weight"][0] for first in firsts
+        ),
         "layers_per_block": layers,
         "down_block_types": tuple("CrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends),
         "up_block_types": tuple("CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)),
@@ -128,38 +132,41 @@ def unet_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def vae_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of a VAE's configuration that its tensors' shapes tell."""
-    levels = _numbers(shapes, VAE + r"encoder\.down\.(\d+)\.")
+def infer_vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Infer a VAE's configuration from its tensors' shapes by LDM key."""
+    levels = _indices(shapes, VAE_PREFIX + r"encoder\.down\.(\d+)\.")
     return {
-        "block_out_channels": tuple(shapes[f"{VAE}encoder.down.{level}.block.0.conv2.weight"][0] for level in levels),
-        "layers_per_block": len(_numbers(shapes, VAE + r"encoder\.down\.0\.block\.(\d+)\.")),
-        "in_channels": shapes[f"{VAE}encoder.conv_in.weight"][1],
-        "out_channels": shapes[f"{VAE}decoder.conv_out.weight"][0],
-        "latent_channels": shapes[f"{VAE}post_quant_conv.weight"][0],
-        "mid_block_add_attention": f"{VAE}encoder.mid.attn_1.q.weight" in shapes,
+        "block_out_channels": tuple(
+            shapes[f"{VAE_PREFIX}encoder.down.{level}.block.0.conv2.weight"][0] for level in levels
+        ),
+        "layers_per_block": len(_indices(shapes, VAE_PREFIX + r"encoder\.down\.0\.block\.(\d+)\.")),
+        "in_channels": shapes[f"{VAE_PREFIX}encoder.conv_in.weight"][1],
+        "out_channels": shapes[f"{VAE_PREFIX}decoder.conv_out.weight"][0],
+        "latent_channels": shapes[f"{VAE_PREFIX}post_quant_conv.weight"][0],
+        "mid_block_add_attention": f"{VAE_PREFIX}encoder.mid.attn_1.q.weight" in shapes,
     }
 
 
-def text_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of a text encoder's configuration that its tensors' shapes tell; names have ``text_model.``."""
-    start = f"{TEXT}text_model."
-    vocabulary, width = shapes[f"{start}embeddings.token_embedding.weight"]
+def infer_text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Infer a text encoder's configuration, all but its heads, from its tensors' shapes; keys have ``text_model.``."""
+    start = f"{TEXT_PREFIX}text_model."
+    vocab_size, width = shapes[f"{start}embeddings.token_embedding.weight"]
     return {
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": shapes[f"{start}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": len(_numbers(shapes, re.escape(start) + r"encoder\.layers\.(\d+)\.")),
+        "num_hidden_layers": len(_indices(shapes, re.escape(start) + r"encoder\.layers\.(\d+)\.")),
         "max_position_embeddings": shapes[f"{start}embeddings.position_embedding.weight"][0],
     }
 
 
-def _numbers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> list[int]:
+def _indices(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> list[int]:
+    """List, sorted, the distinct numbers that a pattern's group finds in the keys."""
     return sorted({int(found[1]) for name in shapes if (found := re.match(pattern, name))})
 
 
-def _first(table: list[tuple[str, str | Callable[[re.Match[str]], str]]], key: str) -> str:
-    """The key rewritten by the first pattern of the table that matches all of it."""
+def _rewrite(table: list[tuple[str, str | Callable[[re.Match[str]], str]]], key: str) -> str:
+    """Rewrite a key by the first pattern of the table that matches all of it."""
     for pattern, replacement in table:
         if found := re.fullmatch(pattern, key):
             return found.expand(replacement) if isinstance(replacement, str) else replacement(found)

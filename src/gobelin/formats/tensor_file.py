@@ -1,4 +1,4 @@
-"""A file of tensors that is opened but not read, and the one kind that everybody writes: safetensors."""
+"""Files of tensors that are opened before they are read: names, shapes and dtypes first, then the tensors asked for."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gobelin.errors import ModelError
 
-_DTYPES = {
+_SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -22,14 +22,12 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_PORTION = 256 * 2**20  # bytes of a file that are mapped at a time while they are cast
+# Bytes mapped at a time while tensors are cast, so that a file and its copy are never both whole in memory.
+_PORTION = 256 * 2**20
 
 
 class TensorFile(ABC):
-    """A file of tensors that is opened but not read: what is in it is known by name and shape.
-
-    ``metadata`` is what a safetensors file says of itself.
-    """
+    """A file of tensors, opened but not read: its ``shapes`` and ``dtypes`` by name, and safetensors' ``metadata``."""
 
     def __init__(
         self,
@@ -40,16 +38,16 @@ class TensorFile(ABC):
     ):
         self.path, self.shapes, self.dtypes, self.metadata = path, shapes, dtypes, metadata or {}
 
-    def precision(self, names: Iterable[str] | None = None) -> torch.dtype:
-        """That of these tensors' numbers with fractions, or of all; float32 where there are several."""
+    def float_dtype(self, names: Iterable[str] | None = None) -> torch.dtype:
+        """Return the one floating dtype of these tensors (None: all); float32 where there are none or several."""
         found = {self.dtypes[name] for name in (self.dtypes if names is None else names)}
-        fractions = {dtype for dtype in found if dtype.is_floating_point}
-        return next(iter(fractions)) if len(fractions) == 1 else torch.float32
+        floating = {dtype for dtype in found if dtype.is_floating_point}
+        return next(iter(floating)) if len(floating) == 1 else torch.float32
 
     def read(self, names: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """These tensors, or all, on the CPU: those with fractions in ``dtype``, or in the file's own precision.
+        """Read these tensors (None: all) onto the CPU, floating ones cast to ``dtype`` (None: the file's own).
 
-        What is not cast is mapped, not copied.
+        Tensors that are not cast stay mapped from the file, without a copy.
         """
         tensors: dict[str, Tensor] = {}
         left = list(self.shapes if names is None else names)[::-1]
@@ -59,42 +57,42 @@ class TensorFile(ABC):
                 while left and mapped < _PORTION:
                     name = left.pop()
                     tensor = tensor_of(name)
-                    tensors[name] = cast(tensor, dtype)
+                    tensors[name] = _cast_floats(tensor, dtype)
                     if tensors[name] is not tensor:
                         mapped += tensor.nbytes
         return tensors
 
     @abstractmethod
     def _mapped(self) -> AbstractContextManager[Callable[[str], Tensor]]:
-        """What gives a tensor of the file by its name, for a while."""
+        """Map the file into memory while the block runs; yields a function from names to tensors."""
 
 
 class SafetensorsFile(TensorFile):
-    """A ``.safetensors`` file; :class:`ModelError` where there is none, or not a whole one."""
+    """A ``.safetensors`` file; raises :class:`ModelError` where there is none, or not a whole one."""
 
     def __init__(self, path: Path):
         if not path.is_file():
             raise ModelError(f"no weight file at {path}: expected a .safetensors file there")
-        with _opened(path) as file:
+        with _open_safetensors(path) as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-            dtypes = {name: _DTYPES.get(part.get_dtype(), torch.float32) for name, part in parts.items()}
+            dtypes = {name: _SAFETENSORS_DTYPES.get(part.get_dtype(), torch.float32) for name, part in parts.items()}
             super().__init__(path, shapes, dtypes, file.metadata())
 
     @contextmanager
     def _mapped(self) -> Iterator[Callable[[str], Tensor]]:
-        with _opened(self.path) as file:
+        with _open_safetensors(self.path) as file:
             yield file.get_tensor
 
 
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in ``dtype``, or as it is: where that is None, and where it holds whole numbers."""
+def _cast_floats(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Cast a floating tensor to ``dtype``; whole numbers, and all for ``dtype`` None, stay as they are."""
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file; what is wrong with it becomes a :class:`ModelError`."""
+def _open_safetensors(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file; what is wrong with it becomes a :class:`ModelError`."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

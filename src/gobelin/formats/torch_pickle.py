@@ -1,8 +1,8 @@
-"""Tensors out of pickles, and nothing else: ``.ckpt`` and ``.bin`` files as PyTorch writes them.
+"""Restricted unpickler: read tensors, and nothing else, from ``.ckpt`` and ``.bin`` files as PyTorch writes them.
 
-A pickle is a program. This one may call nothing but what stands in for rebuilding a tensor; whatever else it asks for
-is refused by name, and no name in it is ever imported. What training frameworks left beside the tensors (their own
-classes, numbers of NumPy's) becomes an empty thing that does nothing.
+A pickle is a program. Here it can call only the stand-ins for rebuilding a tensor; every other name is refused by name,
+and no name in it is ever imported. What training frameworks left beside the tensors (their own classes, NumPy's
+numbers) becomes an empty object that does nothing.
 """
 
 import mmap
@@ -22,11 +22,12 @@ from torch import Tensor
 from gobelin.errors import ModelError
 from gobelin.formats.tensor_file import TensorFile
 
-MOST_PROGRAM = 64 * 2**20  # bytes of the pickle itself, beside which the tensors are stored
-LONGEST_NAME = 200
-MOST_NUMBERS = 33  # in a tensor's offset, sizes and strides
+_MAX_PICKLE_BYTES = 64 * 2**20  # tensors lie beside it: for the 1,130 of Stable Diffusion 1.5 it has 180 KB
+_MAX_NAME_LENGTH = 200  # torch's own names are far shorter; longer ones would only swell the error that quotes them
+_MAX_LAYOUT_NUMBERS = 33  # an offset, and sizes and strides of 16 dimensions: weights have 4 at most
 
-_DTYPES = {
+# By the name of the storage class that a pickle asks for.
+_STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -38,12 +39,12 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# What trainers leave beside the weights: read past, never imported.
-_PASSED_OVER = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode", "torch.device", "torch.Size")
+# What trainers leave beside the weights: replaced by an empty object, never imported.
+_IGNORED_CLASSES = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode", "torch.device", "torch.Size")
 
 
-class _Stored(NamedTuple):
-    """A tensor's place: the member of the archive, and how it is laid out there."""
+class _StoredTensor(NamedTuple):
+    """The place of a tensor in the archive: its member, and its layout there, in numbers and not in bytes."""
 
     member: str
     dtype: torch.dtype
@@ -53,18 +54,18 @@ class _Stored(NamedTuple):
     stride: tuple[int, ...] = ()
 
 
-class PickledFile(TensorFile):
-    """The tensors of a file that ``torch.save`` wrote, at its top or under ``state_dict``.
+class PickleFile(TensorFile):
+    """A file that ``torch.save`` wrote, with its tensors at the top or under ``state_dict``, mapped and not copied.
 
-    Raises :class:`ModelError` that names what a pickle asks for beside tensors.
+    Raises :class:`ModelError` that names the first class or function, other than tensors', that the pickle asks for.
     """
 
     def __init__(self, path: Path):
-        self._archive = _members(path)
-        found = _unpickled(path, self._archive)
+        self._archive = _archive_members(path)
+        found = _unpickle(path, self._archive)
         if isinstance(inner := found.get("state_dict"), dict):
             found = inner
-        self._stored = dict(_named(found))
+        self._stored = dict(_walk_tensors(found))
         if not self._stored:
             raise ModelError(f"{path} holds no tensors by name: expected a checkpoint of weights")
         dtypes = {name: one.dtype for name, one in self._stored.items()}
@@ -76,7 +77,7 @@ class PickledFile(TensorFile):
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         yield lambda name: self._tensor(mapped, self._stored[name])
 
-    def _tensor(self, mapped: mmap.mmap, stored: _Stored) -> Tensor:
+    def _tensor(self, mapped: mmap.mmap, stored: _StoredTensor) -> Tensor:
         if not stored.numbers:
             return torch.empty(stored.size, dtype=stored.dtype)
         start, length = self._archive[stored.member]
@@ -86,35 +87,35 @@ class PickledFile(TensorFile):
         return torch.as_strided(flat, stored.size, stored.stride, stored.offset)
 
 
-def _named(found: dict[Any, Any]) -> Iterator[tuple[str, _Stored]]:
-    """The tensors in nested dictionaries, by their keys with dots between them; three deep, and each walked once."""
-    walked = {id(found)}
+def _walk_tensors(found: dict[Any, Any]) -> Iterator[tuple[str, _StoredTensor]]:
+    """Yield the tensors in nested dictionaries, their keys joined by dots; three levels deep, each dictionary once."""
+    walked = {id(found)}  # dictionaries that hold one another would be walked 10¹² times
 
-    def walk(inner: dict[Any, Any], start: str, depth: int) -> Iterator[tuple[str, _Stored]]:
+    def walk(inner: dict[Any, Any], start: str, depth: int) -> Iterator[tuple[str, _StoredTensor]]:
         for key, one in inner.items():
             if not isinstance(key, str):
                 continue
-            if isinstance(one, _Stored):
+            if isinstance(one, _StoredTensor):
                 yield start + key, one
             elif isinstance(one, dict) and depth > 1 and id(one) not in walked:
                 walked.add(id(one))
                 yield from walk(one, f"{start}{key}.", depth - 1)
 
-    return walk(found, "", 3)
+    return walk(found, "", 3)  # weights nest two levels deep at most: AUTOMATIC1111's textual inversions
 
 
-def is_pickled(path: Path) -> bool:
-    """Whether a file begins as a pickle does, or as the archive that ``torch.save`` puts one into.
+def is_pickle(path: Path) -> bool:
+    """Recognise a pickle, or the archive that ``torch.save`` puts one into, by the first nine bytes of a file.
 
-    The first eight bytes of a safetensors file are a number, and may be any; the ninth opens a brace.
+    A safetensors file begins with a number of eight bytes, which may be any, and an opening brace.
     """
     with path.open("rb") as file:
         start = file.read(9)
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{")
 
 
-def _members(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each member of the archive lies in the file: (start, length) by its name without the top folder."""
+def _archive_members(path: Path) -> dict[str, tuple[int, int]]:
+    """Locate each member of the archive in the file: (start, length) in bytes, by its name without the top folder."""
     places: dict[str, tuple[int, int]] = {}
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -136,55 +137,56 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
     return places
 
 
-def _unpickled(path: Path, members: dict[str, tuple[int, int]]) -> dict[Any, Any]:
+def _unpickle(path: Path, members: dict[str, tuple[int, int]]) -> dict[Any, Any]:
+    """Run the pickle of an archive with the restricted unpickler; tensors become their places."""
     if "data.pkl" not in members:
         raise ModelError(f"{path} is an archive, but not one of torch.save's: it has no data.pkl")
     start, length = members["data.pkl"]
-    if length > MOST_PROGRAM:
-        raise ModelError(f"{path}: its pickle is {length:,} bytes long, more than weights need ({MOST_PROGRAM:,})")
+    if length > _MAX_PICKLE_BYTES:
+        raise ModelError(f"{path}: its pickle is {length:,} bytes long, more than weights need ({_MAX_PICKLE_BYTES:,})")
     with path.open("rb") as file:
         file.seek(start)
         program = file.read(length)
     try:
-        found = _TensorsOnly(BytesIO(program), path, members).load()
+        found = _RestrictedUnpickler(BytesIO(program), path, members).load()
     except ModelError:
         raise
     except Exception as error:  # a pickle can fail in any way
-        what = type(error).__name__  # what it says can be as long as what it is about
-        raise ModelError(f"{path}: its pickle cannot be read ({what}): it may be damaged") from error
+        kind = type(error).__name__  # the message can be as long as the pickle
+        raise ModelError(f"{path}: its pickle cannot be read ({kind}): it may be damaged") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__}, expected tensors by name")
     return found
 
 
-_SETS = (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)
+_SET_OPCODES = (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)
 
 
-def _with_plain_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
-    """What an opcode that fills dictionaries does, but for keys that are tuples; ``keys`` of the stack are those."""
-    plain = pickle._Unpickler.dispatch[opcode[0]]
+def _refuse_tuple_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """Wrap an opcode that fills dictionaries to refuse tuples as keys; ``keys`` is the keys' place on the stack."""
+    original = pickle._Unpickler.dispatch[opcode[0]]
 
     def load(unpickler: Any) -> None:
         if any(isinstance(key, tuple) for key in unpickler.stack[keys]):
             raise ValueError("a tuple as the key of a dictionary")
-        plain(unpickler)
+        original(unpickler)
 
     return load
 
 
-class _TensorsOnly(pickle._Unpickler):
-    """An unpickler whose every name is answered from here.
+class _RestrictedUnpickler(pickle._Unpickler):
+    """An unpickler that resolves every name to a stand-in of this module.
 
-    It is the one that is written in Python, as the other one can be made to take more time and memory than a program is
-    long: a memo with a high number becomes a table of that length, and a tuple of tuples, each twice the one before,
-    takes two to the power of their number to hash when it is a key.
+    It extends the unpickler in Python, because a short pickle can make the one in C take any time and memory: a memo
+    with a high number becomes a table of that length, and a key that is a tuple of two tuples, and so on n deep, takes
+    2ⁿ steps to hash (docs/decisions.md, "A pickle is read, never loaded").
     """
 
     dispatch: ClassVar = {
-        **{code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _SETS},
-        pickle.SETITEM[0]: _with_plain_keys(pickle.SETITEM, slice(-2, -1)),
-        pickle.SETITEMS[0]: _with_plain_keys(pickle.SETITEMS, slice(0, None, 2)),
-        pickle.DICT[0]: _with_plain_keys(pickle.DICT, slice(0, None, 2)),
+        **{code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _SET_OPCODES},
+        pickle.SETITEM[0]: _refuse_tuple_keys(pickle.SETITEM, slice(-2, -1)),
+        pickle.SETITEMS[0]: _refuse_tuple_keys(pickle.SETITEMS, slice(0, None, 2)),
+        pickle.DICT[0]: _refuse_tuple_keys(pickle.DICT, slice(0, None, 2)),
     }
 
     def __init__(self, file: Any, path: Path, members: dict[str, tuple[int, int]]):
@@ -192,33 +194,33 @@ class _TensorsOnly(pickle._Unpickler):
         self._path, self._members = path, members
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"[:LONGEST_NAME]
+        full = f"{module}.{name}"[:_MAX_NAME_LENGTH]
         if full == "collections.OrderedDict":
-            return _Ordered()
+            return _OrderedDict()
         if full == "torch._utils._rebuild_tensor_v2":
-            return _Rebuild()
+            return _RebuildTensor()
         if full == "torch._utils._rebuild_parameter":
-            return _Parameter()
-        if module in ("torch", "torch.storage") and name in _DTYPES:
-            return _DTYPES[name]
+            return _RebuildParameter()
+        if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
         if full == "torch.nn.modules.container.ParameterDict":
-            return _Parameters
-        if full.startswith(_PASSED_OVER):
-            return _Nothing
-        raise ModelError(f"{self._path} is a pickle that asks for {full}: only tensors are read of one")
+            return _ParameterDict
+        if full.startswith(_IGNORED_CLASSES):
+            return _IgnoredObject
+        raise ModelError(f"{self._path} is a pickle that asks for {full}: only tensors are read from pickles")
 
-    def persistent_load(self, pid: Any) -> _Stored:
+    def persistent_load(self, pid: Any) -> _StoredTensor:
         kind, dtype, key, _, numbers = pid
-        member = f"data/{key}" if type(key) is str and len(key) <= LONGEST_NAME else ""
+        member = f"data/{key}" if type(key) is str and len(key) <= _MAX_NAME_LENGTH else ""
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(numbers) is not int or numbers < 0:
-            raise ModelError(f"{self._path}: its pickle names a storage that is none")
+            raise ModelError(f"{self._path}: its pickle describes a storage that does not exist")
         if member not in self._members:
             raise ModelError(f"{self._path} lacks {member}: it may be truncated, copy it again")
-        return _Stored(member, dtype, numbers)
+        return _StoredTensor(member, dtype, numbers)
 
 
-class _Ordered:
-    """Stands in for ``collections.OrderedDict``, which ``torch.save`` writes empty, and fills."""
+class _OrderedDict:
+    """Stand-in for ``collections.OrderedDict``, which ``torch.save`` creates empty, then fills."""
 
     __slots__ = ()
 
@@ -228,39 +230,39 @@ class _Ordered:
         return {}
 
 
-class _Rebuild:
-    """Stands in for ``torch._utils._rebuild_tensor_v2``; without attributes, so that nothing can be set on it."""
+class _RebuildTensor:
+    """Stand-in for ``torch._utils._rebuild_tensor_v2``: checks the layout; no attributes, so that none can be set."""
 
     __slots__ = ()
 
     def __call__(
-        self, stored: _Stored, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-    ) -> _Stored:
+        self, stored: _StoredTensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    ) -> _StoredTensor:
         numbers = (offset, *size, *stride)
-        whole = len(numbers) <= MOST_NUMBERS and all(type(one) is int and 0 <= one < 2**63 for one in numbers)
-        if not isinstance(stored, _Stored) or not whole:
+        whole = len(numbers) <= _MAX_LAYOUT_NUMBERS and all(type(one) is int and 0 <= one < 2**63 for one in numbers)
+        if not isinstance(stored, _StoredTensor) or not whole:
             raise ValueError("a tensor of no storage")
         last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True)) if prod(size) else -1
         if last >= stored.numbers or prod(size) > max(stored.numbers, 1):
             raise ValueError(f"a tensor of {size} in a storage of {stored.numbers} numbers")
-        return _Stored(stored.member, stored.dtype, stored.numbers, offset, tuple(size), tuple(stride))
+        return _StoredTensor(stored.member, stored.dtype, stored.numbers, offset, tuple(size), tuple(stride))
 
 
-class _Parameter:
-    """Stands in for ``torch._utils._rebuild_parameter``: the tensor that it wraps."""
+class _RebuildParameter:
+    """Stand-in for ``torch._utils._rebuild_parameter``: returns the tensor that it would wrap."""
 
     __slots__ = ()
 
-    def __call__(self, data: _Stored, *_: Any) -> _Stored:
+    def __call__(self, data: _StoredTensor, *_: Any) -> _StoredTensor:
         return data
 
 
-class _Nothing:
-    """Stands in for what is passed over: takes anything, is nothing."""
+class _IgnoredObject:
+    """Stand-in for the classes of training frameworks: takes any arguments and does nothing."""
 
     __slots__ = ()
 
-    def __new__(cls, *_: Any, **__: Any) -> "_Nothing":
+    def __new__(cls, *_: Any, **__: Any) -> "_IgnoredObject":
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -273,8 +275,8 @@ class _Nothing:
         pass
 
 
-class _Parameters(dict):
-    """Stands in for a ``ParameterDict``, which keeps what it holds in its state."""
+class _ParameterDict(dict):
+    """Stand-in for ``torch.nn.ParameterDict``, which keeps its tensors in its state."""
 
     def __setstate__(self, state: Any) -> None:
         held = state.get("_parameters") if isinstance(state, dict) else None

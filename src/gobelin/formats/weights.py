@@ -1,4 +1,4 @@
-"""Files of tensors: names and tensors in, names and tensors out, and errors that name the file and the key."""
+"""Weights: tensors by name, from files and into modules, with errors that name the file and the key."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from gobelin.errors import ModelError
 from gobelin.formats.files import read_json, replacing
 from gobelin.formats.tensor_file import SafetensorsFile, TensorFile
-from gobelin.formats.torch_pickle import PickledFile, is_pickled
+from gobelin.formats.torch_pickle import PickleFile, is_pickle
+
+_LONGEST_FILE_NAME = 255  # bytes, of most file systems; longer names would be an OSError
 
 
-class Shards(TensorFile):
-    """Several files of one network, and the index that says which tensor is in which.
+class ShardedFile(TensorFile):
+    """Sharded weights: several files of one network, and the index that maps each tensor to its file.
 
     Raises :class:`ModelError` for an index that names a file elsewhere, or a tensor that its file does not hold.
     """
@@ -26,7 +28,7 @@ class Shards(TensorFile):
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise ModelError(f"{index} has no weight_map from tensors to files")
         for name in set(where.values()):
-            if Path(name).name != name or len(name) > 255:
+            if Path(name).name != name or len(name) > _LONGEST_FILE_NAME:
                 raise ModelError(f"{index} names the file {name!r}: expected one in the same folder")
         self._files = {name: open_tensors(index.with_name(name), allow_pickle) for name in sorted(set(where.values()))}
         self._where = where
@@ -45,45 +47,45 @@ class Shards(TensorFile):
 
 
 def open_tensors(path: Path, allow_pickle: bool = False) -> TensorFile:
-    """Open a file of tensors, by what it is and not by what it is called.
+    """Open a file of tensors, as its first bytes tell and not its name.
 
-    Pickles (``.ckpt``, ``.bin``, ``.pt``) are refused unless ``allow_pickle`` allows them, and then tensors are all
-    that is built of them. Raises :class:`ModelError` that says what the file is.
+    Pickles (``.ckpt``, ``.bin``, ``.pt``) are refused unless ``allow_pickle`` allows them, and then only tensors are
+    read from them. Raises :class:`ModelError` that says what the file is.
     """
-    if path.is_file() and is_pickled(path):
+    if path.is_file() and is_pickle(path):
         if not allow_pickle:
             raise ModelError(
                 f"{path} is a pickle, a format that can hold programs: give its .safetensors, or allow it with "
-                "allow_pickle (then only tensors are read of it)"
+                "allow_pickle (then only tensors are read from it)"
             )
-        return PickledFile(path)
+        return PickleFile(path)
     return SafetensorsFile(path)
 
 
 def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a ``.safetensors`` file by its name, as :meth:`TensorFile.read` gives them."""
+    """Read every tensor of a ``.safetensors`` file by its name (:meth:`TensorFile.read`)."""
     return SafetensorsFile(file).read(dtype=dtype)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a ``.safetensors`` file: the whole of it, or nothing."""
+    """Write a ``.safetensors`` file atomically."""
     with replacing(file) as temporary:
         try:
-            # "format" is what transformers and diffusers expect of a PyTorch file.
-            told = {"format": "pt", **(metadata or {})}
+            header = {"format": "pt", **(metadata or {})}  # transformers refuses a file without a format
             temporary.touch()
-            mode = temporary.stat().st_mode  # safetensors makes files that nobody else may read
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=told)
+            mode = temporary.stat().st_mode  # safetensors makes files that only their owner may read
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=header)
             temporary.chmod(mode)
         except SafetensorError as error:
             raise ModelError(f"{file} could not be written: {error}") from error
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Give ``module`` (which may be on the meta device) its weights, strict both ways.
+    """Load a state dict into ``module``, which may be on the meta device, strict both ways.
 
-    The tensors become the module's own, cast to the precision of the parameters they replace. Raises
-    :class:`ModelError` that names the first key that is missing, left over, of another shape or not a number.
+    The tensors become the module's own, cast to the dtypes of the parameters that they replace. Raises
+    :class:`ModelError` that names ``source`` and the first key that is missing, left over, of another shape, or holds
+    NaN or infinity; the module is then as it was.
     """
     expected = module.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -102,10 +104,10 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
 
 
 def and_more(names: list[str]) -> str:
-    """How many there are beside the first, in brackets."""
+    """Return " (and N more)" for the names after the first, "" where there are none."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def parameter_count(module: nn.Module) -> int:
-    """How many numbers a module learns."""
+    """Count the numbers in a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

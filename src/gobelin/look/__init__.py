@@ -1,4 +1,4 @@
-"""Looking inside: which word painted which pixel, and what changes when the words are looked at otherwise.
+"""Looking inside: heat maps of words on pixels, sheets, a page, and the shapes at every attention.
 
-It sees data, probabilities by site and the words' tokens, and never a network.
+It sees attention probabilities by site and the words' tokens; a network only to trace its shapes.
 """

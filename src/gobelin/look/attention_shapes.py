@@ -1,4 +1,4 @@
-"""The shape walk: what goes into and comes out of every attn1 and attn2 of a U-Net, for a given picture size.
+"""Shape trace: the shapes of queries, keys, values and outputs at every attn1 and attn2 of a U-Net, for an image size.
 
 No weights are needed: the network is built, and run, on the meta device, where tensors have shapes only.
 """
@@ -17,9 +17,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class SiteShapes:
-    """One attention of the U-Net. ``name`` is its state-dict prefix; ``kind`` is "self" (attn1) or "cross" (attn2).
+    """Shapes at one attention of the U-Net.
 
-    ``query``, ``key`` and ``value`` are [B, heads, length, width of a head]; ``probs`` is softmax(QKᵀ/√width),
+    ``name`` is its state-dict prefix; ``kind`` is "self" (attn1) or "cross" (attn2). ``query``,
+    ``key`` and ``value`` are [B, heads, length, width of a head]; ``probs`` is softmax(QKᵀ/√width),
     [B, heads, patches, keys]; ``output`` is [B, patches, channels].
     """
 
@@ -33,8 +34,11 @@ class SiteShapes:
     output: Shape
 
 
-def walk(config: UNetConfig, height: int, width: int, length: int = 77) -> list[SiteShapes]:
-    """The sites in the order in which latents of ``height`` × ``width`` pass through them; L = ``length`` tokens."""
+def trace_shapes(config: UNetConfig, height: int, width: int, length: int = 77) -> list[SiteShapes]:
+    """Trace the sites in the order in which latents of ``height`` × ``width`` pass through them.
+
+    ``length`` is L, the number of tokens.
+    """
     with torch.device("meta"):
         unet = UNet(config)
         latents = torch.empty(1, config.in_channels, height, width)

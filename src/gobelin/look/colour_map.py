@@ -1,4 +1,4 @@
-"""A perceptually even colour map, and pictures with heat maps over them."""
+"""Colour map: perceptually uniform colours of values, and images with heat maps over them."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ LEVELS = 256
 
 @cache
 def colour_map() -> np.ndarray:
-    """From night blue over red to pale yellow, uint8 [256, 3], in even steps of lightness.
+    """Compute the colours from night blue over red to pale yellow, uint8 [256, 3], in even steps of lightness.
 
     A path through OKLab (Ottosson 2020, https://bottosson.github.io/posts/oklab): lightness rises evenly, the hue
     turns from blue to yellow, and the colours are fullest half-way.
@@ -24,26 +24,29 @@ def colour_map() -> np.ndarray:
     return _srgb(np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=1))
 
 
-def coloured(values: Tensor) -> Image.Image:
-    """Values [H, W] in [0, 1] as a picture."""
+def colour_values(values: Tensor) -> Image.Image:
+    """Draw values [H, W] in [0, 1] in colour."""
     levels = (values.clamp(0, 1) * (LEVELS - 1)).round().long().cpu().numpy()
     return Image.fromarray(colour_map()[levels])
 
 
-def overlaid(picture: Image.Image, values: Tensor, size: int | None = None) -> Image.Image:
-    """The picture in dim grey, and over it the values [H, W] in [0, 1], in colour where they are high."""
+def overlay_values(picture: Image.Image, values: Tensor, size: int | None = None) -> Image.Image:
+    """Draw an image in dim grey, and over it values [H, W] in [0, 1], in colour where they are high.
+
+    ``size`` is the longer side in pixels, by default the image's own.
+    """
     width, height = picture.size
     scale = 1 if size is None else size / max(width, height)
     width, height = round(width * scale), round(height * scale)
     large = F.interpolate(values[None, None].float(), size=(height, width), mode="bicubic")[0, 0].clamp(0, 1)
     grey = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
     weight = (0.25 + 0.75 * large.cpu().numpy() ** 0.7)[..., None]
-    mixed = (1 - weight) * (40 + 0.6 * grey[..., None]) + weight * np.asarray(coloured(large), dtype=np.float32)
+    mixed = (1 - weight) * (40 + 0.6 * grey[..., None]) + weight * np.asarray(colour_values(large), dtype=np.float32)
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
 def _srgb(oklab: np.ndarray) -> np.ndarray:
-    """OKLab colours [N, 3] as sRGB bytes, clipped to what a screen can show."""
+    """Convert OKLab colours [N, 3] to sRGB bytes, clipped to what a screen can show."""
     to_lms = np.array(
         [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
     )

@@ -1,12 +1,12 @@
-"""From what attentions looked at to which word painted which pixel, and back.
+"""Heat maps: from attention maps to which word painted which pixel, and back.
 
-The maps of many sites, steps and heads become one picture's heat maps. Tang et al. 2022 (DAAM, arXiv 2210.04885)
+The maps of many sites, steps and heads become the heat maps of one image. Tang et al. 2022 (DAAM, arXiv 2210.04885)
 sum them over steps and average them over layers and heads; so does Gobelin.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,33 +17,35 @@ from torch import Tensor
 
 from gobelin.attention import AttentionMaps, AttentionSite, Sites, Trace, choose_sites
 from gobelin.errors import UsageError
-from gobelin.look.colour_map import overlaid
-from gobelin.tokenizer import PARTS, Word, Words, WordSpan
+from gobelin.look.colour_map import overlay_values
+from gobelin.tokenizer import TokenKind, Word, Words, WordSpan
 
-EVEN = 1e-5  # shares that differ by less are rounding
 MOST_PATCHES = 48 * 32  # of a site whose self-attention is kept: 9 MB; at 512 pixels the finest have 64×64, 67 MB
+_EVEN = 1e-5  # shares that differ by less are rounding
+_LATE = 0.5  # progress from which maps point best: IoU .62, and .53 over all steps (*Which attention points*)
+_KINDS: tuple[TokenKind, ...] = ("text", "bos", "eos", "padding")
 
 
-def sharp_trace(there: Sequence[AttentionSite], latent_size: tuple[int, int]) -> Trace:
-    """What :meth:`HeatMaps.sharpened` is best made of: attn1 and attn2 of the decoder's finest level, late on the way.
+def sharp_trace(sites: Sequence[AttentionSite], latent_size: tuple[int, int]) -> Trace:
+    """Choose the trace that :meth:`HeatMaps.sharpened` needs: attn1 and attn2 of the decoder's finest level, late.
 
-    The finest that has no more than 48×32 patches, or else the coarsest. What points best was found on scenes
-    (docs/decisions.md).
+    The finest level of at most 48×32 patches, or else the coarsest; which attention points best was measured on
+    scenes (docs/decisions.md, *Which attention points*).
     """
 
     def patches(site: AttentionSite) -> int:
         return math.prod(site.grid(*latent_size))
 
-    decoder = [site for site in there if site.name.startswith("up_blocks")] or there
+    decoder = [site for site in sites if site.name.startswith("up_blocks")] or sites
     few = [site for site in decoder if patches(site) <= MOST_PATCHES]
     chosen = max(map(patches, few)) if few else min(map(patches, decoder))
-    return Trace(sites=[site for site in decoder if patches(site) == chosen], start=0.5)
+    return Trace(sites=[site for site in decoder if patches(site) == chosen], start=_LATE)
 
 
 class Collector:
-    """Adds up the maps of a painting's steps, so that memory does not grow with their number.
+    """Accumulator of attention maps over steps, whose memory does not grow with their number.
 
-    With ``trace.per_step`` each step's are kept instead.
+    With ``trace.per_step`` it keeps the maps of each step instead.
     """
 
     def __init__(self, trace: Trace):
@@ -52,7 +54,7 @@ class Collector:
         self._steps = 0
 
     def add(self, maps: AttentionMaps) -> None:
-        """One step's maps, [B, patches, keys] or [B, heads, patches, keys]; none where it was not traced."""
+        """Add one step's maps, [B, patches, keys] or [B, heads, patches, keys]; an untraced step has none."""
         self._steps += bool(maps)
         for site, probs in maps.items():
             kept = self._kept.setdefault(site, [])
@@ -62,7 +64,7 @@ class Collector:
                 kept[0] += probs
 
     def maps(self, index: int) -> AttentionMaps:
-        """Picture ``index``'s, [steps or 1, heads or 1, patches, keys]: means where steps were added up."""
+        """Return the maps of image ``index``, [steps or 1, heads or 1, patches, keys]; of added steps the mean."""
         scale = 1 if self.trace.per_step else self._steps
         maps = {site: torch.stack([probs[index] for probs in kept]) / scale for site, kept in self._kept.items()}
         return {site: (probs if self.trace.per_head else probs[:, None]).cpu() for site, probs in maps.items()}
@@ -70,28 +72,32 @@ class Collector:
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """How much each pixel of a picture has to do with something: with a word, or with one of its own patches.
+    """Heat map of a word, a token or a patch over an image: for each pixel, the attention that it gets.
 
     ``raw`` [H, W] is the mean share of attention, in [0, 1], that the pixel's patch gives to it; less, where sharpened.
     """
 
     label: str
-    raw: Float[Tensor, "height width"]
+    raw: Float[Tensor, "height width"] = field(repr=False)
     picture: Image.Image
 
     @property
     def values(self) -> Float[Tensor, "height width"]:
-        """For display: ``raw`` from its least to its greatest value as 0 to 1; all 0 where it is even."""
+        """Scale ``raw`` for display, its least value to 0 and its greatest to 1; an even map is all 0."""
         low, high = self.raw.min(), self.raw.max()
-        return (self.raw - low) / (high - low) if high - low > EVEN else torch.zeros_like(self.raw)
+        return (self.raw - low) / (high - low) if high - low > _EVEN else torch.zeros_like(self.raw)
 
     def mask(self, threshold: float = 0.4) -> Tensor:
-        """Where ``values`` exceed the threshold, bool [H, W]; DAAM's τ."""
+        """Threshold ``values``: bool [H, W], True above the threshold (DAAM's τ)."""
         return self.values > threshold
 
     def overlay(self, size: int | None = None) -> Image.Image:
-        """The picture in grey, and over it the map in colour; ``size`` is the longer side in pixels, else its own."""
-        return overlaid(self.picture, self.values, size)
+        """Draw the map in colour over the image in grey; ``size`` is the longer side in pixels, by default its own."""
+        return overlay_values(self.picture, self.values, size)
+
+    def __repr__(self) -> str:
+        height, width = self.raw.shape
+        return f"HeatMap({self.label!r}, {width}×{height}, shares {self.raw.min():.3f} to {self.raw.max():.3f})"
 
     def _repr_png_(self) -> bytes | None:
         return self.overlay(max(256, *self.picture.size))._repr_png_()
@@ -99,10 +105,10 @@ class HeatMap:
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMaps:
-    """What the words of one picture painted: ``heatmaps["circle"]`` is a :class:`HeatMap`.
+    """Heat maps of one image, one for each word of its prompt: ``heatmaps["circle"]`` is a :class:`HeatMap`.
 
     ``words`` are the prompt's. ``maps`` are by site, [steps, heads, patches, keys], float32, with 1 where steps or
-    heads were averaged. ``latent_size`` is (h, w). Where ``sharp``, words' maps are :meth:`sharpened`.
+    heads were averaged. ``latent_size`` is (h, w). If ``sharp``, words' maps are :meth:`sharpened`.
     """
 
     words: Words
@@ -115,35 +121,35 @@ class HeatMaps:
         return f"HeatMaps(words={self.words.text!r}, sites={len(self.maps)}, size={self.picture.size})"
 
     def _repr_html_(self) -> str:
-        from gobelin.look.page import framed_page  # which is made of heat maps
+        from gobelin.look.page import word_map_element  # which is made of heat maps
 
-        return framed_page(self)
+        return word_map_element(self)
 
     def __getitem__(self, key: Word) -> HeatMap:
-        """A word or a phrase, wherever it stands; a pair for one of its occurrences, 0 the first; a word by its number.
+        """Look up a word or a phrase, wherever it stands; a pair for one occurrence, 0 the first; a word by its number.
 
-        Case does not matter. Raises :class:`UsageError` with the words there are.
+        Case does not matter. Raises :class:`UsageError`, which lists the prompt's words, for any other.
         """
         tokens = self.words.tokens(key)
         label = self.words.spans[key].word if isinstance(key, int) else key if isinstance(key, str) else key[0]
         return self._map(label, tokens)
 
     def token(self, position: int) -> HeatMap:
-        """One token by its position, BOS being 0."""
+        """Look up one token by its position; BOS is 0."""
         if not 0 <= position < self.words.length:
             raise UsageError(f"there is no token {position}: positions are 0 to {self.words.length - 1}")
         return self._map(f"token {position}", (position,))
 
-    def part(self, part: str) -> HeatMap:
-        """What no word stands for: "bos", "eos", "padding"."""
-        return self._map(part.upper() if part != "padding" else part, self.words.part(part))
+    def part(self, part: TokenKind) -> HeatMap:
+        """Look up a part of the token sequence: "text", "bos", "eos" or "padding", of all chunks of a long prompt."""
+        return self._map(part.upper() if part in ("bos", "eos") else part, self.words.part(part))
 
     def select(
         self, *, sites: Sites = None, heads: Sequence[int] | None = None, steps: Sequence[int] | None = None
     ) -> "HeatMaps":
-        """The same of a choice of sites (as :func:`gobelin.attention.choose_sites`; None: all), of heads, of steps.
+        """Select sites (as :func:`gobelin.attention.choose_sites`; None for all), heads and steps.
 
-        Heads and steps can be chosen where they were kept apart: ``trace=Trace(per_head=True, per_step=True)``.
+        Heads and steps can be selected if they were kept apart: ``trace=Trace(per_head=True, per_step=True)``.
         """
         kept = self.maps if sites is None else dict.fromkeys(choose_sites(tuple(self.maps), sites))
         maps = {site: self.maps[site] for site in kept}
@@ -152,8 +158,8 @@ class HeatMaps:
                 maps = {site: _chosen(probs, axis, name, chosen) for site, probs in maps.items()}
         return replace(self, maps=maps)
 
-    def without(self, *parts: str) -> "HeatMaps":
-        """The same with the shares of BOS, EOS or padding left out, and those of the others made to sum to 1 again."""
+    def without(self, *parts: TokenKind) -> "HeatMaps":
+        """Leave out the shares of BOS, EOS or padding, and make the others sum to 1 again."""
         gone = [position for part in parts for position in self.words.part(part)]
         maps = dict(self.maps)
         for site, probs in self.maps.items():
@@ -164,29 +170,29 @@ class HeatMaps:
         return replace(self, maps=maps)
 
     def sharpened(self) -> "HeatMaps":
-        """The same with words' maps sharp: patches keep their share of a word as far as what they draw on has it too.
+        """Sharpen words' maps: a patch keeps its share of a word as far as the patches that it draws on have it too.
 
         At each site the share is multiplied by what self-attention (attn1, a mean over the sites with the same patches)
         gathers of it, over its maximum. ``maps``, :meth:`shares`, :meth:`entropy` and :meth:`daam` stay as they are.
-        Raises :class:`UsageError` where self-attention was not traced.
+        Raises :class:`UsageError` if self-attention was not traced.
         """
-        there = {site.grid(*self.latent_size) for site, _ in self._stack("self")}
-        for site, _ in self._stack("cross"):
-            if site.grid(*self.latent_size) not in there:
+        traced = {site.grid(*self.latent_size) for site, _ in self._of_kind("self")}
+        for site, _ in self._of_kind("cross"):
+            if site.grid(*self.latent_size) not in traced:
                 raise UsageError(f"no attention to patches was traced where {site.name} is: trace its attn1 too")
         return replace(self, sharp=True)
 
     def words_at(self, x: int, y: int) -> list[tuple[WordSpan, float]]:
-        """The words behind the pixel at column ``x``, row ``y``: the share of each among them, greatest first."""
+        """Rank the words behind the pixel at column ``x``, row ``y``, each with its share among them."""
         return self.words_in((x, y, x + 1, y + 1))
 
     def words_in(self, box: tuple[int, int, int, int]) -> list[tuple[WordSpan, float]]:
-        """The words behind a box (left, top, right, bottom) in pixels, the last two not in it; shares as above."""
+        """Rank the words behind a box (left, top, right, bottom) in pixels, right and bottom exclusive."""
         left, top, right, bottom = box
         width, height = self.picture.size
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise UsageError(
-                f"the region {left}, {top} to {right}, {bottom} is not in the picture of {width}×{height} pixels"
+                f"the region {left}, {top} to {right}, {bottom} is not in the image of {width}×{height} pixels"
             )
         shares = [
             self._map(span.word, span.tokens).raw[top:bottom, left:right].mean().item() for span in self.words.spans
@@ -196,34 +202,33 @@ class HeatMaps:
         return sorted(ranked, key=lambda pair: -pair[1])
 
     def patches_for(self, x: int, y: int) -> HeatMap:
-        """What the patch at pixel (x, y) draws on: its self-attention (attn1), where that was traced."""
+        """Map the patches that the patch at pixel (x, y) draws on: its self-attention (attn1), if that was traced."""
         width, height = self.picture.size
         if not (0 <= x < width and 0 <= y < height):
-            raise UsageError(f"the pixel {x}, {y} is not in the picture of {width}×{height} pixels")
+            raise UsageError(f"the pixel {x}, {y} is not in the image of {width}×{height} pixels")
 
         def seen(site: AttentionSite, probs: Tensor) -> Tensor:
             rows, columns = site.grid(*self.latent_size)
             query = (y * rows // height) * columns + x * columns // width
             return probs[query].reshape(rows, columns)
 
-        raw = self._combined("self", seen, (height, width))
+        raw = self._mean_over_sites("self", seen, (height, width))
         return HeatMap(label=f"patch at {x}, {y}", raw=raw, picture=self.picture)
 
     def shares(self) -> dict[str, float]:
-        """Where attention goes: the mean share of the text, of BOS, of EOS and of padding.
+        """Compute the mean shares of attention that go to the text, to BOS, to EOS and to padding, over all chunks.
 
-        They sum to 1, unless an edit changed that.
+        They sum to 1, unless a control changed that.
         """
-        mean = torch.stack([probs.mean(dim=(0, 1, 2)) for _, probs in self._stack("cross")]).mean(dim=0)
-        places = {"text": tuple(range(1, self.words.end)), **{part: self.words.part(part) for part in PARTS}}
-        return {part: mean[list(tokens)].sum().item() for part, tokens in places.items()}
+        mean = torch.stack([probs.mean(dim=(0, 1, 2)) for _, probs in self._of_kind("cross")]).mean(dim=0)
+        return {part: mean[list(self.words.part(part))].sum().item() for part in _KINDS}
 
     def entropy(self) -> float:
-        """The mean entropy of a patch's attention over tokens, in nats."""
-        return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for _, p in self._stack("cross")]).mean().item()
+        """Compute the mean entropy of a patch's attention over tokens, in nats."""
+        return torch.stack([torch.special.entr(p).sum(dim=-1).mean() for _, p in self._of_kind("cross")]).mean().item()
 
     def daam(self, key: Word) -> HeatMap:
-        """The map exactly as DAAM aggregates it, where heads were kept apart: ``trace=Trace(per_head=True)``.
+        """DAAM: aggregate the map exactly as its package does, from heads kept apart: ``trace=Trace(per_head=True)``.
 
         Every head of every layer is enlarged to the latents' size by bicubic interpolation and clamped at 0; the mean
         is taken over heads and layers, then over the word's tokens; bicubic interpolation once more gives the
@@ -232,7 +237,7 @@ class HeatMaps:
         """
         tokens = list(self.words.tokens(key))
         layers = []
-        for site, probs in self._stack("cross"):
+        for site, probs in self._of_kind("cross"):
             if site.name.startswith("mid_block") or site.downscale == 8:
                 continue
             rows, columns = site.grid(*self.latent_size)
@@ -243,43 +248,44 @@ class HeatMaps:
         raw = F.interpolate(mean[None, None], size=self.picture.size[::-1], mode="bicubic")[0, 0]
         return HeatMap(label=str(key), raw=raw, picture=self.picture)
 
-    def stacked(self, keys: Sequence[Word]) -> Float[Tensor, "words height width"]:
-        """The ``raw`` maps of several words."""
+    def stack_words(self, keys: Sequence[Word]) -> Float[Tensor, "words height width"]:
+        """Stack the ``raw`` maps of several words."""
         return torch.stack([self[key].raw for key in keys])
 
     @property
     def steps(self) -> int:
-        """How many steps were kept apart, or are left of them; 1 where they were averaged."""
+        """Number of steps that were kept apart and selected; 1 where they were averaged."""
         return next(iter(self.maps.values())).shape[0]
 
-    def raw(self, tokens: Sequence[int], size: tuple[int, int]) -> Float[Tensor, "height width"]:
-        """The mean share of these tokens together, sharpened where ``sharp``, at any size (height, width)."""
+    def token_share(self, tokens: Sequence[int], size: tuple[int, int]) -> Float[Tensor, "height width"]:
+        """Compute the mean share of these tokens together, sharpened if ``sharp``, at a size (height, width)."""
 
         def shared(site: AttentionSite, probs: Tensor) -> Tensor:
             share = probs[:, list(tokens)].sum(dim=-1)
             grid = site.grid(*self.latent_size)
             if self.sharp:
-                own = [seen.mean(dim=(0, 1)) for at, seen in self._stack("self") if at.grid(*self.latent_size) == grid]
+                own = [
+                    seen.mean(dim=(0, 1)) for at, seen in self._of_kind("self") if at.grid(*self.latent_size) == grid
+                ]
                 gathered = torch.stack(own).mean(dim=0) @ share
                 share = share * gathered / gathered.max().clamp(min=torch.finfo(gathered.dtype).tiny)
             return share.reshape(grid)
 
-        return self._combined("cross", shared, size)
+        return self._mean_over_sites("cross", shared, size)
 
     def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
-        return HeatMap(
-            label=label, raw=self.raw(tokens, (self.picture.height, self.picture.width)), picture=self.picture
-        )
+        size = self.picture.height, self.picture.width
+        return HeatMap(label=label, raw=self.token_share(tokens, size), picture=self.picture)
 
-    def _combined(
+    def _mean_over_sites(
         self,
         kind: Literal["self", "cross"],
         reduced: Callable[[AttentionSite, Tensor], Tensor],
         size: tuple[int, int],
     ) -> Float[Tensor, "height width"]:
-        """What ``reduced`` makes [rows, columns] of each site's [patches, keys], enlarged: the mean over all sites."""
+        """Reduce each site's [patches, keys] to [rows, columns], enlarge them, and take the mean over all sites."""
         by_grid: dict[tuple[int, ...], list[Tensor]] = {}
-        for site, probs in self._stack(kind):
+        for site, probs in self._of_kind(kind):
             small = reduced(site, probs.mean(dim=(0, 1)))
             by_grid.setdefault(tuple(small.shape), []).append(small)
         count = sum(map(len, by_grid.values()))
@@ -287,7 +293,7 @@ class HeatMaps:
         large = [F.interpolate(small, size=size, mode="bicubic")[0, 0] for small in sums]
         return (torch.stack(large).sum(dim=0) / count).clamp(0, 1)
 
-    def _stack(self, kind: Literal["self", "cross"]) -> list[tuple[AttentionSite, Tensor]]:
+    def _of_kind(self, kind: Literal["self", "cross"]) -> list[tuple[AttentionSite, Tensor]]:
         found = [(site, probs) for site, probs in self.maps.items() if site.kind == kind]
         if not found:
             what = {"cross": "words (attn2)", "self": "patches (attn1)"}[kind]

@@ -1,44 +1,65 @@
-"""One HTML file in which words light up what they painted, and patches rank their words; it needs no network."""
+"""The word map as HTML: one file that needs no network, and an element for notebooks.
+
+Both are the custom element of ``word_map.js`` with its data as JSON beside it.
+"""
 
 import base64
 import html
-import io
 import json
 from importlib.resources import files
-from string import Template
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from gobelin.images import data_url
 from gobelin.look.colour_map import colour_map
 from gobelin.look.heatmaps import HeatMaps
 
-GRID = 64  # patches at most, a side
+_MOST_SIDE = 64  # a side: finer ones are too small to point at, and each costs a byte a word and step
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+  body {{ margin: 0; background: #fbfaf7; color: #5f6773; font: 14px/1.5 system-ui, sans-serif; }}
+  h1 {{ max-width: 940px; margin: 20px auto -14px; padding: 0 20px; font: inherit; }}
+  @media (max-width: 640px) {{ h1 {{ padding: 0 14px; }} }}
+</style>
+<main>
+<h1>Which word painted which pixel</h1>
+{element}
+</main>
+</html>
+"""
 
 
-def page(heatmaps: HeatMaps) -> str:
-    """The page. Where steps were kept apart, a slider goes through them; its first place is their mean."""
-    template = Template(files("gobelin.look").joinpath("page.html").read_text(encoding="utf-8"))
-    data = json.dumps(page_data(heatmaps), ensure_ascii=False).replace("<", "\\u003c")
-    return template.substitute(title=html.escape(heatmaps.words.text), data=data)
+def word_map_page(heatmaps: HeatMaps) -> str:
+    """Write the page. Where steps were kept apart, a slider goes through them; its first place is their mean."""
+    return _PAGE.format(title=html.escape(heatmaps.words.text), element=word_map_element(heatmaps))
 
 
-def framed_page(heatmaps: HeatMaps) -> str:
-    """The page as a frame, for a notebook."""
-    return f'<iframe srcdoc="{html.escape(page(heatmaps))}" width="100%" height="640" style="border: 0"></iframe>'
+def word_map_element(heatmaps: HeatMaps) -> str:
+    """Write the element with its data and its definition, as a notebook shows it; a page may hold several."""
+    # In a script only "<" can end the JSON or begin a comment; JSON has another spelling for it.
+    data = json.dumps(word_map_data(heatmaps), ensure_ascii=False).replace("<", "\\u003c")
+    script = files("gobelin.look").joinpath("word_map.js").read_text(encoding="utf-8")
+    element = f'<word-map><script type="application/json">{data}</script></word-map>'
+    return f'{element}\n<script type="module">\n{script}</script>'
 
 
-def page_data(heatmaps: HeatMaps) -> dict[str, Any]:
-    """What the page shows, packed: a byte a patch, word and step, of the word's greatest share (``tops``)."""
+def word_map_data(heatmaps: HeatMaps) -> dict[str, Any]:
+    """Pack the data of a word map: a byte a patch, word and step, in units of the word's greatest share (``tops``)."""
     count = heatmaps.steps
     parts = [heatmaps, *(heatmaps.select(steps=[step]) for step in range(count))] if count > 1 else [heatmaps]
     shares = torch.stack([_on_grid(part) for part in parts])  # [steps, words, rows, columns]
     tops = shares.amax(dim=(0, 2, 3)).clamp(min=1e-9)
     levels = (shares / tops[:, None, None] * 255).round().byte()
     return {
-        "text": _pieces(heatmaps),
+        "text": _split_prompt(heatmaps),
         "words": [span.word for span in heatmaps.words.spans],
         "rows": shares.shape[2],
         "columns": shares.shape[3],
@@ -47,28 +68,21 @@ def page_data(heatmaps: HeatMaps) -> dict[str, Any]:
         "tops": [round(top, 6) for top in tops.tolist()],
         "shares": _base64(levels.numpy().tobytes()),
         "colours": _base64(colour_map().tobytes()),
-        "picture": picture_url(heatmaps.picture),
+        "picture": data_url(heatmaps.picture),
     }
 
 
-def picture_url(picture: Image.Image) -> str:
-    """A picture as a data URL."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + _base64(buffer.getvalue())
-
-
 def _on_grid(heatmaps: HeatMaps) -> Tensor:
-    """Every word's share [words, rows, columns] on the latents' grid, or on a coarser one where that is large."""
+    """Compute words' shares [words, rows, columns] on the latents' grid, or on a coarser one where that is large."""
     height, width = heatmaps.latent_size
-    scale = min(1.0, GRID / max(height, width))
+    scale = min(1.0, _MOST_SIDE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    shares = [heatmaps.raw(span.tokens, size) for span in heatmaps.words.spans]
+    shares = [heatmaps.token_share(span.tokens, size) for span in heatmaps.words.spans]
     return torch.stack(shares) if shares else torch.zeros(0, *size)
 
 
-def _pieces(heatmaps: HeatMaps) -> list[tuple[str, int | None]]:
-    """The prompt in pieces: words with their numbers, and what stands between them."""
+def _split_prompt(heatmaps: HeatMaps) -> list[tuple[str, int | None]]:
+    """Split the prompt into words with their numbers, and the text between them with None."""
     pieces: list[tuple[str, int | None]] = []
     end = 0
     for number, span in enumerate(heatmaps.words.spans):

@@ -1,49 +1,52 @@
-"""What every sampler is given and gives: a denoiser's guess, and a step.
+"""The contract of samplers: a denoiser's output, a step, and the noise between steps.
 
-Between steps the latents are variance preserving, z_t = √ᾱ·z_0 + √(1−ᾱ)·ε: what the U-Net sees. The σ-space of
+Between steps the latents are variance preserving, z_t = √ᾱ·z_0 + √(1−ᾱ)·ε, as the U-Net sees them. The σ-space of
 Karras et al. 2022 (x = z_0 + σ·ε, used by k-diffusion) is the same point divided by √ᾱ, with σ = √((1−ᾱ)/ᾱ).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float
-from torch import Generator, Tensor
+from torch import Generator
 
 from gobelin.attention import AttentionMaps
 from gobelin.samplers.noise_levels import NoiseLevels
-
-Latents = Float[Tensor, "batch channels h w"]
+from gobelin.types import Latents
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserOutput:
-    """What a denoiser sees in noisy latents: the two that they are made of.
+    """Noisy latents split into ``denoised`` latents ẑ_0 and ``noise`` ε̂.
 
-    ``latents`` are those that it saw, which may be others than it was given; ``maps`` are what its attentions looked
-    at, where that was asked for.
+    ``latents`` are the noisy latents that were split: a denoiser may move the ones that it is given, and the sampler
+    goes on from these. ``maps`` are the attention maps of this call, empty unless a trace was asked for.
     """
 
     latents: Latents
     denoised: Latents
     noise: Latents
-    maps: AttentionMaps = field(default_factory=dict)
+    maps: AttentionMaps = field(default_factory=AttentionMaps)
 
 
-Denoise = Callable[[Tensor, float, float], DenoiserOutput]
-"""(noisy_latents, timestep, ᾱ) -> guess: a :class:`gobelin.denoiser.Denoiser`, or any such function."""
+Denoise = Callable[[Latents, float, float], DenoiserOutput]
+"""(noisy_latents, timestep, ᾱ) -> output: a :class:`gobelin.denoiser.Denoiser`, or any such function."""
+
+DrawNoise = Callable[[], Latents]
+"""() -> standard noise for the next stochastic step: a :class:`NoiseSource`, or any such function."""
+
+Levels = TypeVar("Levels", bound=NoiseLevels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a sampler yields after each step.
+    """One step of a sampler, as it is yielded.
 
-    ``timestep`` and ``sigma`` are those that the step started from; ``latents`` are where it arrived, and after
-    the last step they are the picture's; ``denoised`` is the guess at the picture's latents that it used. ``maps``
-    are what the attentions looked at then, where that was asked for.
+    ``timestep`` and ``sigma`` are where the step started (σ is infinite at zero terminal SNR); ``latents`` are where
+    it arrived, after the last step the image's; ``denoised`` are the clean latents that it aimed at. ``maps`` are the
+    attention maps of the step, empty unless a trace was asked for.
     """
 
     index: int
@@ -53,40 +56,46 @@ class Step:
     denoised: Latents
     maps: AttentionMaps
 
+    @staticmethod
+    def of(index: int, timestep: float, alpha: float, latents: Latents, output: DenoiserOutput) -> "Step":
+        """Make the step from ``timestep`` and noise level ᾱ (``alpha``) to ``latents``, taken by this output."""
+        return Step(
+            index=index,
+            timestep=timestep,
+            sigma=sigma_of(alpha) if alpha > 0 else math.inf,
+            latents=latents,
+            denoised=output.denoised,
+            maps=output.maps,
+        )
+
+
+SamplerFunction = Callable[[Denoise, Latents, Levels, DrawNoise], Iterator[Step]]
+"""(denoise, start latents, noise levels, draw_noise) -> steps: every sampler's signature."""
+
 
 class NoiseSource:
-    """Noise from one CPU generator per image, so that an image does not depend on its neighbours in the batch."""
+    """Standard noise from one CPU generator per image, so that an image does not depend on its neighbours in the batch.
 
-    def __init__(self, generators: Sequence[Generator], shape: tuple[int, int, int], device: Any = "cpu"):
+    ``shape`` is that of one image's latents, (channels, h, w); the noise is moved to ``device``.
+    """
+
+    def __init__(
+        self, generators: Sequence[Generator], shape: tuple[int, int, int], device: torch.device | str = "cpu"
+    ):
         self.generators = generators
         self.shape = shape
         self.device = device
 
     def __call__(self) -> Latents:
-        """The next standard noise [B, channels, h, w], float32."""
+        """Draw the next noise [B, channels, h, w], float32."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
-SamplerFunction = Callable[[Denoise, Tensor, NoiseLevels, Callable[[], Tensor]], Iterator[Step]]
+def sigma_of(alpha: float) -> float:
+    """Compute σ = √((1−ᾱ)/ᾱ), the noise level in σ-space."""
+    return math.sqrt((1 - alpha) / alpha)
 
 
-def step_from(index: int, timestep: float, alpha_cumprod: float, latents: Tensor, guess: DenoiserOutput) -> Step:
-    """The step that went from a noise level by this guess, and arrived at ``latents``."""
-    return Step(
-        index=index,
-        timestep=timestep,
-        sigma=sigma_of(alpha_cumprod) if alpha_cumprod > 0 else math.inf,
-        latents=latents,
-        denoised=guess.denoised,
-        maps=guess.maps,
-    )
-
-
-def sigma_of(alpha_cumprod: float) -> float:
-    """σ = √((1−ᾱ)/ᾱ)."""
-    return math.sqrt((1 - alpha_cumprod) / alpha_cumprod)
-
-
-def ancestral_noise(sigma: float, target: float) -> float:
-    """How much fresh noise an ancestral step from σ to the ``target`` adds at its end (k-diffusion, η = 1)."""
-    return math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2)
+def ancestral_noise(sigma: float, next_sigma: float) -> float:
+    """Compute the σ of the fresh noise at the end of an ancestral step (k-diffusion ``get_ancestral_step``, η = 1)."""
+    return math.sqrt(next_sigma**2 * (sigma**2 - next_sigma**2) / sigma**2)

@@ -1,13 +1,13 @@
-"""A world whose truth is known: procedural captioned images, a grader to read them, and prompts to score."""
+"""Procedural scenes: captioned images whose contents are known, a grader that reads them, and lists of prompts."""
 
 from gobelin.scenes.calibration import Calibration, calibrate
-from gobelin.scenes.grader import Seen, grade
+from gobelin.scenes.grader import Detection, grade
 from gobelin.scenes.negatives import hard_negatives
 from gobelin.scenes.prompt_lists import EXTRA_TASKS, PROMPT_SPLITS, TASKS, Prompt, prompts, tasks
 from gobelin.scenes.render import render
 from gobelin.scenes.sampling import Sample, sample
 from gobelin.scenes.scene import Scene, SceneObject
-from gobelin.scenes.scoring import Verdict, judge, swapped
+from gobelin.scenes.scoring import Score, score, swapped
 from gobelin.scenes.world import CORE, NANO, RICH, WORLDS, World
 
 __all__ = [
@@ -19,20 +19,20 @@ __all__ = [
     "TASKS",
     "WORLDS",
     "Calibration",
+    "Detection",
     "Prompt",
     "Sample",
     "Scene",
     "SceneObject",
-    "Seen",
-    "Verdict",
+    "Score",
     "World",
     "calibrate",
     "grade",
     "hard_negatives",
-    "judge",
     "prompts",
     "render",
     "sample",
+    "score",
     "swapped",
     "tasks",
 ]

@@ -1,6 +1,6 @@
-"""Blobs: what a grader must not call a shape.
+"""Blobs: random outlines that the grader must not call a shape.
 
-Each kind is a function that draws one at random, as a signed distance function of the kind that ``SHAPES`` has.
+Each kind is a function that draws one at random, as a signed distance function like those of ``SHAPES``.
 """
 
 import math
@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gobelin.scenes.colours import BACKGROUNDS, COLOURS
-from gobelin.scenes.render import draw
+from gobelin.scenes.render import draw_shape
 from gobelin.scenes.shapes import SHAPES, Array, Outline
-from gobelin.scenes.world import MARGIN, World
+from gobelin.scenes.world import EDGE_MARGIN, World
 
 
 def _curve(rng: np.random.Generator, world: World) -> Outline:
-    """A smooth closed curve: a circle whose radius waves two to five times around, by a fifth to two fifths."""
+    """Draw a smooth closed curve: a circle whose radius waves two to five times around, by a fifth to two fifths."""
     waves = np.arange(2, 6)
     heights = rng.normal(size=4) / waves
     heights *= rng.uniform(0.2, 0.4) / np.abs(heights).sum()
@@ -31,7 +31,7 @@ def _curve(rng: np.random.Generator, world: World) -> Outline:
 
 
 def _half(rng: np.random.Generator, world: World) -> Outline:
-    """A shape of which only one side of a line near its middle is finished."""
+    """Draw a shape cut off along a line near its middle."""
     (shape,) = _shapes(rng, world, 1)
     right, down = _direction(rng)
     off = rng.uniform(-0.15, 0.15)
@@ -39,7 +39,7 @@ def _half(rng: np.random.Generator, world: World) -> Outline:
 
 
 def _bite(rng: np.random.Generator, world: World) -> Outline:
-    """A shape with a round piece out of its side."""
+    """Draw a shape with a round piece missing from its side."""
     (shape,) = _shapes(rng, world, 1)
     right, down = _direction(rng)
     radius = rng.uniform(0.4, 0.6)
@@ -47,7 +47,7 @@ def _bite(rng: np.random.Generator, world: World) -> Outline:
 
 
 def _union(rng: np.random.Generator, world: World) -> Outline:
-    """Two different shapes grown into each other."""
+    """Draw the union of two different shapes that overlap."""
     one, other = _shapes(rng, world, 2)
     right, down = _direction(rng)
     small, off = 0.62, 0.38
@@ -61,7 +61,7 @@ def _union(rng: np.random.Generator, world: World) -> Outline:
 
 
 def _between(rng: np.random.Generator, world: World) -> Outline:
-    """Half way from one shape to another."""
+    """Draw the outline half way between two shapes."""
     one, other = _shapes(rng, world, 2)
     return lambda x, y: (one(x, y) + other(x, y)) / 2
 
@@ -76,22 +76,24 @@ BLOBS: dict[str, Callable[[np.random.Generator, World], Outline]] = {
 
 
 def blob(rng: np.random.Generator, world: World, kind: str) -> NDArray[np.uint8]:
-    """An image [size, size, 3] in [0, 255] of one blob in the world's colours and sizes."""
+    """Draw an image of one blob, uint8 [size, size, 3], with the world's colours; ``kind`` is a key of ``BLOBS``."""
     radius = rng.uniform(*world.radius)
-    x, y = rng.uniform(radius + MARGIN, world.size - radius - MARGIN, 2)
+    x, y = rng.uniform(radius + EDGE_MARGIN, world.size - radius - EDGE_MARGIN, 2)
     image = np.empty((world.size, world.size, 3), np.float32)
     image[:] = BACKGROUNDS[world.backgrounds[rng.integers(len(world.backgrounds))]]
     paint = np.array(COLOURS[world.colours[rng.integers(len(world.colours))]], np.float32)
     mask = np.zeros(image.shape[:2], np.bool_)
-    draw(image, mask, BLOBS[kind](rng, world), paint, x=x, y=y, radius=radius)
+    draw_shape(image, mask, BLOBS[kind](rng, world), paint, x=x, y=y, radius=radius)
     image += 255 * world.noise * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 def _shapes(rng: np.random.Generator, world: World, count: int) -> list[Outline]:
+    """Draw ``count`` different shapes of the world."""
     return [SHAPES[name] for name in rng.choice(world.shapes, count, replace=False)]
 
 
 def _direction(rng: np.random.Generator) -> tuple[float, float]:
+    """Draw a unit vector (right, down)."""
     angle = rng.uniform(0, 2 * math.pi)
     return math.cos(angle), math.sin(angle)

@@ -1,4 +1,4 @@
-"""Captions: templates, wordings, and which words speak of which objects.
+"""Captions: templates and wordings, and the objects that each word speaks of.
 
 A template is text with slots: ``{a}`` and ``{b}`` for objects, ``{rel}`` for "left of" (``a`` seen from
 ``b``), ``{side}`` for "to its left", ``{n}`` and ``{as}`` for a number of like objects, and ``{ground}`` for the
@@ -132,13 +132,13 @@ _SIDES = ("left", "right", "top", "bottom", "upper", "lower")
 
 
 def templates(category: str, split: str) -> tuple[str, ...]:
-    """The templates that a split may use for "single", "two", "relation", "count" or "inside"."""
+    """Return the templates that a split may use for "single", "two", "relation", "count" or "inside"."""
     return TEMPLATES[category] + (TEST_TEMPLATES[category] if split in ("test", "heldout") else ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mention:
-    """One object in a caption, or some that are alike. Its looks are None where they go unsaid.
+    """One object in a caption, or several that are alike. Looks that the caption leaves out are None.
 
     ``things`` are the objects' places in the scene; ``noun`` picks the synonym. ``place`` is a wording of ``PLACES``.
     """
@@ -154,12 +154,12 @@ class Mention:
 
     @property
     def wanted(self) -> Wanted:
-        """What the words ask for: shape and colour, and texture and size where one of them is said."""
+        """Shape and colour as the words ask for them, and texture and size where one of them is said."""
         looks = (self.shape, self.colour, self.texture, self.size)
         return looks if self.texture or self.size else looks[:2]
 
     def words(self, *, plural: bool = False) -> list[tuple[str, tuple[int, ...]]]:
-        """The words of the noun phrase, each with the objects that it speaks of; a plural has no article."""
+        """List the words of the noun phrase, each with the objects that it speaks of; a plural has no article."""
         nouns = NOUNS[self.shape]
         noun = nouns[self.noun % len(nouns)]
         named = (pluralised(noun) if plural else noun).split()
@@ -171,11 +171,11 @@ class Mention:
 
 @dataclass(frozen=True, kw_only=True)
 class Phrasing:
-    """A caption before it is words: change a field, and the wording follows.
+    """A caption as structure, from which its wording follows.
 
     ``mentions`` fill ``{a}`` and ``{b}`` in this order; ``relation`` is that of the first to the second. A caption
-    with a ``count`` has one mention, of so many objects, written as digits or as a word. One that names the
-    ``background`` does so as ``ground`` says.
+    with a ``count`` has one mention, of ``count`` objects, and writes the number as digits or as a word. One that
+    names the ``background`` does so as ``ground`` says.
     """
 
     template: str
@@ -189,11 +189,11 @@ class Phrasing:
 
     @property
     def wanted(self) -> tuple[Wanted, ...]:
-        """What the caption asks for of each object, None where it does not say."""
+        """The looks that the caption asks for, object by object; None where it does not say."""
         return tuple(mention.wanted for mention in self.mentions) * (self.count or 1)
 
     def words(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The words, a comma clinging to the one before it, each with the objects that it speaks of."""
+        """List the words, a comma with the one before it, each with the objects that it speaks of."""
         words: list[tuple[str, tuple[int, ...]]] = []
         everything = tuple(sorted(thing for mention in self.mentions for thing in mention.things))
         for token in self.ground.replace("{scene}", self.template).split():
@@ -234,8 +234,8 @@ def phrase(
 ) -> Phrasing:
     """Word a caption of ``wanted`` objects at random, in either order: articles, synonyms, inverse relations.
 
-    ``relation`` is that of the first object to the second. With a ``count`` the caption is of so many objects
-    like the one that is ``wanted``, and with a ``background`` it says what that is. With probability
+    ``relation`` is that of the first object to the second. With a ``count`` the caption is about ``count``
+    objects like the one that is ``wanted``, and with a ``background`` it names that. With probability
     ``underspecified`` something goes unsaid: all colours in the fraction ``colourless`` of such captions, the
     colour or the shape of one object in the rest.
     """
@@ -277,12 +277,12 @@ def phrase(
 
 
 def pluralised(noun: str) -> str:
-    """The plural of a noun of ``NOUNS``."""
+    """Form the plural of a noun of ``NOUNS``."""
     return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
 def _noun(draw: float, shape: str | None) -> int:
-    """The synonym for a number drawn from [0, 1): the usual name nine times in ten; all alike for "thing"."""
+    """Choose the synonym for a number drawn from [0, 1): the usual name nine times in ten; all alike for "thing"."""
     count = len(NOUNS[shape])
     if shape is None:
         return int(draw * count)

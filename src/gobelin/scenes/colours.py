@@ -1,4 +1,4 @@
-"""The named colours, the backgrounds, and how far apart two colours look.
+"""Named colours and backgrounds, and the perceived distance between two colours.
 
 Colours are sRGB triples in [0, 255]. Distances are CIE76: the Euclidean distance in CIE L*a*b* (D65 white),
 where about 2.3 is the smallest difference that an eye notices.
@@ -58,10 +58,10 @@ _LEVELS = np.arange(256) / 255
 _LINEAR = np.where(_LEVELS <= 0.04045, _LEVELS / 12.92, ((_LEVELS + 0.055) / 1.055) ** 2.4)
 
 
-def lab(rgb: NDArray[np.uint8] | Sequence[tuple[int, int, int]]) -> NDArray[np.float64]:
-    """CIE L*a*b* of sRGB colours.
+def rgb_to_lab(rgb: NDArray[np.uint8] | Sequence[tuple[int, int, int]]) -> NDArray[np.float64]:
+    """Convert sRGB colours to CIE L*a*b* (D65 white).
 
-    ``rgb`` is [..., 3] of whole numbers in [0, 255]; the answer is [..., 3] with L* in [0, 100].
+    ``rgb`` is [..., 3] of whole numbers in [0, 255]; the result is [..., 3] with L* in [0, 100].
     """
     xyz = _LINEAR[np.asarray(rgb, dtype=np.uint8)] @ _RGB_TO_XYZ.T
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
@@ -69,8 +69,8 @@ def lab(rgb: NDArray[np.uint8] | Sequence[tuple[int, int, int]]) -> NDArray[np.f
     return np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), axis=-1)
 
 
-def difference(a: NDArray[np.number], b: NDArray[np.number]) -> NDArray[np.floating]:
-    """The distance of colours [..., 3] that broadcast against each other: CIE76 ΔE where they are L*a*b*."""
+def colour_distance(a: NDArray[np.number], b: NDArray[np.number]) -> NDArray[np.floating]:
+    """Compute the Euclidean distance of colours [..., 3], which broadcast: CIE76 ΔE where they are L*a*b*."""
     apart = a - b
     # Many times faster than np.linalg.norm over three numbers.
     return np.asarray(np.sqrt(np.einsum("...i,...i->...", apart, apart)))

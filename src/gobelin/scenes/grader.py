@@ -1,4 +1,4 @@
-"""Pixels → scene: what an image shows, without a look at its prompt.
+"""The grader: read from pixels what an image shows, without seeing its prompt.
 
 The background is the mode of the border; objects are what stands out against it, in connected components;
 colours go to the nearest prototype and shapes to the template that overlaps most, if its outline is theirs;
@@ -18,9 +18,9 @@ from PIL import Image
 from scipy import ndimage
 
 from gobelin.errors import UsageError
-from gobelin.scenes.colours import BACKGROUNDS, COLOURS, TONES, difference, lab
+from gobelin.scenes.colours import BACKGROUNDS, COLOURS, TONES, colour_distance, rgb_to_lab
 from gobelin.scenes.shapes import SHAPES
-from gobelin.scenes.textures import PERIOD, TEXTURES
+from gobelin.scenes.textures import TEXTURE_PERIOD, TEXTURES
 from gobelin.scenes.world import CORE, World
 
 UNKNOWN = "unknown"
@@ -29,7 +29,7 @@ _FOREGROUND = 18.0  # ΔE of an object from the background
 _LEAST_CONTRAST = 60.0  # sRGB distance; half of it is more than noise
 _BORDER_SPREAD = 24.0  # sRGB distance within which border pixels are of one colour
 _LEAST_AREA = 25  # pixels
-_LEAST_CORE = 6  # pixels; thinner objects are judged whole
+_LEAST_CORE = 6  # pixels; thinner objects are read whole
 _LEAST_IOU = 0.8
 _MOST_STRAY = 0.5  # pixels; true renders stay below 0.4, blurred by 0.7 px or through a VAE as well
 # Shapes are compared on a grid of 30 × 30 points about the centre of the box, in units of √(width · height).
@@ -37,7 +37,7 @@ _AT = (np.arange(30) - 14.5) / 24
 # A template is refitted to the box: scaled and shifted, across and down.
 _SCALES = (0.94, 1.0, 1.06)
 _SHIFTS = (-0.03, 0.0, 0.03)
-_MOST_PIXELS = 200  # that are asked for their colour
+_MOST_PIXELS = 200  # whose colour is compared, at most
 # The share of the second tone over an object has a standard deviation: below the first it is solid, above the second
 # it follows a pattern or is unknown.
 _SOLID_SPREAD, _PATTERN_SPREAD = 0.08, 0.25
@@ -47,7 +47,7 @@ _EIGHT_WAYS = np.ones((3, 3), np.bool_)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Seen:
+class Detection:
     """An object that the grader found.
 
     ``shape`` is "unknown" where no template overlaps by ``iou`` ≥ 0.8 with an outline that strays from the
@@ -89,7 +89,7 @@ class Seen:
         return self.box[3] - self.box[1]
 
 
-def grade(image: np.ndarray | Image.Image, world: World = CORE) -> list[Seen]:
+def grade(image: np.ndarray | Image.Image, world: World = CORE) -> list[Detection]:
     """Find the objects of an image, from top to bottom.
 
     ``image`` is uint8 [H, W, 3] in [0, 255], or a PIL image. Only the shapes, colours, textures, sizes and
@@ -98,31 +98,31 @@ def grade(image: np.ndarray | Image.Image, world: World = CORE) -> list[Seen]:
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise UsageError(f"Expected a uint8 image [H, W, 3]; got {pixels.dtype} {list(pixels.shape)}.")
-    background = _background(pixels)
-    grounds = lab([BACKGROUNDS[name] for name in world.backgrounds])
-    ground = world.backgrounds[int(difference(grounds, lab(background)).argmin())]
-    cover = _cover(pixels, background)
+    background = _border_colour(pixels)
+    grounds = rgb_to_lab([BACKGROUNDS[name] for name in world.backgrounds])
+    ground = world.backgrounds[int(colour_distance(grounds, rgb_to_lab(background)).argmin())]
+    cover = _coverage(pixels, background)
     labels = np.empty(cover.shape, np.int32)
     ndimage.label(cover > 0.5, _EIGHT_WAYS, output=labels)
-    seen = []
+    detections = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         part = labels[rows, columns] == number
         area = int(part.sum())
         if area < _LEAST_AREA:
             continue
         core = _core(part)
-        looks = lab(pixels[rows, columns][core])
-        if np.median(difference(looks, lab(background))) < _FOREGROUND:
+        looks = rgb_to_lab(pixels[rows, columns][core])
+        if np.median(colour_distance(looks, rgb_to_lab(background))) < _FOREGROUND:
             continue
-        colour = _colour(looks, world)
-        texture = _texture(pixels[rows, columns], core, colour, background, world)
+        colour = _nearest_colour(looks, world)
+        texture = _read_texture(pixels[rows, columns], core, colour, background, world)
         mask = np.zeros(labels.shape, np.bool_)
         mask[rows, columns] = part
         others = (labels > 0) & ~mask
         box = (columns.start, rows.start, columns.stop, rows.stop)
-        shape, iou, stray = _shape(np.where(others, 0, cover), box, area, world.shapes)
-        seen.append(
-            Seen(
+        shape, iou, stray = _match_shape(np.where(others, 0, cover), box, area, world.shapes)
+        detections.append(
+            Detection(
                 shape=shape,
                 colour=colour,
                 texture=texture,
@@ -135,55 +135,55 @@ def grade(image: np.ndarray | Image.Image, world: World = CORE) -> list[Seen]:
                 stray=stray,
             )
         )
-    return seen
+    return detections
 
 
-def _background(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The colour [3] that most of the border is near."""
+def _border_colour(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Find the background: the colour [3] that most of the border is near."""
     border = np.concatenate((pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]))[::2]
-    near = difference(border[:, None].astype(np.float32), border) < _BORDER_SPREAD
+    near = colour_distance(border[:, None].astype(np.float32), border) < _BORDER_SPREAD
     return np.median(border[near[near.sum(axis=1).argmax()]], axis=0).astype(np.uint8)
 
 
-def _cover(pixels: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.floating]:
-    """How much of each pixel an object covers, [H, W] in [0, 1].
+def _coverage(pixels: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.floating]:
+    """Compute how much of each pixel an object covers, [H, W] in [0, 1].
 
     Pixels at an edge mix object and background in proportion, so this is their distance from the background as
     a share of the most that their neighbourhood reaches. One half is the outline, whether sharp or blurred.
     """
-    distance = difference(pixels.astype(np.float32), background)
+    distance = colour_distance(pixels.astype(np.float32), background)
     return distance / np.maximum(_LEAST_CONTRAST, ndimage.maximum_filter(distance, 5))
 
 
 def _core(part: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """An object away from its edge, where its colour is its own."""
+    """Erode an object's mask, so that edge pixels, which mix colours, are left out."""
     core = np.asarray(ndimage.binary_erosion(part), np.bool_)
     return core if core.sum() >= _LEAST_CORE else part
 
 
-def _colour(looks: NDArray[np.float64], world: World) -> str:
-    """The colour whose tones are nearest to the pixels [n, 3], as L*a*b*."""
-    tones = _tones(world)  # [tones, colours, 3]
+def _nearest_colour(looks: NDArray[np.float64], world: World) -> str:
+    """Name the colour whose tones are nearest to the pixels [n, 3], in L*a*b*."""
+    tones = _lab_tones(world)  # [tones, colours, 3]
     if len(tones) == 1:
-        return world.colours[int(difference(tones[0], np.median(looks, axis=0)).argmin())]
+        return world.colours[int(colour_distance(tones[0], np.median(looks, axis=0)).argmin())]
     some = looks[:: 1 + len(looks) // _MOST_PIXELS]
-    apart = difference(some[:, None, None], tones).min(axis=1)
+    apart = colour_distance(some[:, None, None], tones).min(axis=1)
     return world.colours[int(apart.mean(axis=0).argmin())]
 
 
 @cache
-def _tones(world: World) -> NDArray[np.float64]:
-    """The tones of each colour as L*a*b*: one, or where there are textures the two and what is half way between."""
+def _lab_tones(world: World) -> NDArray[np.float64]:
+    """List the tones of each colour in L*a*b*: one, or with textures both and the one half way between."""
     first, second = ([of[name] for name in world.colours] for of in (COLOURS, TONES))
     if world.textures == ("solid",):
-        return lab(first)[None]
-    return lab(np.stack((first, np.add(first, second) // 2, second)).astype(np.uint8))
+        return rgb_to_lab(first)[None]
+    return rgb_to_lab(np.stack((first, np.add(first, second) // 2, second)).astype(np.uint8))
 
 
-def _texture(
+def _read_texture(
     pixels: NDArray[np.uint8], core: NDArray[np.bool_], colour: str, background: NDArray[np.uint8], world: World
 ) -> str:
-    """The texture of an object of a known colour, by the pattern of its second tone."""
+    """Name the texture of an object of a known colour, by the pattern of its second tone."""
     if world.textures == ("solid",):
         return "solid"
     first, second = np.array(COLOURS[colour], np.float64), np.array(TONES[colour], np.float64)
@@ -194,9 +194,9 @@ def _texture(
         return "solid" if share.mean() < 0.5 else UNKNOWN
     # The patterns repeat, so pixels at the same place in the period count together.
     rows, columns = np.nonzero(core)
-    places = (rows % PERIOD) * PERIOD + columns % PERIOD
-    weights = np.bincount(places, minlength=PERIOD**2) / len(places)
-    shares = np.bincount(places, share, minlength=PERIOD**2) / len(places)
+    places = (rows % TEXTURE_PERIOD) * TEXTURE_PERIOD + columns % TEXTURE_PERIOD
+    weights = np.bincount(places, minlength=TEXTURE_PERIOD**2) / len(places)
+    shares = np.bincount(places, share, minlength=TEXTURE_PERIOD**2) / len(places)
     names, patterns = _patterns(world.textures)
     means = patterns @ weights
     spreads = np.sqrt(np.maximum(patterns**2 @ weights - means**2, 1e-6))
@@ -209,8 +209,8 @@ def _texture(
 
 @cache
 def _patterns(textures: tuple[str, ...]) -> tuple[list[str], NDArray[np.float64]]:
-    """The textures that are not solid, shifted by each whole number of pixels: names, and [n, PERIOD²]."""
-    at = np.arange(PERIOD, dtype=np.float64)
+    """Shift the textures that are not solid by each whole number of pixels: names, and [n, TEXTURE_PERIOD²]."""
+    at = np.arange(TEXTURE_PERIOD, dtype=np.float64)
     shifts = [
         (name, TEXTURES[name](at[None, :] - right, at[:, None] - down).ravel())
         for name in textures
@@ -221,7 +221,7 @@ def _patterns(textures: tuple[str, ...]) -> tuple[list[str], NDArray[np.float64]
 
 
 def _radius(shape: str, area: int, box: tuple[int, int, int, int]) -> float:
-    """The radius of the disc that an object of that area fits into, in pixels; half its box where it is no shape."""
+    """Compute the radius of the disc that a shape of this area fits into, in pixels; half the box of an unknown one."""
     if shape == UNKNOWN:
         return max(box[2] - box[0], box[3] - box[1]) / 2
     return math.sqrt(area / _unit_area(shape))
@@ -229,15 +229,15 @@ def _radius(shape: str, area: int, box: tuple[int, int, int, int]) -> float:
 
 @cache
 def _unit_area(shape: str) -> float:
-    """The area of a shape of radius 1."""
+    """Compute the area of a shape of radius 1."""
     fine = np.linspace(-1, 1, 401)
     return float((SHAPES[shape](fine[None, :], fine[:, None]) <= 0).mean() * 4)
 
 
-def _shape(
+def _match_shape(
     cover: NDArray[np.floating], box: tuple[int, int, int, int], area: int, shapes: tuple[str, ...]
 ) -> tuple[str, float, float]:
-    """The shape of the object of that ``area`` in a box of ``cover``; its IoU with the best template, and its stray."""
+    """Match the object of that ``area`` in a box of ``cover`` with templates: its shape, the best IoU, its stray."""
     left, top, right, bottom = box
     reach = _AT * math.sqrt((right - left) * (bottom - top))
     grid = np.meshgrid((top + bottom - 1) / 2 + reach, (left + right - 1) / 2 + reach, indexing="ij")
@@ -252,9 +252,9 @@ def _shape(
 
 
 class _Templates(NamedTuple):
-    """Masks of 0 and 1, [shapes, refits, points], about the centres of the shapes' boxes, and their areas in points.
+    """Template masks of 0 and 1, [shapes, refits, points], about the centres of the shapes' boxes.
 
-    ``outlines`` are the lengths of the shapes' outlines, where their area is 1.
+    ``areas`` are in points; ``outlines`` are the lengths of the shapes' outlines, where their area is 1.
     """
 
     masks: NDArray[np.float32]
@@ -264,7 +264,7 @@ class _Templates(NamedTuple):
 
 @cache
 def _templates(shapes: tuple[str, ...]) -> _Templates:
-    """The templates of the shapes."""
+    """Draw the templates of the shapes, each refitted in several ways."""
     fine = np.linspace(-1, 1, 401)
     step = fine[1] - fine[0]
     refits = np.stack([(_AT - shift) / scale for scale in _SCALES for shift in _SHIFTS])

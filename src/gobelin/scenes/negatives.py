@@ -12,13 +12,13 @@ from gobelin.scenes.world import COUNTS, World
 
 
 def hard_negatives(sample: Sample, seed: int) -> list[str]:
-    """Captions in the sample's own wording that are false of its scene.
+    """Hard negatives: word captions like the sample's own that are false of its scene.
 
     One with the colours swapped and one with the relation turned round, where there are two objects, one with
     a number beside the true one, where they are counted, and for each mention one with another colour and one
     with another shape; where the caption says a texture, a size or a background, one with another. All are drawn
-    with ``seed`` ≥ 0. What would still be true is left out, and so is what the world holds out, unless the sample
-    is itself of the "heldout" split.
+    with ``seed`` ≥ 0. Captions that would still be true are left out, and so is everything that the world holds
+    out, unless the sample is itself from the "heldout" split.
     """
     chosen = []
     for options in _changes(sample.phrasing, sample.world, np.random.default_rng(seed)):
@@ -29,7 +29,7 @@ def hard_negatives(sample: Sample, seed: int) -> list[str]:
 
 
 def _changes(phrasing: Phrasing, world: World, rng: np.random.Generator) -> Iterator[Iterable[Phrasing]]:
-    """For each respect in which the caption can be wrong, the ways to be so, in random order."""
+    """List, for each respect in which the caption can be wrong, its false versions in random order."""
     mentions = phrasing.mentions
 
     def changed(at: int, **fields: str) -> Phrasing:
@@ -58,7 +58,7 @@ def _changes(phrasing: Phrasing, world: World, rng: np.random.Generator) -> Iter
 
 
 def _false(option: Phrasing, sample: Sample) -> bool:
-    """Whether a caption is false of the scene, and says nothing that is held out."""
+    """Return True where a caption is false of the scene and says nothing that is held out."""
     there = found_in(option.wanted, option.relation, sample.scene.objects, count=option.count)
     if there and option.background in (None, sample.scene.background):
         return False

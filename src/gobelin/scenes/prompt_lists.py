@@ -1,4 +1,4 @@
-"""Fixed lists of prompts to score a model on, after GenEval's tasks."""
+"""Prompt lists: fixed prompts to score a model on, after GenEval's tasks (Ghosh et al. 2023, arXiv 2310.11513)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from gobelin.scenes.world import COUNTS, World
 
 # GenEval's six.
 TASKS = ("single_object", "two_objects", "counting", "colours", "position", "attribute_binding")
-# Beside them: five objects, one more than training ever shows; and what only some worlds have.
+# Beside them: five objects, one more than training ever shows; and tasks that only some worlds have.
 EXTRA_TASKS = ("five", "textures", "sizes", "inside")
 PROMPT_SPLITS = ("dev", "test", "heldout")
 
@@ -37,7 +37,7 @@ _CATEGORIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """What a prompt asks for, before it is worded; the fields are those of ``Prompt``."""
+    """The contents of a prompt before it is worded; the fields are those of ``Prompt``."""
 
     objects: tuple[Wanted, ...]
     relation: str | None = None
@@ -46,11 +46,11 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A text, and what an image of it has to show.
+    """A prompt: its text, and the contents that an image of it has to show.
 
     ``objects`` are (shape, colour) or (shape, colour, texture, size), None being any; ``relation`` is that of the
-    first object to the second. With a ``count`` the objects are so many times the same, and just so many are to be
-    there.
+    first object to the second. With a ``count`` the objects are the same ``count`` times, and the image has to show
+    exactly that number.
     """
 
     text: str
@@ -61,7 +61,7 @@ class Prompt:
 
 
 def tasks(world: World, split: str = "dev", of: Sequence[str] = TASKS) -> tuple[str, ...]:
-    """Those tasks that a world has prompts for in a split.
+    """List the tasks of ``of`` that a world has prompts for in a split.
 
     A task needs its category in the world's mix and, in the "heldout" split, something that can be held out:
     "a circle" names no combination. Raises UsageError for another task or split.
@@ -70,12 +70,12 @@ def tasks(world: World, split: str = "dev", of: Sequence[str] = TASKS) -> tuple[
 
 
 def prompts(world: World, task: str, split: str = "dev", count: int = 100) -> list[Prompt]:
-    """The first ``count`` prompts of a task, the same each time.
+    """List the first ``count`` prompts of a task, the same each time.
 
     A task is one of ``TASKS`` or ``EXTRA_TASKS``. A split is "dev", "test" (other prompts, and templates that
-    training never saw) or "heldout" (at least one held-out combination a prompt). What can be asked for comes
-    up equally often in all its parts, as far as ``count`` and the held-out combinations allow: shapes or
-    pairs of shape and colour, relations, numbers, templates. Raises UsageError for another task or split, and
+    training never saw) or "heldout" (at least one held-out combination a prompt). Shapes or pairs of shape and
+    colour, relations, numbers and templates each come up equally often, as far as ``count`` and the held-out
+    combinations allow. Raises UsageError for another task or split, and
     for a task that ``tasks`` does not list.
     """
     requests = list(_requests(world, task, split))
@@ -99,20 +99,20 @@ def prompts(world: World, task: str, split: str = "dev", count: int = 100) -> li
 
 
 def _worded(rng: np.random.Generator, task: str, request: _Request, template: str) -> Prompt:
-    """A request in words drawn at random."""
+    """Word a request at random."""
     wanted = request.objects[:1] if request.count else request.objects
     said = phrase(rng, wanted, request.relation, template, count=request.count)
     return Prompt(text=said.text, task=task, objects=said.wanted, relation=said.relation, count=said.count)
 
 
 def _in_turn(rng: np.random.Generator, choices: Sequence[str]) -> Iterator[str]:
-    """All choices in random order, and again in another order, without end."""
+    """Yield all choices in random order, then again in another order, without end."""
     while True:
         yield from rng.permutation(choices).tolist()
 
 
 def _requests(world: World, task: str, split: str) -> Iterator[_Request]:
-    """All that a task can ask for in a split."""
+    """Yield all requests of a task in a split. Raises UsageError for an unknown task or split."""
     if task not in _CATEGORIES or split not in PROMPT_SPLITS:
         known = f"a task of {', '.join(_CATEGORIES)} and a split of {', '.join(PROMPT_SPLITS)}"
         raise UsageError(f"Expected {known}; got {task} and {split}.")
@@ -124,7 +124,7 @@ def _requests(world: World, task: str, split: str) -> Iterator[_Request]:
 
 
 def _askable(world: World, task: str) -> Iterator[_Request]:
-    """All that a task can ask for, held out or not."""
+    """Yield all requests of a task, held out or not."""
     pairs = list(product(world.shapes, world.colours))
     match task:
         case "single_object":
@@ -157,13 +157,13 @@ def _askable(world: World, task: str) -> Iterator[_Request]:
 
 
 def _parts(request: _Request) -> tuple[object, ...]:
-    """What is to come up equally often: each object's shape and colour, its further looks, relation and number."""
+    """Split a request into the parts that are to come up equally often: looks of each object, relation, number."""
     objects = dict.fromkeys(request.objects)
     return (*(one[:2] for one in objects), *(one[2:] for one in objects), request.relation, request.count)
 
 
 def _balanced(rng: np.random.Generator, requests: list[_Request], count: int) -> Iterator[_Request]:
-    """Draw requests one after the other, always one whose parts came up least so far."""
+    """Draw ``count`` requests one after the other, always one whose parts came up least until then."""
     requests = [requests[at] for at in rng.permutation(len(requests))]
     parts = [_parts(request) for request in requests]
     numbers = {part: n for n, part in enumerate(dict.fromkeys(part for row in parts for part in row))}

@@ -1,4 +1,4 @@
-"""Where one object is, seen from another: GenEval's rule, for the sampler, the negatives and the judge."""
+"""Spatial relations of objects by GenEval's rule, and the match between objects and what a text asks for."""
 
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -15,7 +15,7 @@ INVERSE = {
     "around": "inside",
 }
 
-# An object as a text asks for it: its shape and its colour, or its shape, colour, texture and size; None is "any".
+# An object as a text asks for it: its shape and its colour, or its shape, colour, texture and size; None is any.
 Wanted = tuple[str | None, ...]
 
 # GenEval, evaluation/evaluate_images.py: POSITION_THRESHOLD, and the share of the offset that a direction
@@ -26,7 +26,7 @@ _SHARE = 0.5
 
 @runtime_checkable
 class Thing(Protocol):
-    """Anything with a name and a box: an object of a scene, or one that the grader saw. Lengths in pixels."""
+    """An object with looks and a box, of a scene or detected by the grader. Lengths are in pixels."""
 
     @property
     def shape(self) -> str: ...
@@ -47,10 +47,10 @@ class Thing(Protocol):
 
 
 def relations(a: Thing, b: Thing) -> frozenset[str]:
-    """The relations of ``a`` to ``b``: none, one, or two on a diagonal.
+    """Compute the relations of ``a`` to ``b``: none, one, or two on a diagonal.
 
     As in GenEval, an offset counts beyond a tenth of the sizes' sum, and as a direction when it makes up half
-    of the distance. What has its box in another's box is inside it, and has no direction.
+    of the distance. An object whose box lies in another's is inside it, and has no direction.
     """
     if _within(a, b):
         return frozenset({"inside"})
@@ -65,12 +65,12 @@ def relations(a: Thing, b: Thing) -> frozenset[str]:
 
 
 def _within(a: Thing, b: Thing) -> bool:
-    """Whether the box of ``a`` lies in that of ``b``, and is smaller."""
+    """Return True where the box of ``a`` lies in that of ``b``, and is smaller."""
     return 2 * abs(a.x - b.x) < b.width - a.width and 2 * abs(a.y - b.y) < b.height - a.height
 
 
 def answers(wanted: Wanted, thing: Thing) -> bool:
-    """Whether a thing is as a text asks for it."""
+    """Return True where an object has the looks that a text asks for."""
     looks = (thing.shape, thing.colour, thing.texture, thing.size)
     return all(asked in (None, found) for asked, found in zip(wanted, looks, strict=False))
 
@@ -78,9 +78,9 @@ def answers(wanted: Wanted, thing: Thing) -> bool:
 def found_in(
     wanted: Sequence[Wanted], relation: str | None, things: Iterable[Thing], *, count: int | None = None
 ) -> bool:
-    """Whether different things answer to all ``wanted``, the first standing in ``relation`` to the second.
+    """Return True where different objects answer to all ``wanted``, the first standing in ``relation`` to the second.
 
-    With a ``count``, just so many things may answer to the first of ``wanted``: "three" is not true of four.
+    With a ``count``, exactly that number may answer to the first of ``wanted``: "three" is not true of four.
     """
     things = list(things)
     answering = [[at for at, thing in enumerate(things) if answers(one, thing)] for one in wanted]

@@ -1,4 +1,4 @@
-"""Scene → pixels: anti-aliased shapes, solid or with a texture, on a background that is plain or nearly so."""
+"""Rendering: draw a scene's anti-aliased shapes, solid or with a texture, on a plain background or a gradient."""
 
 from math import ceil, floor
 
@@ -27,14 +27,16 @@ def render(
         image += (scene.gradient[0] * across[None, :] + scene.gradient[1] * across[:, None])[..., None]
     masks = np.zeros((len(scene.objects), scene.size, scene.size), np.bool_)
     for thing, mask in zip(scene.objects, masks, strict=True):
-        draw(image, mask, SHAPES[thing.shape], _paint(thing, scene.size), x=thing.x, y=thing.y, radius=thing.radius)
+        draw_shape(
+            image, mask, SHAPES[thing.shape], _paint(thing, scene.size), x=thing.x, y=thing.y, radius=thing.radius
+        )
     if noise:
         rng = rng or np.random.default_rng(0)
         image += (255 * noise) * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), masks
 
 
-def draw(
+def draw_shape(
     image: NDArray[np.float32],
     mask: NDArray[np.bool_],
     outline: Outline,
@@ -59,7 +61,7 @@ def draw(
 
 
 def _paint(thing: SceneObject, size: int) -> NDArray[np.float32]:
-    """An object's colour: [3], or [size, size, 3] where it has a texture."""
+    """Compute an object's colour: [3], or [size, size, 3] where it has a texture."""
     colour, tone = np.array(COLOURS[thing.colour], np.float32), np.array(TONES[thing.colour], np.float32)
     if thing.texture == "solid":
         return colour
@@ -69,6 +71,6 @@ def _paint(thing: SceneObject, size: int) -> NDArray[np.float32]:
 
 
 def _span(centre: float, radius: float, size: int) -> tuple[slice, NDArray[np.float32]]:
-    """The pixels of an axis that an object can touch, and their coordinates in units of its radius."""
+    """Find the pixels of an axis that an object can touch, and their coordinates in units of its radius."""
     start, stop = max(floor(centre - radius) - 1, 0), min(ceil(centre + radius) + 1, size)
     return slice(start, stop), ((np.arange(start, stop) + 0.5 - centre) / radius).astype(np.float32)

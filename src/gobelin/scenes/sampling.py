@@ -1,4 +1,4 @@
-"""The sampler: (seed, index) → image, caption, scene and masks."""
+"""Scene sampling: draw an image with its caption, scene and masks from (seed, index)."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from gobelin.scenes.relations import Wanted, relations
 from gobelin.scenes.render import render
 from gobelin.scenes.scene import Scene, SceneObject
 from gobelin.scenes.shapes import RING_HOLE
-from gobelin.scenes.world import CORE, COUNTS, MARGIN, SPLITS, World
+from gobelin.scenes.world import CORE, COUNTS, EDGE_MARGIN, SPLITS, World
 
 # A scene about a relation is never on the diagonal: the offset along one axis is this many times the other's.
 _CLEAR = 1.7
-# The fractions of captions that say what nobody asked: that an object is solid, and of which size it is.
-_SOLID_SAID = 0.25
-_SIZE_SAID = 0.5
-_ASIDE = 0.11  # of the image's side, from its middle: what is on the left, and not in the middle
+# The fractions of captions that say that an object is solid, and that say its size.
+_SOLID_RATE = 0.25
+_SIZE_RATE = 0.5
+_ASIDE = 0.11  # of the image's side: an object is at one side when it is this far or farther from the middle
 
 _Disc = tuple[float, float, float]  # x, y and radius
 
@@ -59,12 +59,12 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
     if split not in SPLITS:
         raise UsageError(f"Expected a split of {', '.join(SPLITS)}; got {split}.")
     rng = np.random.default_rng((seed, index, crc32(f"{world.name}/{split}".encode())))
-    category = _category(rng, world)
-    scene = _scene(rng, category, world)
-    while _held_out(scene, world) != (split == "heldout"):
-        scene = _scene(rng, category, world)
+    category = _draw_category(rng, world)
+    scene = _draw_scene(rng, category, world)
+    while _is_held_out(scene, world) != (split == "heldout"):
+        scene = _draw_scene(rng, category, world)
     choices = templates(category, split)
-    wanted = _wanted(rng, scene, world)
+    wanted = _caption_content(rng, scene, world)
     count = len(wanted) if category == "count" else None
     phrasing = phrase(
         rng,
@@ -77,9 +77,9 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
         colourless=world.colourless,
     )
     if category == "two":
-        phrasing = replace(phrasing, mentions=_as_read(phrasing.mentions, scene))
+        phrasing = replace(phrasing, mentions=_in_reading_order(phrasing.mentions, scene))
     if world.placed and category in ("single", "two") and rng.random() < world.placed:
-        phrasing = replace(phrasing, mentions=tuple(_placed(rng, mention, scene) for mention in phrasing.mentions))
+        phrasing = replace(phrasing, mentions=tuple(_with_place(rng, mention, scene) for mention in phrasing.mentions))
     image, masks = render(scene, noise=world.noise, rng=rng)
     return Sample(
         image=image,
@@ -94,7 +94,7 @@ def sample(seed: int, index: int, world: World = CORE, split: str = "train") -> 
     )
 
 
-def _category(rng: np.random.Generator, world: World) -> str:
+def _draw_category(rng: np.random.Generator, world: World) -> str:
     """Draw a category by its weight in the mix."""
     at = rng.random() * sum(weight for _, weight in world.mix)
     for category, weight in world.mix:
@@ -104,58 +104,59 @@ def _category(rng: np.random.Generator, world: World) -> str:
     return world.mix[-1][0]
 
 
-def _held_out(scene: Scene, world: World) -> bool:
-    """Whether the scene shows a held-out combination, captioned or not."""
+def _is_held_out(scene: Scene, world: World) -> bool:
+    """Return True where the scene shows a held-out combination, captioned or not."""
     things = scene.objects
     shown = relations(*things) if len(things) == 2 else ()
     return world.holds_out([(thing.shape, thing.colour) for thing in things], *shown)
 
 
-def _scene(rng: np.random.Generator, category: str, world: World) -> Scene:
+def _draw_scene(rng: np.random.Generator, category: str, world: World) -> Scene:
     """Draw a scene of a category, held out or not."""
     background = world.backgrounds[rng.integers(len(world.backgrounds))]
     match category:
         case "single":
-            names = [_name(rng, world)]
-            places = [_place(rng, world, _bounds(rng, world, world.radius))]
+            names = [_draw_name(rng, world)]
+            places = [_draw_disc(rng, world, _draw_bounds(rng, world, world.radius))]
         case "count":
             count = COUNTS[rng.integers(len(COUNTS))]
-            names = [_name(rng, world)] * count
-            places = _places(rng, world, [_bounds(rng, world, world.radius_count, count)] * count)
+            names = [_draw_name(rng, world)] * count
+            places = _draw_discs(rng, world, [_draw_bounds(rng, world, world.radius_count, count)] * count)
         case "inside":
-            names = [_name(rng, world), ("ring", _name(rng, world)[1])]
+            names = [_draw_name(rng, world), ("ring", _draw_name(rng, world)[1])]
             while names[0][0] == "ring":
-                names[0] = _name(rng, world)
-            places = _nested(rng, world)
+                names[0] = _draw_name(rng, world)
+            places = _draw_nested_discs(rng, world)
         case _:
-            names = [_name(rng, world), _name(rng, world)]
+            names = [_draw_name(rng, world), _draw_name(rng, world)]
             while names[0] == names[1]:
-                names[1] = _name(rng, world)
-            bounds = [_bounds(rng, world, world.radius_crowded) for _ in names]
-            places = _places(rng, world, bounds, clear=category == "relation")
-    textures = [_texture(rng, world)] * len(names) if category == "count" else [_texture(rng, world) for _ in names]
+                names[1] = _draw_name(rng, world)
+            bounds = [_draw_bounds(rng, world, world.radius_crowded) for _ in names]
+            places = _draw_discs(rng, world, bounds, clear=category == "relation")
+    like = category == "count"
+    textures = [_draw_texture(rng, world)] * len(names) if like else [_draw_texture(rng, world) for _ in names]
     things = tuple(
         SceneObject(shape=shape, colour=colour, x=x, y=y, radius=radius, texture=texture, size=world.size_of(radius))
         for (shape, colour), (x, y, radius), texture in zip(names, places, textures, strict=True)
     )
     relation = next(iter(relations(*things))) if category in ("relation", "inside") else None
     return Scene(
-        objects=things, background=background, relation=relation, size=world.size, gradient=_gradient(rng, world)
+        objects=things, background=background, relation=relation, size=world.size, gradient=_draw_gradient(rng, world)
     )
 
 
-def _wanted(rng: np.random.Generator, scene: Scene, world: World) -> list[Wanted]:
-    """What the caption says of each object: its shape, its colour, a texture that is there, now and then the rest."""
+def _caption_content(rng: np.random.Generator, scene: Scene, world: World) -> list[Wanted]:
+    """Choose the looks that the caption says: shape, colour, a texture that is not solid, sometimes the rest."""
     wanted: list[Wanted] = []
     for thing in scene.objects:
-        texture = thing.texture != "solid" or (len(world.textures) > 1 and rng.random() < _SOLID_SAID)
-        size = thing.size and rng.random() < _SIZE_SAID
+        texture = thing.texture != "solid" or (len(world.textures) > 1 and rng.random() < _SOLID_RATE)
+        size = thing.size and rng.random() < _SIZE_RATE
         wanted.append((thing.shape, thing.colour, thing.texture if texture else None, thing.size if size else None))
     return wanted
 
 
-def _as_read(mentions: Sequence[Mention], scene: Scene) -> tuple[Mention, ...]:
-    """The mentions as one reads: along the axis on which two objects are further apart, left or upper one first."""
+def _in_reading_order(mentions: Sequence[Mention], scene: Scene) -> tuple[Mention, ...]:
+    """Sort two mentions in reading order: the left or upper one first, by the axis on which they are further apart."""
 
     def towards_bottom_right(mention: Mention) -> float:
         thing = scene.objects[mention.things[0]]
@@ -164,8 +165,8 @@ def _as_read(mentions: Sequence[Mention], scene: Scene) -> tuple[Mention, ...]:
     return tuple(sorted(mentions, key=towards_bottom_right))
 
 
-def _placed(rng: np.random.Generator, mention: Mention, scene: Scene) -> Mention:
-    """The mention with words for where in the picture its object is, if that is well to one side."""
+def _with_place(rng: np.random.Generator, mention: Mention, scene: Scene) -> Mention:
+    """Add words for the object's place in the image to its mention, where that is well to one side."""
     thing = scene.objects[mention.things[0]]
     dx, dy = thing.x - scene.size / 2, thing.y - scene.size / 2
     if max(abs(dx), abs(dy)) < _ASIDE * scene.size:
@@ -175,23 +176,23 @@ def _placed(rng: np.random.Generator, mention: Mention, scene: Scene) -> Mention
     return replace(mention, place=wordings[rng.integers(len(wordings))])
 
 
-def _bounds(
+def _draw_bounds(
     rng: np.random.Generator, world: World, otherwise: tuple[float, float], count: int = 1
 ) -> tuple[float, float]:
-    """The bounds of a radius: those of a size drawn at random, where there are sizes. Of the most, all are small."""
+    """Draw a radius's bounds: those of a random size in a world with sizes; the greatest ``count`` is of small ones."""
     sizes = [bounds for _, bounds in world.sizes]
     if not sizes:
         return otherwise
     return sizes[0 if count == COUNTS[-1] else rng.integers(len(sizes))]
 
 
-def _texture(rng: np.random.Generator, world: World) -> str:
+def _draw_texture(rng: np.random.Generator, world: World) -> str:
     """Draw a texture, where there are several."""
     return world.textures[0] if len(world.textures) == 1 else world.textures[rng.integers(len(world.textures))]
 
 
-def _gradient(rng: np.random.Generator, world: World) -> tuple[float, float]:
-    """Draw how the background gets brighter, in levels; all directions alike, and the corners by the most at most."""
+def _draw_gradient(rng: np.random.Generator, world: World) -> tuple[float, float]:
+    """Draw the background's gradient (right, down) in levels, in any direction; corners keep to the world's limit."""
     if not world.gradient:
         return 0.0, 0.0
     strength, angle = rng.random(2).tolist()
@@ -199,42 +200,42 @@ def _gradient(rng: np.random.Generator, world: World) -> tuple[float, float]:
     return round(strength * math.cos(angle), 2), round(strength * math.sin(angle), 2)
 
 
-def _nested(rng: np.random.Generator, world: World) -> list[_Disc]:
+def _draw_nested_discs(rng: np.random.Generator, world: World) -> list[_Disc]:
     """Draw a disc and a ring around it, with a gap between them."""
-    x, y, ring = _place(rng, world, world.radius_ring)
+    x, y, ring = _draw_disc(rng, world, world.radius_ring)
     large, far, angle = rng.random(3).tolist()
     radius = round(world.radius_inside[0] + large * (world.radius_inside[1] - world.radius_inside[0]), 2)
     off, angle = far * (RING_HOLE * ring - radius - world.gap), angle * 2 * math.pi
     return [(round(x + off * math.cos(angle), 2), round(y + off * math.sin(angle), 2), radius), (x, y, ring)]
 
 
-def _name(rng: np.random.Generator, world: World) -> tuple[str, str]:
+def _draw_name(rng: np.random.Generator, world: World) -> tuple[str, str]:
     """Draw a shape and a colour."""
     shape, colour = divmod(int(rng.integers(len(world.shapes) * len(world.colours))), len(world.colours))
     return world.shapes[shape], world.colours[colour]
 
 
-def _place(rng: np.random.Generator, world: World, bounds: tuple[float, float]) -> _Disc:
+def _draw_disc(rng: np.random.Generator, world: World, bounds: tuple[float, float]) -> _Disc:
     """Draw x, y and radius in pixels, with the whole disc inside the image."""
     across, down, large = rng.random(3).tolist()
     radius = round(bounds[0] + large * (bounds[1] - bounds[0]), 2)
-    edge = radius + MARGIN
+    edge = radius + EDGE_MARGIN
     x, y = (round(edge + at * (world.size - 2 * edge), 2) for at in (across, down))
     return x, y, radius
 
 
-def _places(
+def _draw_discs(
     rng: np.random.Generator, world: World, bounds: Sequence[tuple[float, float]], *, clear: bool = False
 ) -> list[_Disc]:
     """Draw a disc for each of the ``bounds``, with gaps; ``clear`` ones stand beside or above each other."""
     while True:
-        places = [_place(rng, world, one) for one in bounds]
-        if all(_apart(one, other, world.gap, clear=clear) for one, other in combinations(places, 2)):
+        places = [_draw_disc(rng, world, one) for one in bounds]
+        if all(_have_gap(one, other, world.gap, clear=clear) for one, other in combinations(places, 2)):
             return places
 
 
-def _apart(one: _Disc, other: _Disc, gap: float, *, clear: bool) -> bool:
-    """Whether two discs leave a gap and, where it must be ``clear``, are not on a diagonal."""
+def _have_gap(one: _Disc, other: _Disc, gap: float, *, clear: bool) -> bool:
+    """Return True where two discs leave a gap and, where ``clear``, are not on a diagonal."""
     (x, y, r), (u, v, s) = one, other
     dx, dy = abs(x - u), abs(y - v)
     apart = (dx * dx + dy * dy) ** 0.5 >= r + s + gap

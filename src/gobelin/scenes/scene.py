@@ -1,4 +1,4 @@
-"""A scene: what is in an image, and where. Serialisable, and enough to draw the image again."""
+"""Scenes: the objects of an image and their places, as JSON too; enough to draw the image again."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from gobelin.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class SceneObject:
-    """One object. ``x`` (right) and ``y`` (down) are its centre and ``radius`` its disc's, all in pixels.
+    """One object of a scene. ``x`` (right) and ``y`` (down) are its centre and ``radius`` its disc's, all in pixels.
 
     The top left corner of the image is (0, 0) and the centre of the first pixel (0.5, 0.5). ``size`` is the word
     for it, "small" or "large", or None in a world that has no such words.
@@ -38,8 +38,8 @@ class Scene:
     """Objects on a background, in an image of ``size`` × ``size`` pixels.
 
     ``relation``, where the scene is about one, says where ``objects[0]`` is, seen from ``objects[1]``.
-    ``gradient`` is how much brighter the background is at the right and at the lower edge than in the middle, in
-    levels of [0, 255].
+    ``gradient`` is the amount by which the background is brighter at the right and at the lower edge than in the
+    middle, in levels of [0, 255].
     """
 
     objects: tuple[SceneObject, ...]
@@ -49,12 +49,12 @@ class Scene:
     gradient: tuple[float, float] = (0.0, 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """The scene as dicts, lists, strings and numbers; ``from_json`` gives back an equal scene."""
+        """Convert to dicts, lists, strings and numbers; ``from_json`` gives back an equal scene."""
         return asdict(self) | {"objects": [asdict(thing) for thing in self.objects]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Scene":
-        """The scene that ``to_json`` wrote. Raises DataError for anything else."""
+        """Read the scene that ``to_json`` wrote. Raises DataError for anything else."""
         try:
             objects = tuple(SceneObject(**thing) for thing in data["objects"])
             right, down = data.get("gradient", (0.0, 0.0))

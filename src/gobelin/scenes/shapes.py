@@ -1,4 +1,4 @@
-"""The shapes, as signed distance functions.
+"""Shapes as signed distance functions.
 
 Every shape lies in the unit disc. A function takes coordinates ``x`` (right) and ``y`` (down) that broadcast,
 in units of the shape's radius, and returns the distance to the outline in the same units: negative inside.

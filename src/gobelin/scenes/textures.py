@@ -1,7 +1,7 @@
-"""The textures: how much of a pixel is in the second tone of an object's colour.
+"""Textures: the share of each pixel that is in the second tone of an object's colour.
 
 A function takes coordinates ``x`` (right) and ``y`` (down) that broadcast, in pixels from the object's centre, and
-returns the share of the second tone in [0, 1], anti-aliased. All repeat after ``PERIOD`` pixels both ways, at
+returns the share of the second tone in [0, 1], anti-aliased. All repeat after ``TEXTURE_PERIOD`` pixels both ways, at
 every size of the object.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from gobelin.scenes.shapes import Array
 
-PERIOD = 5  # pixels
+TEXTURE_PERIOD = 5  # pixels
 _STRIPE = 2.0  # pixels
 _DOT = 1.35  # pixels
 
@@ -32,10 +32,10 @@ TEXTURES: dict[str, Callable[[Array, Array], Array]] = {"solid": _solid, "stripe
 
 
 def _nearest(at: Array) -> Array:
-    """The way from the nearest multiple of the period, in pixels."""
-    return (at + PERIOD / 2) % PERIOD - PERIOD / 2
+    """Compute the offset from the nearest multiple of the period, in pixels."""
+    return (at + TEXTURE_PERIOD / 2) % TEXTURE_PERIOD - TEXTURE_PERIOD / 2
 
 
 def _soft(distance: Array) -> Array:
-    """The share of a pixel that is inside, where ``distance`` is that of its centre to the edge."""
+    """Compute the share of a pixel that is inside, from the ``distance`` of its centre to the edge in pixels."""
     return np.clip(0.5 - distance, 0, 1)

@@ -1,4 +1,4 @@
-"""Worlds: what may occur in a scene, how often, and which combinations are kept from training."""
+"""Worlds: the contents of scenes, their frequencies, and the combinations kept from training."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from gobelin.scenes.relations import INVERSE, Wanted
 from gobelin.scenes.shapes import RING_HOLE, SHAPES
 from gobelin.scenes.textures import TEXTURES
 
-# Each category, and the most objects of its scenes. "count" is of like objects, as many as COUNTS says.
-# "inside" is of an object inside a ring.
+# Each category, and the most objects of its scenes. Scenes of "count" have like objects, in the numbers of COUNTS,
+# and those of "inside" an object inside a ring.
 CATEGORIES = {"single": 1, "two": 2, "relation": 2, "count": 4, "inside": 2}
 COUNTS = (2, 3, 4)
 SPLITS = ("train", "dev", "test", "heldout")
-MARGIN = 1.0  # pixels between an object's disc and the edge of the image
+EDGE_MARGIN = 1.0  # pixels between an object's disc and the edge of the image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class World:
     ``radius_count`` that of one in a "count", in pixels; where there are ``sizes``, the words and the bounds that
     they mean, these bound them all. ``radius_ring`` and ``radius_inside`` are those of a ring and of what is
     inside it. ``noise`` is the standard deviation of the pixels' noise, where white is 1, and ``gradient`` the
-    most that a background gets brighter towards the edges, in levels of [0, 255].
+    greatest brightening of a background towards the edges, in levels of [0, 255].
 
     ``mix`` weighs the categories. ``underspecified`` is the fraction of captions that leave something out, and
     ``colourless`` the fraction of those that name no colour at all; the rest leave out one colour or shape.
@@ -71,7 +71,7 @@ class World:
         if not self.held_out_pairs:
             pairs = len(self.shapes) * len(self.colours)
             raise UsageError(f"Expected 7 pairs of shape and colour or more, so as to hold some out; got {pairs}.")
-        room = self.size - 2 * MARGIN
+        room = self.size - 2 * EDGE_MARGIN
         crowded = max(self.radius_crowded[1], self.radius_count[1], *(bounds[1] for _, bounds in self.sizes))
         if 2 * self.radius[1] > room or 4 * crowded + self.gap > room:
             raise UsageError(
@@ -83,7 +83,7 @@ class World:
             self._check_rings(room)
 
     def _check_rings(self, room: float) -> None:
-        """Raise UsageError where nothing can be inside a ring."""
+        """Check that an object can be inside a ring; raises UsageError where none fits."""
         if "ring" not in self.shapes or len(self.shapes) < 2:
             raise UsageError(f"Expected rings, and other shapes to be inside them; got {', '.join(self.shapes)}.")
         hole = RING_HOLE * self.radius_ring[0] - self.gap
@@ -94,7 +94,7 @@ class World:
             )
 
     def size_of(self, radius: float) -> str | None:
-        """The word for the size of an object: that whose bounds are nearest. None where there are no words."""
+        """Name an object's size: the word whose bounds are nearest to its radius, None in a world without words."""
         if not self.sizes:
             return None
         return min(self.sizes, key=lambda size: max(size[1][0] - radius, radius - size[1][1]))[0]
@@ -146,10 +146,10 @@ class World:
         return frozenset((COUNTS[k % len(COUNTS)], self.shapes[(k + 1) % len(self.shapes)]) for k in range(kept))
 
     def holds_out(self, objects: Sequence[Wanted], *relations: str) -> bool:
-        """Whether training never shows this.
+        """Return True for a combination that training never shows.
 
-        That is: an object's pair is held out, or one of the ``relations`` of the first to the second, or the
-        number of objects of a shape; or there are more objects than in any scene.
+        That is one where an object's pair is held out, or one of the ``relations`` of the first to the second, or
+        the number of objects of a shape; or where there are more objects than in any scene.
         """
         numbers = Counter(wanted[0] for wanted in objects if wanted[0])
         return (

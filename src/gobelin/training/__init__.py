@@ -1,5 +1,5 @@
-"""Training from nothing: tokenizer, text encoder, VAE, U-Net."""
+"""Training from scratch: tokenizer, text encoder, VAE, U-Net."""
 
-from gobelin.training.config import PRESETS, TrainConfig, find_preset
+from gobelin.training.config import TRAINING_PRESETS, TrainConfig, find_preset
 
-__all__ = ["PRESETS", "TrainConfig", "find_preset"]
+__all__ = ["TRAINING_PRESETS", "TrainConfig", "find_preset"]

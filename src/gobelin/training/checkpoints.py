@@ -1,4 +1,4 @@
-"""Checkpoints: written whole beside the old one, which goes only when the new one stands."""
+"""Checkpoints of a training run: each is written whole before the previous one is removed."""
 
 import os
 import shutil
@@ -10,17 +10,20 @@ import torch
 from gobelin.errors import TrainingError
 from gobelin.formats.files import sync_folder
 
-FILE = "state.pt"
+CHECKPOINT_FILE = "state.pt"
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``folder/step-N`` (a temporary folder, renamed), then remove the older ones."""
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write ``folder/step-N`` by way of a temporary folder, then remove older checkpoints.
+
+    Raises :class:`TrainingError` if it cannot be written, for instance to a full disk; the previous one then stands.
+    """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with (temporary / FILE).open("wb") as file:
+        with (temporary / CHECKPOINT_FILE).open("wb") as file:
             torch.save({"step": step, **state}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -36,12 +39,15 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
         shutil.rmtree(older)
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint's state, on the CPU; None where there is none yet."""
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Read the newest checkpoint's state onto the CPU; None if there is none yet.
+
+    Raises :class:`TrainingError` for a damaged file.
+    """
     checkpoints = sorted(folder.glob("step-*"))
     if not checkpoints:
         return None
-    file = checkpoints[-1] / FILE
+    file = checkpoints[-1] / CHECKPOINT_FILE
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parser meets

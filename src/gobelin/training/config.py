@@ -1,143 +1,181 @@
-"""What a training run is told: frozen dataclasses, and presets that are functions returning a full one."""
+"""Configuration of a training run: frozen dataclasses, and presets as functions that return a complete one.
+
+Every value is checked when a configuration is made: :class:`UsageError` names the field and the values that it takes.
+Names in quotes are headings of ``docs/decisions.md``.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Literal
 
-from gobelin.checkpoint import Recommended
 from gobelin.errors import UsageError
-from gobelin.formats.component import require_choices, require_counts
-from gobelin.samplers import find_sampler
+from gobelin.settings import Settings
+from gobelin.tokenizer import MIN_VOCABULARY
+from gobelin.validation import (
+    Count,
+    Fraction,
+    FractionBelowOne,
+    NonNegativeNumber,
+    PositiveNumber,
+    WholeNumber,
+    validate_fields,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the pairs come from."""
+    """The captioned images to train on."""
 
-    path: str | None = None
-    """A folder of captioned images; without one, the procedural scenes."""
+    path: Annotated[str | None, "the name of a folder"] = None
+    """A folder of captioned images; without one, procedural scenes are drawn."""
     world: str = "nano"
-    """The world of scenes."""
-    count: int = 16_000
-    """How many scenes."""
-    size: int = 64
+    """The world of scenes: nano, core or rich."""
+    count: Count = 16_000
+    """Number of scenes."""
+    size: Count = 64
     """Height and width of the images, in pixels: a multiple of 16."""
 
     def __post_init__(self) -> None:
-        require_counts(self, "size", "count")
+        validate_fields(self)
         if self.size % 16:
             raise UsageError(f"size is {self.size}: give a multiple of 16")
-        if self.path is not None and not isinstance(self.path, str):
-            raise UsageError(f"path is {self.path!r}: give the name of a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """An optimizer, a learning rate that warms up, holds, and falls as half a cosine, and an average of the weights."""
+    """Optimizer, learning rate schedule (warm-up, constant, half a cosine), and moving average of the weights."""
 
-    steps: int
+    steps: Count
     """Optimizer steps."""
-    batch_size: int
-    learning_rate: float
+    batch_size: Count
+    """Images a step."""
+    learning_rate: PositiveNumber
+    """The highest learning rate, reached after the warm-up."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices and kernels between hidden layers, AdamW for all else."""
-    warmup_steps: int = 100
-    hold: float = 0.0
-    """How much of the steps goes by, warm-up and all, before the rate begins to fall. A run can be made longer while it
-    holds."""
-    final_learning_rate: float = 0.02
-    """Where the cosine ends, as a fraction of the learning rate."""
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    ema: float = 0.999
-    """How slowly the average of the weights moves; it is what is saved and sampled."""
+    """muon: Muon for matrices and kernels between hidden layers, AdamW for all else."""
+    warmup_steps: WholeNumber = 100
+    """Steps over which the learning rate rises from 0."""
+    hold: FractionBelowOne = 0.0
+    """Fraction of the steps, warm-up included, before the learning rate begins to fall. A run can be made longer while
+    it holds."""
+    final_lr_ratio: Fraction = 0.02
+    """Learning rate of the last step, as a fraction of the highest."""
+    weight_decay: NonNegativeNumber = 0.01
+    """Decoupled weight decay of matrices and kernels."""
+    betas: Annotated[tuple[FractionBelowOne, FractionBelowOne], "two fractions from 0 to less than 1"] = (
+        0.9,
+        0.99,
+    )  # .99 and not AdamW's .999, as usual for short runs; not measured
+    """AdamW's decay of its first and second moments."""
+    clip_norm: PositiveNumber = 1.0
+    """Largest norm of all gradients together; larger ones are scaled down to it."""
+    ema: FractionBelowOne = 0.999
+    """Decay of the exponential moving average of the weights, which is what is saved and sampled."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast; the weights stay float32."""
 
     def __post_init__(self) -> None:
-        require_counts(self, "steps", "batch_size")
-        require_choices(self)
-        if not 0 <= self.hold < 1:
-            raise UsageError(f"hold is {self.hold}: give a fraction from 0 to less than 1")
+        validate_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The vocabulary, trained on the captions."""
+    """The byte-pair vocabulary, learned from the captions."""
 
-    vocab_size: int = 1024
-    """At most; 514 of them are bytes and markers."""
-    max_length: int = 32
-    """Tokens of a prompt with its BOS and EOS; 77 for Stable Diffusion 1.5."""
+    vocab_size: Count = 1024
+    """Largest number of tokens; 514 of them are bytes and markers."""
+    max_length: Count = 32
+    """Tokens of a prompt, BOS and EOS included; 77 for Stable Diffusion 1.5."""
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        if self.vocab_size < MIN_VOCABULARY:
+            raise UsageError(f"vocab_size is {self.vocab_size}: give {MIN_VOCABULARY} (bytes and markers) or more")
+        if self.max_length < 3:
+            raise UsageError(f"max_length is {self.max_length}: give 3 (BOS, a token, EOS) or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextStageConfig:
-    """The text encoder and its training: contrast with images, and sketches."""
+    """The text encoder, trained by a contrastive loss against images and by a sketch loss."""
 
-    width: int = 96
-    layers: int = 2
-    heads: int = 4
-    projection: int = 96
+    width: Count = 96
+    """Width of the text embeddings."""
+    layers: Count = 2
+    """Transformer layers."""
+    heads: Count = 4
+    """Attention heads; they divide the width."""
+    projection: Count = 96
     """Width of the space that texts and images share."""
-    text_rate: float = 0.1
-    """The text encoder's learning rate, as a fraction of the image encoder's: at the full rate, words that the
-    images cannot tell apart yet become synonyms, and stay so, unless Muon takes the steps."""
-    sketch: float = 5.0
-    """Weight of the sketches beside the contrast: colours in 8×8 places from words alone, the error as a share of their
-    variance."""
+    text_lr_ratio: NonNegativeNumber = 0.1  # "The text encoder learns at a tenth of the rate"
+    """The text encoder's learning rate, as a fraction of the image encoder's: at the full rate AdamW makes synonyms of
+    words that the images cannot tell apart yet; Muon does not."""
+    sketch: NonNegativeNumber = 5.0  # "The text encoder sketches"
+    """Weight of the sketch loss beside the contrastive loss: the colours of 8×8 patches predicted from the text alone,
+    the squared error as a fraction of their variance."""
     optim: OptimConfig
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        if self.width % self.heads:
+            raise UsageError(f"width is {self.width}: give a multiple of heads, {self.heads}")
+        if self.optim.batch_size < 2:
+            raise UsageError(
+                f"text.optim.batch_size is {self.optim.batch_size}: give 2 or more, the loss compares images of a batch"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAEStageConfig:
-    """The autoencoder and its losses' weights, each loss a mean over pixels in [-1, 1]."""
+    """The autoencoder and the weights of its losses, each a mean over pixels in [-1, 1]."""
 
+    # The weights: "The VAE's loss, and its noise"
     preset: Literal["nano", "tiny", "small", "sd15"] = "nano"
-    mse: float = 4.0
-    coarse_mse: float = 4.0
-    """Of means over 4×4 pixels: what carries colour."""
-    edges: float = 1.0
-    """Of differences between neighbouring pixels."""
-    l1: float = 0.1
-    kl: float = 1e-7
-    """Of the KL divergence summed over the latents of an image."""
-    latent_noise: float = 0.0
-    """Noise added before decoding, as a fraction of each latent channel's spread, so that the decoder learns to bear
-    what the U-Net gets wrong."""
+    """Size of the autoencoder."""
+    mse: NonNegativeNumber = 4.0
+    """Weight of the squared error."""
+    coarse_mse: NonNegativeNumber = 4.0
+    """Weight of the squared error of means over 4×4 pixels, which carry colour."""
+    edges: NonNegativeNumber = 1.0
+    """Weight of the squared error of differences between neighbouring pixels."""
+    l1: NonNegativeNumber = 0.1
+    """Weight of the absolute error."""
+    kl: NonNegativeNumber = 1e-7
+    """Weight of the KL divergence, summed over the latents of an image."""
+    latent_noise: NonNegativeNumber = 0.0  # "Noise in the latents does not matter to the decoder"
+    """Noise added before decoding, as a fraction of each latent channel's standard deviation, so that the decoder
+    learns to tolerate the U-Net's errors."""
     optim: OptimConfig
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        validate_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetStageConfig:
-    """The U-Net and what it predicts."""
+    """The U-Net and its diffusion loss."""
 
     preset: Literal["nano", "tiny", "small", "sd15"] = "nano"
+    """Size of the U-Net."""
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
-    zero_terminal_snr: bool = True
-    caption_dropout: float = 0.1
-    """How often a caption is left empty, so that guidance has something to guide away from."""
-    train_text_encoder: bool = False
-    """Let the U-Net's loss train the text encoder too, in place of keeping it as its own stage left it."""
-    text_rate: float = 0.3
-    """The text encoder's learning rate then, as a fraction of the U-Net's."""
-    timestep_shift: float = 3.0
-    """How much more often timesteps near noise are drawn, where what goes where is settled: half of them are beyond
-    shift / (1 + shift) of the schedule. 1 draws them evenly."""
+    """epsilon: the U-Net predicts the noise; v_prediction: the velocity."""
+    zero_terminal_snr: bool = True  # with epsilon it is refused: "ε-prediction with zero terminal SNR is refused"
+    """Rescale the noise schedule so that its last timestep is pure noise."""
+    caption_dropout: Fraction = 0.1  # as Stable Diffusion 1.5 was trained
+    """Fraction of captions replaced by the empty one, for classifier-free guidance."""
+    train_text_encoder: bool = False  # "Timesteps shifted towards noise": after sketching it need not be
+    """Train the text encoder by the U-Net's loss too; otherwise it is frozen."""
+    text_lr_ratio: NonNegativeNumber = 0.3  # "The text encoder learns with the U-Net"
+    """The text encoder's learning rate if it is trained, as a fraction of the U-Net's."""
+    timestep_shift: PositiveNumber = 3.0  # "Timesteps shifted towards noise"
+    """Shift of the sampled timesteps towards noise, where the layout is settled: half of them are beyond
+    shift / (1 + shift) of the schedule. 1 samples them uniformly."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     optim: OptimConfig
 
     def __post_init__(self) -> None:
-        require_choices(self)
-        if self.timestep_shift <= 0:
-            raise UsageError(
-                f"timestep_shift is {self.timestep_shift}: give a number above 0; 1 draws timesteps evenly"
-            )
+        validate_fields(self)
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UsageError(
                 "zero_terminal_snr needs prediction v_prediction: in pure noise there is no epsilon to learn from"
@@ -145,31 +183,56 @@ class UNetStageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides a training run, apart from where it is written."""
+class SamplingConfig:
+    """Sampling while a model trains, which it recommends afterwards."""
 
-    seed: int = 0
+    sampler: str = "dpmpp_2m"
+    """Sampler, as in gobelin generate."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale."""
+    guidance_rescale: float = 0.0
+    """Guidance rescale, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        self.settings()
+
+    def settings(self) -> Settings:
+        """Return the same as settings of an image; raises :class:`UsageError` for what cannot be sampled."""
+        return Settings(**asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The complete configuration of a training run, apart from the folder that it is written to.
+
+    Start from a preset and change fields: ``dataclasses.replace(find_preset("nano"), seed=1)``.
+    """
+
+    seed: WholeNumber = 0
+    """Another seed gives other scenes, weights and noise."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between checkpoints."""
-    picture_every: int = 1000
+    sample_every: Count = 1000
     """Steps between sample grids."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextStageConfig
     vae: VAEStageConfig
     unet: UNetStageConfig
-    recommended: Recommended = field(default_factory=lambda: Recommended(steps=20, guidance=3.0))
+    recommended: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        require_counts(self, "save_every", "picture_every")
-        find_sampler(self.recommended.sampler)
+        validate_fields(self)
 
 
 def nano() -> TrainConfig:
-    """From nothing to pictures in about 13 minutes on two CPU cores: 5 shapes, 6 colours, 1.4 million parameters."""
+    """A model of 5 shapes and 6 colours, 1.4 million parameters: about 13 minutes on two CPU cores."""
     return TrainConfig(
+        # Steps: "How long nano trains". bfloat16: "Plain attention for training in bfloat16 on a CPU".
         text=TextStageConfig(
             optim=OptimConfig(
                 steps=280, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="bfloat16"
@@ -190,7 +253,7 @@ def nano() -> TrainConfig:
 
 
 def tiny() -> TrainConfig:
-    """All seven shapes and ten colours, counts and relations: the model that ships."""
+    """The model that ships: seven shapes, ten colours, counts and relations, 7.5 million parameters."""
     return TrainConfig(
         data=DataConfig(world="core", count=64_000),
         tokenizer=TokenizerConfig(vocab_size=768),
@@ -198,7 +261,8 @@ def tiny() -> TrainConfig:
             width=192,
             layers=4,
             projection=192,
-            text_rate=1.0,
+            # Full rate, Muon, 204,800 pairs: "The text encoder sketches"
+            text_lr_ratio=1.0,
             optim=OptimConfig(
                 steps=1600,
                 batch_size=128,
@@ -212,12 +276,14 @@ def tiny() -> TrainConfig:
         ),
         vae=VAEStageConfig(
             preset="tiny",
+            # Steps: "Noise in the latents does not matter to the decoder"
             optim=OptimConfig(
                 steps=2400, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="bfloat16"
             ),
         ),
         unet=UNetStageConfig(
             preset="tiny",
+            # Muon, rate and batch: "Muon for tiny's U-Net". Steps: "The sampling mix, and noise while painting".
             optim=OptimConfig(
                 steps=15_000,
                 batch_size=64,
@@ -228,15 +294,19 @@ def tiny() -> TrainConfig:
                 precision="bfloat16",
             ),
         ),
-        recommended=Recommended(sampler="ddpm", steps=25, guidance=3.0),
+        # ddpm: "The sampling mix, and noise while painting". Guidance: "The long run with both".
+        recommended=SamplingConfig(sampler="ddpm", steps=25, guidance=3.0),
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"nano": nano, "tiny": tiny}
+TRAINING_PRESETS: dict[str, Callable[[], TrainConfig]] = {"nano": nano, "tiny": tiny}
 
 
 def find_preset(name: str) -> TrainConfig:
-    """The preset of that name; raises :class:`UsageError` with the choices."""
-    if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}: the choices are {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    """Make the configuration of a preset: nano or tiny.
+
+    Raises :class:`UsageError` with the choices for any other name.
+    """
+    if name not in TRAINING_PRESETS:
+        raise UsageError(f"unknown preset {name!r}: the choices are {', '.join(TRAINING_PRESETS)}")
+    return TRAINING_PRESETS[name]()

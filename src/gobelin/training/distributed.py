@@ -1,6 +1,6 @@
-"""Several processes that train one model: started by ``torchrun``, each takes its part of every batch.
+"""Data-parallel training: ``torchrun`` starts the processes, each computes gradients on its shard of every batch.
 
-In a process of its own, all of this does nothing.
+In a single process every function here does nothing.
 """
 
 import os
@@ -10,82 +10,83 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, distributed
 
 from gobelin.errors import TrainingError
 
-Value = TypeVar("Value")
-PATIENCE = timedelta(minutes=30)  # the others wait while the first one writes files and paints samples
+_Value = TypeVar("_Value")
+_TIMEOUT = timedelta(minutes=30)  # the main process writes checkpoints and sample grids while the others wait
 
 
-def launched() -> bool:
-    """Whether ``torchrun`` started this process."""
+def is_torchrun() -> bool:
+    """Tell whether ``torchrun`` started this process."""
     return distributed.is_torchelastic_launched()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Be one of the processes that ``torchrun`` started, if it did; each takes a GPU of its own.
+def init_process_group(device: torch.device) -> Iterator[None]:
+    """Join the process group of ``torchrun``, if it started this process; on CUDA take the GPU of the local rank.
 
-    After an error the group is left as it stands: leaving it in order would wait for the others, and it is
-    ``torchrun`` that ends them. Raises :class:`TrainingError` where there are fewer GPUs than processes.
+    After an error the group is not destroyed: that would wait for the other processes, and ``torchrun`` ends them.
+    Raises :class:`TrainingError` if there are fewer GPUs than processes, or for a device other than cpu and cuda.
     """
-    if not launched() or distributed.is_initialized():
+    if not is_torchrun() or distributed.is_initialized():
         yield
         return
     if device.type not in ("cpu", "cuda"):
         raise TrainingError(f"several processes train on cpu or cuda, not on {device.type}: say --device cpu")
     if device.type == "cuda":
-        place = int(os.environ["LOCAL_RANK"])
-        if place >= torch.cuda.device_count():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
             raise TrainingError(
-                f"process {place} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+                f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
                 "start as many processes as GPUs"
             )
-        torch.cuda.set_device(place)
-    distributed.init_process_group(timeout=PATIENCE)
+        torch.cuda.set_device(local_rank)
+    distributed.init_process_group(timeout=_TIMEOUT)
     yield
     distributed.destroy_process_group()
 
 
-def count() -> int:
-    """How many processes there are."""
+def world_size() -> int:
+    """Count the processes of the group; 1 without one."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes files and speaks."""
-    return not launched() or os.environ["RANK"] == "0"
+def is_main_process() -> bool:
+    """Tell whether this is rank 0, the process that writes files and prints."""
+    return not is_torchrun() or os.environ["RANK"] == "0"
 
 
-def part() -> slice:
-    """The rows of a batch that this process takes."""
-    return slice(distributed.get_rank(), None, count()) if distributed.is_initialized() else slice(None)
+def shard() -> slice:
+    """Select this process's rows of a batch: every ``world_size()``-th, from its rank on."""
+    return slice(distributed.get_rank(), None, world_size()) if distributed.is_initialized() else slice(None)
 
 
-def average_(tensors: Iterable[Tensor]) -> None:
-    """Make every tensor its mean over the processes, all in one exchange."""
+def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
+    """Replace every tensor by its mean over the processes, in one all-reduce."""
     if not distributed.is_initialized():
         return
     tensors = list(tensors)
-    means = torch.cat([tensor.flatten() for tensor in tensors]) / count()
+    means = torch.cat([tensor.flatten() for tensor in tensors]) / world_size()
     distributed.all_reduce(means)
     for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
 
 
-def gathered(rows: Tensor, total: int) -> Tensor:
-    """The rows of all processes, [total, ...]: row i is from the process whose part i belongs to."""
+def all_gather_rows(rows: Shaped[Tensor, "shard ..."], total: int) -> Shaped[Tensor, "rows ..."]:
+    """Gather all shards into one tensor of ``total`` rows, in their order before :func:`shard`."""
     if not distributed.is_initialized():
         return rows
-    whole = rows.new_zeros(total, *rows.shape[1:])
-    whole[part()] = rows
-    distributed.all_reduce(whole)
-    return whole
+    gathered = rows.new_zeros(total, *rows.shape[1:])
+    gathered[shard()] = rows
+    distributed.all_reduce(gathered)
+    return gathered
 
 
-def told(value: Value) -> Value:
-    """What the first process has for ``value``; all wait for it here."""
+def broadcast(value: _Value) -> _Value:
+    """Return the main process's ``value`` in every process; also a barrier."""
     if not distributed.is_initialized():
         return value
     box = [value]

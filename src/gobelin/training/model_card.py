@@ -1,4 +1,4 @@
-"""The model card: what a trained folder says of itself."""
+"""The model card: the README of a trained model folder."""
 
 from gobelin.clip import TextEncoder
 from gobelin.formats.weights import parameter_count
@@ -7,10 +7,12 @@ from gobelin.unet import UNet
 from gobelin.vae import VAE
 
 
-def model_card(config: TrainConfig, data: str, unet: UNet, vae: VAE, text_encoder: TextEncoder, step: int) -> str:
-    """A README for a model folder: data, sizes, training and how to paint with it.
+def model_card(
+    config: TrainConfig, data_description: str, unet: UNet, vae: VAE, text_encoder: TextEncoder, step: int
+) -> str:
+    """Write a model card in Markdown: data, parameter counts, training, and how to generate with the model.
 
-    ``step`` is how many of its steps the U-Net has taken.
+    ``step`` is the number of steps that the U-Net has been trained for.
     """
     sizes = {"U-Net": unet, "VAE": vae, "text encoder": text_encoder}
     rows = "\n".join(f"| {name} | {parameter_count(module):,} |" for name, module in sizes.items())
@@ -23,18 +25,18 @@ def model_card(config: TrainConfig, data: str, unet: UNet, vae: VAE, text_encode
     )
     recommended = config.recommended
     target = "velocity" if config.unet.prediction == "v_prediction" else "noise"
+    size = unet.config.sample_size * vae.config.factor
     return f"""---
 library_name: gobelin
 pipeline_tag: text-to-image
 ---
 
-# A model trained from nothing with Gobelin
+# A model trained from scratch with Gobelin
 
-It paints {unet.config.sample_size * vae.config.factor}×{unet.config.sample_size * vae.config.factor} pictures from
-prompts, with a cross-attention U-Net in the manner of Stable Diffusion 1.5. It knows only what was in its data, and
-no safety filter is part of it.
+It generates {size}×{size} images from prompts, with a cross-attention U-Net of the Stable Diffusion 1.5 design.
+It knows only what was in its data, and has no safety filter.
 
-Data: {data}.
+Data: {data_description}.
 
 | part | parameters |
 |---|---|
@@ -44,7 +46,8 @@ Data: {data}.
 |---|---|---|---|
 {steps}
 
-The U-Net predicts the {target}; {config.unet.caption_dropout:.0%} of the captions were left out for guidance.
+The U-Net predicts the {target}; {config.unet.caption_dropout:.0%} of the captions were dropped, for classifier-free
+guidance.
 
 ```python
 import gobelin

@@ -1,17 +1,18 @@
-"""The stages with gradients: text encoder, VAE, U-Net. Each holds its module, its data, and its loss."""
+"""Training stages with gradients: text encoder, VAE, U-Net. Each holds its module, its data, and its loss."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Generator, Tensor, nn
 
 from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
-from gobelin.data import Corpus
+from gobelin.data import CachedDataset
+from gobelin.images import tensor_to_images
 from gobelin.layers import Attention
-from gobelin.pipeline import to_pil
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
 from gobelin.training import distributed
@@ -20,77 +21,86 @@ from gobelin.unet import UNet
 from gobelin.vae import VAE
 
 
-class Sketcher(nn.Module):
-    """A picture of 8×8 colours from words alone: each of its places attends to the words.
+class SketchHead(nn.Module):
+    """Predict the colours of 8×8 patches from text embeddings alone: learned queries attend to the words.
 
-    It is what a U-Net has to do in pure noise, without a U-Net around it. It serves the text encoder's training only.
+    The task is a U-Net's in pure noise, without the U-Net ("The text encoder sketches" in docs/decisions.md). The head
+    trains the text encoder and is then discarded.
     """
 
     side = 8
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.places = nn.Parameter(torch.randn(self.side**2, width) / 2)
+        self.queries = nn.Parameter(torch.randn(self.side**2, width) / 2)
         self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads=heads)
         self.colours = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3))
 
-    def forward(self, text_embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Colours [B, 3, 8, 8] in [-1, 1], from text embeddings [B, L, D]; ``mask`` [B, L] is True where words are."""
-        places = self.places.expand(len(text_embeddings), -1, -1)
-        colours = self.colours(places + self.attention(self.norm(places), text_embeddings, mask))
+    def forward(
+        self, text_embeddings: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch 3 8 8"]:
+        """Predict colours in [-1, 1]; ``mask`` is True for BOS and the words, False for EOS and padding."""
+        queries = self.queries.expand(len(text_embeddings), -1, -1)
+        colours = self.colours(queries + self.attention(self.norm(queries), text_embeddings, mask))
         return rearrange(colours, "b (y x) c -> b c y x", y=self.side)
 
-    def loss(self, text_embeddings: Tensor, mask: Tensor, images: Tensor) -> Tensor:
-        """The share of the colours' variance that the words leave unsaid, for images [B, 3, H, W] in [-1, 1]."""
+    def loss(
+        self,
+        text_embeddings: Float[Tensor, "batch length dim"],
+        mask: Bool[Tensor, "batch length"],
+        images: Float[Tensor, "batch 3 height width"],
+    ) -> Float[Tensor, ""]:
+        """Compute the squared error against images in [-1, 1], as a fraction of the colours' variance in the batch."""
         colours = F.interpolate(images, size=(self.side, self.side), mode="area")
         error = self(text_embeddings, mask).float() - colours
         return error.square().mean() / colours.var(dim=0).mean()
 
 
 class TextModule(nn.Module):
-    """The text encoder, and the two that it is trained with."""
+    """The text encoder, with the image encoder and the sketch head that it is trained with."""
 
     def __init__(self, text: TextEncoder, image: ImageEncoder):
         super().__init__()
         self.text = text
         self.image = image
-        self.sketch = Sketcher(text.config.hidden_size, text.config.num_attention_heads)
+        self.sketch = SketchHead(text.config.hidden_size, text.config.num_attention_heads)
 
 
 class TextStage:
-    """What captions mean, by CLIP's contrast of (image, caption) pairs, and where it goes, by sketches.
+    """Train the text encoder: CLIP's contrastive loss over (image, caption) pairs, and the sketch loss.
 
-    The contrast has hard negatives where the data knows any.
+    Each image also gets one hard negative caption if the dataset has any for it.
     """
 
     name = "text_encoder"
 
     def __init__(
         self,
-        corpus: Corpus,
+        dataset: CachedDataset,
         tokenizer: Tokenizer,
         text_encoder: TextEncoder,
         image_encoder: ImageEncoder,
         config: TextStageConfig,
     ):
         self.optim = config.optim
-        self.rates = {"text.": config.text_rate}
-        self.samples = len(corpus)
+        self.lr_ratios = {"text.": config.text_lr_ratio}
+        self.dataset_size = len(dataset)
         self.module = TextModule(text_encoder, image_encoder)
         self._sketch = config.sketch
-        self._corpus = corpus
+        self._dataset = dataset
         self._tokenizer = tokenizer
-        captions, self._caption = corpus.distinct_captions()
+        captions, self._caption_index = dataset.unique_captions()
         self._token_ids = tokenizer(captions)
 
-    def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
+    def loss(self, indices: Int[Tensor, " batch"], generator: Generator) -> dict[str, Float[Tensor, ""]]:
+        """Compute the loss, its two terms, and the accuracy of finding each image's caption in the batch."""
         text_encoder, image_encoder = self.module.text, self.module.image
-        captions = self._caption[indices]
-        images = self._corpus.images(indices).to(text_encoder.device)
-        token_ids = torch.cat([self._token_ids[captions], self._hard(indices, generator)]).to(images.device)
-        words = token_ids != text_encoder.config.eos_token_id
-        token_ids = token_ids[:, : int(words.sum(dim=1).max()) + 1]
+        captions = self._caption_index[indices]
+        images = self._dataset.images(indices).to(text_encoder.device)
+        token_ids = torch.cat([self._token_ids[captions], self._hard_negatives(indices, generator)]).to(images.device)
+        mask = token_ids != text_encoder.config.eos_token_id
+        token_ids = token_ids[:, : int(mask.sum(dim=1).max()) + 1]
         text_embeddings = text_encoder(token_ids)
         pooled = text_encoder.pooled(token_ids, text_embeddings)
         texts = image_encoder.project_text(pooled)
@@ -99,8 +109,8 @@ class TextStage:
         found = logits.argmax(dim=1)
         right = (found < len(indices)) & same.gather(1, found.clamp(max=len(indices) - 1)[:, None])[:, 0]
         contrast = contrastive_loss(logits, same)
-        pairs = slice(len(indices))
-        sketch = self.module.sketch.loss(text_embeddings[pairs], words[pairs, : token_ids.shape[1]], images)
+        pairs = slice(len(indices))  # without the hard negatives
+        sketch = self.module.sketch.loss(text_embeddings[pairs], mask[pairs, : token_ids.shape[1]], images)
         return {
             "loss": contrast + self._sketch * sketch,
             "contrast": contrast,
@@ -108,58 +118,67 @@ class TextStage:
             "accuracy": right.float().mean(),
         }
 
-    def _hard(self, indices: Tensor, generator: Generator) -> Tensor:
-        """The tokens of one wrong caption for each image that has any."""
+    def _hard_negatives(self, indices: Tensor, generator: Generator) -> Tensor:
+        """Draw one hard negative for each image that has any; token ids [up to batch, length]."""
         picks = torch.rand(len(indices), generator=generator).tolist()
-        wrong = [(self._corpus.negatives[index], pick) for index, pick in zip(indices.tolist(), picks, strict=True)]
-        return self._tokenizer([texts[int(pick * len(texts))] for texts, pick in wrong if texts])
+        negatives = [
+            (self._dataset.negatives[index], pick) for index, pick in zip(indices.tolist(), picks, strict=True)
+        ]
+        return self._tokenizer([texts[int(pick * len(texts))] for texts, pick in negatives if texts])
 
-    def picture(self, module: TextModule, step: int) -> None:
+    def sample_grid(self, module: TextModule, step: int) -> None:
+        """Draw nothing: a text encoder has no images to show."""
         return None
 
 
 class VAEStage:
-    """Reconstruction by squared errors that put colour first, and a KL term weighed so that no channel drowns."""
+    """Train the VAE: squared errors that weigh colour most, and a KL term small enough to keep every latent channel.
+
+    The weights are those of "The VAE's loss, and its noise" in docs/decisions.md. ``shown`` are the indices of the
+    images in the sample grid.
+    """
 
     name = "vae"
 
-    def __init__(self, corpus: Corpus, vae: VAE, config: VAEStageConfig, shown: Tensor):
+    def __init__(self, dataset: CachedDataset, vae: VAE, config: VAEStageConfig, shown: Int[Tensor, " shown"]):
         self.optim = config.optim
-        self.rates: dict[str, float] = {}
-        self.samples = len(corpus)
+        self.lr_ratios: dict[str, float] = {}
+        self.dataset_size = len(dataset)
         self.module = vae
         self._config = config
-        self._corpus = corpus
+        self._dataset = dataset
         self._shown = shown
-        _start_with_little_noise_(vae)
+        _init_posterior_(vae)
 
-    def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
+    def loss(self, indices: Int[Tensor, " batch"], generator: Generator) -> dict[str, Float[Tensor, ""]]:
+        """Compute the loss, its terms, and the posterior's largest noise-to-signal ratio among the latent channels."""
         config = self._config
-        images = self._corpus.images(indices).to(self.module.device)
+        images = self._dataset.images(indices).to(self.module.device)
         posterior = self.module.encode(images)
         latents = posterior.sample(generator)
-        spread = config.latent_noise * latents.detach().std(dim=(0, 2, 3), keepdim=True)
-        latents = latents + spread * torch.randn(latents.shape, generator=generator).to(latents)
+        scale = config.latent_noise * latents.detach().std(dim=(0, 2, 3), keepdim=True)
+        latents = latents + scale * torch.randn(latents.shape, generator=generator).to(latents)
         error = self.module.decode(latents).float() - images
-        parts = {
+        terms = {
             "mse": error.square().mean(),
             "coarse_mse": F.avg_pool2d(error, 4).square().mean(),
             "edges": error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean(),
             "l1": error.abs().mean(),
             "kl": posterior.kl().sum(),
         }
-        loss = torch.stack([getattr(config, name) * value for name, value in parts.items()]).sum()
+        loss = torch.stack([getattr(config, name) * value for name, value in terms.items()]).sum()
         noise = posterior.logvar.exp().mean(dim=(0, 2, 3)) / posterior.mean.var(dim=(0, 2, 3))
-        return {"loss": loss, **parts, "worst_noise_share": noise.sqrt().max()}
+        return {"loss": loss, **terms, "worst_noise_share": noise.sqrt().max()}
 
-    def picture(self, module: VAE, step: int) -> Image.Image:
-        images = self._corpus.images(self._shown).to(module.device)
+    def sample_grid(self, module: VAE, step: int) -> Image.Image:
+        """Draw the shown images above their reconstructions."""
+        images = self._dataset.images(self._shown).to(module.device)
         both = torch.cat([images, module.decode(module.encode(images).mode())])
-        return grid(to_pil(both), columns=len(images))
+        return image_grid(tensor_to_images(both), columns=len(images))
 
 
-class Painter(nn.Module):
-    """The U-Net, and the text encoder where the two are trained together."""
+class TrainedModules(nn.Module):
+    """The U-Net, and the text encoder if the two are trained together."""
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder | None):
         super().__init__()
@@ -168,98 +187,112 @@ class Painter(nn.Module):
 
 
 class UNetStage:
-    """The noise (or velocity) in noisy latents, given the text: the seed of all the rest.
+    """Train the U-Net: predict the noise (or velocity) in noisy latents, given the text.
 
-    ``latents`` and their posterior's ``spread`` are [N, 4, h, w]. ``texts`` holds every caption once, the empty one
-    last: text embeddings [M, L, D], or token ids [M, L] where the text encoder is trained too. ``caption`` [N] says
-    which is whose.
+    ``latents`` and ``stds`` are the posterior's mean and standard deviation, scaled. ``texts`` holds every caption
+    once, the empty one last: text embeddings, or token ids if the text encoder is trained too. ``caption_index``
+    gives each image's row in it. ``sample`` draws the sample grid.
     """
 
     name = "unet"
 
     def __init__(
         self,
-        module: Painter,
+        module: TrainedModules,
         schedule: NoiseSchedule,
-        latents: Tensor,
-        spread: Tensor,
-        texts: Tensor,
-        caption: Tensor,
+        latents: Float[Tensor, "images channels h w"],
+        stds: Float[Tensor, "images channels h w"],
+        texts: Float[Tensor, "captions length dim"] | Int[Tensor, "captions length"],
+        caption_index: Int[Tensor, " images"],
         config: UNetStageConfig,
-        picture: Callable[[Painter, int], Image.Image],
+        sample: Callable[[TrainedModules, int], Image.Image],
     ):
         self.optim = config.optim
-        self.rates = {"text_encoder.": config.text_rate}
-        self.samples = len(latents)
+        self.lr_ratios = {"text_encoder.": config.text_lr_ratio}
+        self.dataset_size = len(latents)
         self.module = module
         self._schedule = schedule
-        self._latents, self._spread = latents, spread
-        self._texts, self._caption = texts, caption
+        self._latents, self._stds = latents, stds
+        self._texts, self._caption_index = texts, caption_index
         self._config = config
-        self._picture = picture
+        self._sample = sample
 
-    def loss(self, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
+    def loss(self, indices: Int[Tensor, " batch"], generator: Generator) -> dict[str, Float[Tensor, ""]]:
+        """Compute the mean squared error of the prediction, over this process's shard of the batch."""
         unet, text_encoder = self.module.unet, self.module.text_encoder
-        clean = self._latents[indices]
-        latents = clean + self._spread[indices] * torch.randn(clean.shape, generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        means = self._latents[indices]
+        latents = means + self._stds[indices] * torch.randn(means.shape, generator=generator)
+        noise = torch.randn(means.shape, generator=generator)
         timesteps = self._timesteps(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self._config.caption_dropout
-        caption = torch.where(dropped, len(self._texts) - 1, self._caption[indices])
+        captions = torch.where(dropped, len(self._texts) - 1, self._caption_index[indices])
 
-        mine = distributed.part()
-        latents, noise, timesteps = latents[mine], noise[mine], timesteps[mine]
+        rows = distributed.shard()
+        latents, noise, timesteps = latents[rows], noise[rows], timesteps[rows]
         noisy_latents = self._schedule.add_noise(latents, noise, timesteps)
         target = self._schedule.target(latents, noise, timesteps).to(unet.device)
-        texts = self._texts[caption[mine]].to(unet.device)
+        texts = self._texts[captions[rows]].to(unet.device)
         text_embeddings = texts if text_encoder is None else text_encoder(texts)
         prediction = unet(noisy_latents.to(unet.device), timesteps.to(unet.device), text_embeddings)
         return {"loss": F.mse_loss(prediction.float(), target)}
 
     def _timesteps(self, count: int, generator: Generator) -> Tensor:
-        """Spread evenly over the batch, then shifted towards noise (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
+        """Sample timesteps, stratified over the batch and shifted towards noise.
+
+        Esser et al. 2024, arXiv 2403.03206, eq. 23; measured in "Timesteps shifted towards noise", docs/decisions.md.
+        """
         last = self._schedule.config.num_train_timesteps
         even = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
         shift = self._config.timestep_shift
         return (shift * even / (1 + (shift - 1) * even) * last).long().clamp(max=last - 1)
 
-    def picture(self, module: Painter, step: int) -> Image.Image:
-        return self._picture(module, step)
+    def sample_grid(self, module: TrainedModules, step: int) -> Image.Image:
+        """Draw images for the first captions of the dataset."""
+        return self._sample(module, step)
 
 
 @torch.no_grad()
 def encode_images(
-    vae: VAE, corpus: Corpus, indices: Tensor, precision: str = "float32", batch_size: int = 64
-) -> tuple[Tensor, Tensor]:
-    """(mean, standard deviation) of the raw posterior of these images, [N, 4, h, w] on the CPU."""
-    means, spreads = [], []
+    vae: VAE,
+    dataset: CachedDataset,
+    indices: Int[Tensor, " images"],
+    precision: str = "float32",
+    batch_size: int = 64,
+) -> tuple[Float[Tensor, "images channels h w"], Float[Tensor, "images channels h w"]]:
+    """Encode images to the mean and standard deviation of the VAE's posterior, unscaled, on the CPU."""
+    means, stds = [], []
     for batch in indices.split(batch_size):
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            posterior = vae.encode(corpus.images(batch).to(vae.device))
+            posterior = vae.encode(dataset.images(batch).to(vae.device))
         means.append(posterior.mean.float().cpu())
-        spreads.append((0.5 * posterior.logvar.float()).exp().cpu())
-    return torch.cat(means), torch.cat(spreads)
+        stds.append((0.5 * posterior.logvar.float()).exp().cpu())
+    return torch.cat(means), torch.cat(stds)
 
 
 @torch.no_grad()
-def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """Text embeddings [N, L, D], on the encoder's device."""
+def encode_texts(
+    text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]
+) -> Float[Tensor, "texts length dim"]:
+    """Encode texts to text embeddings, on the encoder's device."""
     batches = tokenizer(texts).split(256)
     return torch.cat([text_encoder(token_ids.to(text_encoder.device)) for token_ids in batches])
 
 
-def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size as one picture, row by row, two pixels apart."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * (width + 2), index // columns * (height + 2)))
-    return sheet
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Arrange images of one size in a grid, row by row, two pixels apart on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for index, image in enumerate(images):
+        grid.paste(image, (index % columns * (width + 2), index // columns * (height + 2)))
+    return grid
 
 
-def _start_with_little_noise_(vae: VAE, logvar: float = -6.0) -> None:
-    """Begin with a narrow posterior: a wide one drowns small details before the decoder has learned any."""
+def _init_posterior_(vae: VAE, logvar: float = -6.0) -> None:
+    """Start with a narrow posterior: a wide one drowns small details before the decoder has learned any.
+
+    The value is that of "The VAE's loss, and its noise" in docs/decisions.md.
+    """
     channels = vae.config.latent_channels
     with torch.no_grad():
         vae.quant_conv.weight[channels:].zero_()

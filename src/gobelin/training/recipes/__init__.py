@@ -1,1 +1,1 @@
-"""Training recipes: which stages are trained, in which order."""
+"""Training recipes: the stages of a run and their order."""

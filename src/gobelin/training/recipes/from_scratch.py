@@ -1,7 +1,7 @@
-"""A whole training run: tokenizer, text encoder, VAE, U-Net, one after the other, into one model folder.
+"""Train a model from scratch: tokenizer, text encoder, VAE, U-Net, one after the other, into one model folder.
 
-The folder is a diffusers folder when the run ends; its ``training`` subfolder keeps the configuration, the
-metrics, the sample grids and, until the end, the checkpoints.
+The result is a diffusers folder; its ``training`` subfolder keeps the configuration, the metrics, the sample grids and,
+until a stage is done, its checkpoints.
 """
 
 import dataclasses
@@ -9,15 +9,17 @@ import json
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from gobelin.checkpoint import Model
 from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
-from gobelin.data import Corpus, FolderPairs, Pairs, ScenePairs, find_world
-from gobelin.errors import TrainingError
+from gobelin.data import CachedDataset, Dataset, ImageFolderDataset, SceneDataset, find_world
+from gobelin.errors import DataError, TrainingError, UsageError
 from gobelin.formats.files import read_json, write_json, write_text
 from gobelin.pipeline import Pipeline, find_device
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
@@ -25,17 +27,25 @@ from gobelin.tokenizer import Tokenizer
 from gobelin.training import distributed
 from gobelin.training.config import TrainConfig
 from gobelin.training.model_card import model_card
-from gobelin.training.stages import Painter, TextStage, UNetStage, VAEStage, encode_images, encode_texts, grid
-from gobelin.training.trainer import Run, fit, mix
+from gobelin.training.stages import (
+    TextStage,
+    TrainedModules,
+    UNetStage,
+    VAEStage,
+    encode_images,
+    encode_texts,
+    image_grid,
+)
+from gobelin.training.trainer import Run, derive_seed, fit
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 StageName = Literal["tokenizer", "text_encoder", "vae", "unet"]
-STAGES: tuple[StageName, ...] = ("tokenizer", "text_encoder", "vae", "unet")
+STAGES: tuple[StageName, ...] = get_args(StageName)
 IMAGE_ENCODER = "image_encoder"
-TEXT_ENCODER_BEFORE = "training/text_encoder"  # as its own stage left it, where the U-Net's begins
-SHOWN = 8  # pictures in a sample grid's row
-MEASURED = 8192  # images from which the latents' mean and variance are taken
+_INITIAL_TEXT_ENCODER = "training/text_encoder"  # from its own stage: the U-Net's stage starts here, resumed or not
+_GRID_COLUMNS = 8  # images in a row of the sample grid
+_LATENT_STATISTICS = 8192  # images for the latents' mean and variance: 2 million values a channel at 64×64
 
 
 def train(
@@ -43,45 +53,78 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
-    stage: StageName | None = None,
+    stage: str | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train all stages, or one, into the folder ``out``; returns it.
+    """Train a model from scratch into the folder ``out``, which diffusers opens too; returns the folder.
 
-    Stages whose result is in the folder already are kept. Raises :class:`TrainingError` where the folder holds a
-    run and ``resume`` is off, or holds one with another configuration, or lacks what ``stage`` builds on.
+    ::
 
-    Under ``torchrun`` the processes share the U-Net's batches; what the other stages do, each does alike.
+        import gobelin
+
+        config = gobelin.training.find_preset("nano")  # about 13 minutes on two CPU cores
+        folder = gobelin.train(config, "runs/mine")
+        gobelin.Pipeline.from_pretrained(folder)("a red circle").save("out")
+
+    ``resume`` continues the run in ``out``, with the same configuration; finished stages are kept. ``stage`` trains one
+    stage alone: tokenizer, text_encoder, vae or unet. ``console`` shows progress; by default that is standard error if
+    it is a terminal, and nothing is printed otherwise (``out/training/metrics.jsonl`` has the losses). SIGINT (Ctrl-C)
+    and SIGTERM save a checkpoint and raise KeyboardInterrupt. Torch's global random generator is seeded.
+
+    Under ``torchrun`` the processes share the U-Net's batches; the other stages are computed alike in each.
+
+    Raises, before anything is written:
+
+    - :class:`UsageError` for an unknown stage, world or device, or a ``config`` that is no :class:`TrainConfig`;
+    - :class:`DataError` for a data folder that is missing or has too few usable images;
+    - :class:`TrainingError` if ``out`` holds a run and ``resume`` is off, holds files but no run, or a run with another
+      configuration or other data; if there is nothing to resume; or if the processes cannot share a batch evenly.
+
+    Raises, later, :class:`TrainingError` if a stage that ``stage`` builds on is missing, if the loss is not finite, or
+    if a checkpoint cannot be written or read.
     """
-    with distributed.joined(find_device(config.device)):
-        console = (console or Console(stderr=True)) if distributed.is_first() else Console(quiet=True)
-        return _Training(config, Path(out), resume, console).run(stage)
+    if not isinstance(config, TrainConfig):
+        raise UsageError(f"config is {config!r}: give a TrainConfig, such as gobelin.training.find_preset('nano')")
+    if stage is not None and stage not in STAGES:
+        raise UsageError(f"unknown stage {stage!r}: the choices are {', '.join(STAGES)}")
+    with distributed.init_process_group(find_device(config.device)):
+        if not distributed.is_main_process():
+            console = Console(quiet=True)
+        elif console is None:
+            console = Console(stderr=True)
+            console.quiet = not console.is_terminal
+        return _FromScratch(config, Path(out), resume, console).run(cast(StageName | None, stage))
 
 
-class _Training:
+class _FromScratch:
+    """A run of the recipe: one method a stage, each reads what the stages before it wrote."""
+
     def __init__(self, config: TrainConfig, out: Path, resume: bool, console: Console):
         self.config = config
         self.out = out
         self.console = console
         self.folder = out / "training"
-        self.pairs = open_pairs(config)
-        console.print(f"data: {self.pairs.description}", highlight=False)
-        if config.unet.optim.batch_size % distributed.count():
+        self.source = open_dataset(config)
+        console.print(f"data: {self.source.description}", highlight=False)
+        if len(self.source) < 2:
+            raise DataError(f"one image is too few to train on, 2 at least are needed: {self.source.description}")
+        if config.unet.optim.batch_size % distributed.world_size():
             raise TrainingError(
-                f"a batch of {config.unet.optim.batch_size} cannot be shared evenly among {distributed.count()} "
+                f"a batch of {config.unet.optim.batch_size} cannot be shared evenly among {distributed.world_size()} "
                 "processes: change unet.optim.batch_size, or their number"
             )
-        self.done = distributed.told(self._claim(resume) if distributed.is_first() else [])
+        self.done = distributed.broadcast(self._claim(resume) if distributed.is_main_process() else [])
         self.context = Run(
             folder=self.folder,
             seed=config.seed,
             device=find_device(config.device),
             save_every=config.save_every,
-            picture_every=config.picture_every,
+            sample_every=config.sample_every,
             console=console,
         )
 
     def run(self, only: StageName | None) -> Path:
+        """Train all stages in order, or one; returns the model folder."""
         actions = {
             "tokenizer": self.tokenizer,
             "text_encoder": self.text_encoder,
@@ -92,24 +135,26 @@ class _Training:
             if name in self.done:
                 self.console.print(f"{name}: done before, kept")
                 continue
-            torch.manual_seed(mix(self.config.seed, name, 0))
+            torch.manual_seed(derive_seed(self.config.seed, name, 0))
             actions[name]()
             self.done.append(name)
-            if distributed.is_first():
+            if distributed.is_main_process():
                 write_json(self.folder / "done.json", {"stages": self.done})
                 shutil.rmtree(self.folder / "checkpoints" / name, ignore_errors=True)
-            distributed.told(name)
+            distributed.broadcast(name)
         return self.out
 
     def tokenizer(self) -> None:
+        """Learn a byte-pair vocabulary from the captions."""
         config = self.config.tokenizer
-        tokenizer = Tokenizer.train(self.corpus.captions, config.vocab_size, config.max_length)
+        tokenizer = Tokenizer.train(self.dataset.captions, config.vocab_size, config.max_length)
         self._save(tokenizer, "tokenizer")
         self.console.print(f"tokenizer: {len(tokenizer.vocab)} tokens")
 
     def text_encoder(self) -> None:
+        """Train the text encoder, and the image encoder beside it."""
         config = self.config.text
-        tokenizer = self._built("tokenizer", Tokenizer)
+        tokenizer = self._load("tokenizer", Tokenizer)
         text_encoder = TextEncoder(
             TextEncoderConfig.of(
                 config.width,
@@ -120,30 +165,32 @@ class _Training:
             )
         ).init_()
         image_encoder = ImageEncoder(
-            ImageEncoderConfig(image_size=self.pairs.size, text_width=config.width, projection_dim=config.projection)
+            ImageEncoderConfig(image_size=self.source.size, text_width=config.width, projection_dim=config.projection)
         )
-        stage = TextStage(self.corpus, tokenizer, text_encoder, image_encoder, config)
+        stage = TextStage(self.dataset, tokenizer, text_encoder, image_encoder, config)
         trained = fit(stage, self.context)
         self._save(trained.text, "text_encoder")
-        self._save(trained.text, TEXT_ENCODER_BEFORE)
+        self._save(trained.text, _INITIAL_TEXT_ENCODER)
         self._save(trained.image, IMAGE_ENCODER)
 
     def vae(self) -> None:
-        config = preset(VAEConfig, self.config.vae.preset)
-        vae = VAE(dataclasses.replace(config, sample_size=self.pairs.size, scaling_factor=1.0))
-        stage = VAEStage(self.corpus, vae, self.config.vae, torch.arange(min(SHOWN, len(self.pairs))))
+        """Train the VAE, then normalise its latents channel by channel, folded into its weights."""
+        config = _network_config(VAEConfig, self.config.vae.preset)
+        vae = VAE(dataclasses.replace(config, sample_size=self.source.size, scaling_factor=1.0))
+        stage = VAEStage(self.dataset, vae, self.config.vae, torch.arange(min(_GRID_COLUMNS, len(self.source))))
         trained = fit(stage, self.context)
-        generator = torch.Generator().manual_seed(mix(self.config.seed, "latents", 0))
-        measured = torch.randperm(len(self.pairs), generator=generator)[:MEASURED]
-        means, _ = encode_images(trained, self.corpus, measured)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "latents", 0))
+        measured = torch.randperm(len(self.source), generator=generator)[:_LATENT_STATISTICS]
+        means, _ = encode_images(trained, self.dataset, measured)
         trained.normalise_latents_(means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
         self._save(trained, "vae")
 
     def unet(self) -> None:
+        """Train the U-Net on cached latents; the model folder is written at every sample grid and at the end."""
         config = self.config.unet
-        tokenizer = self._built("tokenizer", Tokenizer)
-        text_encoder = self._built("text_encoder", TextEncoder, TEXT_ENCODER_BEFORE).to(self.context.device)
-        vae = self._built("vae", VAE).to(self.context.device)
+        tokenizer = self._load("tokenizer", Tokenizer)
+        text_encoder = self._load("text_encoder", TextEncoder, _INITIAL_TEXT_ENCODER).to(self.context.device)
+        vae = self._load("vae", VAE).to(self.context.device)
         schedule = NoiseSchedule(
             ScheduleConfig.zero_terminal_snr()
             if config.zero_terminal_snr
@@ -151,119 +198,132 @@ class _Training:
         )
         unet = UNet(
             dataclasses.replace(
-                preset(UNetConfig, config.preset),
-                sample_size=self.pairs.size // vae.config.factor,
+                _network_config(UNetConfig, config.preset),
+                sample_size=self.source.size // vae.config.factor,
                 in_channels=vae.config.latent_channels,
                 out_channels=vae.config.latent_channels,
                 cross_attention_dim=text_encoder.config.hidden_size,
             )
         ).zero_init_()
         unet.gradient_checkpointing = config.gradient_checkpointing
-        captions, caption = self.corpus.distinct_captions()
-        mine = torch.arange(len(self.corpus))[distributed.part()]
-        latents, spread = (
-            distributed.gathered(part, len(self.corpus))
-            for part in encode_images(vae, self.corpus, mine, config.optim.precision)
+        captions, caption_index = self.dataset.unique_captions()
+        rows = torch.arange(len(self.dataset))[distributed.shard()]
+        latents, stds = (
+            distributed.all_gather_rows(part, len(self.dataset))
+            for part in encode_images(vae, self.dataset, rows, config.optim.precision)
         )
 
-        def pipeline(painter: Painter) -> Pipeline:
-            return Pipeline(
-                unet=painter.unet,
-                vae=vae,
-                text_encoder=painter.text_encoder or text_encoder,
-                tokenizer=tokenizer,
-                schedule=schedule,
-                recommended=self.config.recommended,
-                world=self.config.data.world if self.config.data.path is None else None,
+        def write(modules: TrainedModules, step: int) -> Pipeline:
+            """Write the model folder as it stands, so that it can be used while it trains."""
+            pipeline = Pipeline(
+                Model(
+                    unet=modules.unet,
+                    vae=vae,
+                    text_encoder=modules.text_encoder or text_encoder,
+                    tokenizer=tokenizer,
+                    schedule=schedule,
+                    recommended=self.config.recommended.settings(),
+                    world=self.config.data.world if self.config.data.path is None else None,
+                )
             )
-
-        def write(painter: Painter, step: int) -> Pipeline:
-            """The model as it stands, so that it can be used while it trains."""
-            made = pipeline(painter)
-            card = model_card(self.config, self.pairs.description, made.unet, made.vae, made.text_encoder, step)
+            card = model_card(
+                self.config, self.source.description, pipeline.unet, pipeline.vae, pipeline.text_encoder, step
+            )
             write_text(self.out / "README.md", card)
-            made.save_pretrained(self.out)
-            return made
+            pipeline.save_pretrained(self.out)
+            return pipeline
+
+        def sample(modules: TrainedModules, step: int) -> Image.Image:
+            return image_grid(write(modules, step)(captions[: 3 * _GRID_COLUMNS], seed=0).images, _GRID_COLUMNS)
 
         texts = [*captions, ""]
         joint = config.train_text_encoder
         stage = UNetStage(
-            Painter(unet, text_encoder if joint else None),
+            TrainedModules(unet, text_encoder if joint else None),
             schedule,
             latents * vae.config.scaling_factor,
-            spread * vae.config.scaling_factor,
+            stds * vae.config.scaling_factor,
             tokenizer(texts) if joint else encode_texts(text_encoder, tokenizer, texts),
-            caption,
+            caption_index,
             config,
-            picture=lambda painter, step: grid(write(painter, step)(captions[: 3 * SHOWN], seed=0).images, SHOWN),
+            sample,
         )
         trained = fit(stage, self.context)
-        if distributed.is_first():
+        if distributed.is_main_process():
             write(trained, config.optim.steps)
 
     @cached_property
-    def corpus(self) -> Corpus:
+    def dataset(self) -> CachedDataset:
+        """Read the data once, when the first stage needs it."""
         with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task("reading", total=len(self.pairs))
-            return Corpus(self.pairs, advance=lambda: progress.advance(task))
+            task = progress.add_task("reading data", total=len(self.source))
+            return CachedDataset(self.source, advance=lambda: progress.advance(task))
 
-    def _built(self, name: StageName, component: Any, folder: str | None = None) -> Any:
+    def _load(self, name: StageName, component: Any, folder: str | None = None) -> Any:
+        """Read a component that an earlier stage wrote."""
         if name not in self.done:
             raise TrainingError(f"{self.out} has no {name} yet: train that stage first, or all of them")
         return component.from_pretrained(self.out / (folder or name))
 
     def _save(self, component: Any, name: str) -> None:
-        if distributed.is_first():
+        """Write a component into the model folder, in the main process."""
+        if distributed.is_main_process():
             component.save_pretrained(self.out / name)
 
     def _claim(self, resume: bool) -> list[StageName]:
-        """Make the folder this run's own, or find that it already is; returns the stages it has done."""
+        """Record the configuration in the folder, or compare it with the recorded one; returns the finished stages."""
         recorded, data = config_file(self.out), self.folder / "data.json"
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))
         if not recorded.exists():
+            if self.out.exists() and not self.out.is_dir():
+                raise TrainingError(f"{self.out} is a file: choose a folder to write the model to")
             if self.out.exists() and any(self.out.iterdir()):
                 raise TrainingError(f"{self.out} is not empty and holds no training run: choose another folder")
             if resume:
-                raise TrainingError(f"{self.out} holds no training run to resume: leave out --resume to start one")
-            write_json(data, {"description": self.pairs.description})
+                raise TrainingError(
+                    f"{self.out} holds no training run to resume: leave out --resume (resume=True) to start one"
+                )
+            write_json(data, {"description": self.source.description})
             write_json(recorded, config)
             return []
         if not resume:
-            raise TrainingError(f"{self.out} holds a training run: add --resume to go on, or choose another folder")
+            raise TrainingError(
+                f"{self.out} holds a training run: add --resume (resume=True) to go on, or choose another folder"
+            )
         if difference := first_difference(read_json(recorded), config):
             raise TrainingError(f"the run in {self.out} has another configuration: {difference}")
-        if (was := read_json(data)["description"]) != self.pairs.description:
+        if (was := read_json(data)["description"]) != self.source.description:
             raise TrainingError(
-                f"the run in {self.out} began with other data: {was}; now it is {self.pairs.description}"
+                f"the run in {self.out} began with other data: {was}; now it is {self.source.description}"
             )
         done = self.folder / "done.json"
         return read_json(done)["stages"] if done.exists() else []
 
 
 def config_file(out: Path) -> Path:
-    """Where a run keeps its configuration."""
+    """Name the file that records a run's configuration."""
     return out / "training" / "config.json"
 
 
-def open_pairs(config: TrainConfig) -> Pairs:
-    """The pairs that a configuration names: a folder's, or scenes."""
+def open_dataset(config: TrainConfig) -> Dataset:
+    """Open the dataset of a configuration: a folder of images, or scenes."""
     data = config.data
     if data.path is not None:
-        return FolderPairs(data.path, data.size)
+        return ImageFolderDataset(data.path, data.size)
     world = dataclasses.replace(find_world(data.world), size=data.size)
-    return ScenePairs(world=world, count=data.count, seed=config.seed)
-
-
-def preset(config_class: Any, name: str) -> Any:
-    """The network configuration of that name: ``UNetConfig.nano()`` and its like."""
-    return getattr(config_class, name)()
+    return SceneDataset(world=world, count=data.count, seed=config.seed)
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> str:
-    """Where two configurations differ first, in words; empty where they do not."""
+    """Describe the first field in which two configurations differ; an empty string if none does."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             if found := first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip(".")):
                 return found
         return ""
     return "" if old == new else f"{name} was {old!r} and is now {new!r}"
+
+
+def _network_config(config_class: Any, preset: str) -> Any:
+    """Call a network configuration's preset: ``UNetConfig.nano()`` and its like."""
+    return getattr(config_class, preset)()

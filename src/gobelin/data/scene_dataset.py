@@ -1,16 +1,20 @@
-"""Pairs from the procedural scenes."""
+"""Procedural scenes as an image-text dataset."""
 
 from dataclasses import dataclass
 
 from gobelin import scenes
-from gobelin.data.pairs import Pair
+from gobelin.data.dataset import CaptionedImage
 from gobelin.errors import UsageError
 from gobelin.scenes.world import SPLITS
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScenePairs:
-    """The first ``count`` scenes of a world's split; held-out combinations are in the "heldout" split alone."""
+class SceneDataset:
+    """The first ``count`` scenes of a world's split: train, dev, test or heldout.
+
+    Held-out combinations occur in the split "heldout" alone. Raises :class:`UsageError` for a count below 1, a
+    negative seed or an unknown split.
+    """
 
     world: scenes.World
     count: int
@@ -27,27 +31,29 @@ class ScenePairs:
 
     @property
     def description(self) -> str:
+        """One line for people: count, world and split."""
         return f"{self.count:,} scenes of the world {self.world.name!r} ({self.split})"
 
     @property
     def size(self) -> int:
+        """Height and width of the images, in pixels."""
         return self.world.size
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> CaptionedImage:
         sample = self.sample(index)
         negatives = scenes.hard_negatives(sample, index)
-        return Pair(image=sample.image, caption=sample.caption, negatives=tuple(negatives))
+        return CaptionedImage(image=sample.image, caption=sample.caption, negatives=tuple(negatives))
 
     def sample(self, index: int) -> scenes.Sample:
-        """The scene behind a pair, with its masks and words."""
+        """Render the scene of an index, with its masks and words."""
         return scenes.sample(self.seed, index, self.world, self.split)
 
 
 def find_world(name: str) -> scenes.World:
-    """The world of that name; raises :class:`UsageError` with the choices."""
+    """Look up a world by name; raises :class:`UsageError` with the choices."""
     if name not in scenes.WORLDS:
         raise UsageError(f"unknown world {name!r}: the choices are {', '.join(scenes.WORLDS)}")
     return scenes.WORLDS[name]

@@ -1,48 +1,30 @@
-"""Scenes as pairs, and any pairs as a corpus."""
+"""Scenes as a dataset, and as a folder; the grader's calibration from the command line."""
 
 import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from gobelin import scenes
 from gobelin.cli.data import run
-from gobelin.data import Corpus, ScenePairs, find_world
+from gobelin.data import SceneDataset, find_world
 from gobelin.errors import UsageError
 from gobelin.formats.files import read_json
 from gobelin.pipeline import shipped_model
 
 
-def test_pairs_are_the_scenes():
-    pairs = ScenePairs(world=scenes.NANO, count=5, seed=3)
+def test_entries_are_the_scenes():
+    dataset = SceneDataset(world=scenes.NANO, count=5, seed=3)
     sample = scenes.sample(3, 4, scenes.NANO)
-    assert (pairs[4].image == sample.image).all()
-    assert pairs[4].caption == sample.caption
-    assert sample.caption not in pairs[4].negatives
+    assert (dataset[4].image == sample.image).all()
+    assert dataset[4].caption == sample.caption
+    assert sample.caption not in dataset[4].negatives
 
 
 def test_an_unknown_world_is_told_the_choices():
     with pytest.raises(UsageError, match="unknown world 'mars': the choices are core, nano, rich"):
         find_world("mars")
-
-
-@pytest.mark.parametrize("limit", [0, 2**30], ids=["read each time", "kept in memory"])
-def test_a_corpus_gives_images_captions_and_negatives(monkeypatch, limit):
-    monkeypatch.setattr("gobelin.data.corpus.IN_MEMORY_BYTES", limit)
-    pairs = ScenePairs(world=scenes.NANO, count=40)
-    read = []
-    corpus = Corpus(pairs, advance=lambda: read.append(1))
-    assert len(read) == len(corpus) == 40
-    images = corpus.images(torch.tensor([7, 2]))
-    expected = torch.from_numpy(pairs[2].image).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(images[1], expected)
-    assert corpus.captions[7] == pairs[7].caption
-    assert corpus.negatives[7] == pairs[7].negatives
-    distinct, place = corpus.distinct_captions()
-    assert len(set(distinct)) == len(distinct)
-    assert [distinct[p] for p in place] == corpus.captions
 
 
 def test_rich_scenes_are_written_with_their_truth(tmp_path):

@@ -1,0 +1,142 @@
+"""Options of the commands that open models and paint, and painting with a progress bar."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from gobelin.cli.options import SettingsOf
+from gobelin.errors import UsageError
+from gobelin.painting import Painting, PaintingStep, Result
+from gobelin.pipeline import SHIPPED, Pipeline
+from gobelin.plan import LEARNED_WORDS, LORAS, NOT_REPEATABLE
+from gobelin.settings import Settings
+from gobelin.validation import refuse_unknown, validated
+
+ADDED = (LORAS, LEARNED_WORDS)
+"""Keys of an image's settings that name LoRAs and learned words, which have to be loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options of opening a model."""
+
+    group: ClassVar[str] = "model"
+
+    vae: Path | None = None
+    """A VAE in place of the model's own: a folder or a file."""
+    tokenizer: Path | None = None
+    """Folder of a tokenizer, for a model in a single file, which has none."""
+    variant: str | None = None
+    """Variant of a folder's files, such as fp16."""
+    allow_pickle: bool = False
+    """Open .ckpt, .bin and .pt files too; only tensors are read from them."""
+    ema: bool = False
+    """Take the average (EMA) of the U-Net's weights from a single file that has both."""
+
+    def files(self) -> dict[str, Any]:
+        """Return the options as :func:`gobelin.checkpoint.open_model` takes them."""
+        names = ("vae", "tokenizer", "variant", "allow_pickle", "ema")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions(ModelOptions):
+    """Options of opening a model to paint with, and what is added to it."""
+
+    group: ClassVar[str] = "model"
+
+    model: str | None = None
+    """Diffusers folder, .safetensors or .ckpt file, or Hub name; without it, the model that comes with Gobelin."""
+    lora: tuple[str, ...] = ()
+    """LoRAs to load: FILE, or FILE:WEIGHT."""
+    inversion: tuple[Path, ...] = ()
+    """Textual inversions to load; each file's name is its word, unless the file names one."""
+    device: str | None = None
+    """Device: cpu, cuda or mps; without it, or with auto, the fastest there is."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision to compute in."""
+
+    def open(self) -> Pipeline:
+        """Open the model, and load what is added to it."""
+        pipeline = Pipeline.from_pretrained(self.model, self.device, getattr(torch, self.dtype), **self.files())
+        for given in self.lora:
+            file, weight = _file_and_weight(given)
+            pipeline.load_lora(file, weight, allow_pickle=self.allow_pickle)
+        for file in self.inversion:
+            pipeline.load_textual_inversion(file, allow_pickle=self.allow_pickle)
+        return pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintingOptions(PipelineOptions):
+    """Options of painting: the settings of the images that were given, and where to write."""
+
+    out: Path = Path("out")
+    """Folder to write to."""
+    settings: Annotated[dict[str, Any], SettingsOf(Settings)] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"--out is {self.out}, which is a file: give a folder to write to")
+
+
+def settings_of_image(recorded: dict[str, Any], file: Path, model: str | None) -> dict[str, Any]:
+    """Check the settings that Gobelin wrote into an image, so that it can be painted again; the prompt is one of them.
+
+    Raises :class:`UsageError` for one that was painted with controls, which its settings do not hold, for settings that
+    this version does not know, and where no ``model`` is given for an image of another than Gobelin's own.
+    """
+    if NOT_REPEATABLE in recorded:
+        raise UsageError(
+            f"{file} was painted with a control, which an image does not record: take one that was painted without"
+        )
+    known = [field.name for field in dataclasses.fields(Settings)]
+    refuse_unknown(recorded, [*known, *ADDED, "prompt", "model"], what=f"setting in {file}:")
+    if "prompt" in recorded:
+        validated(f"the prompt in {file}", recorded["prompt"], str)
+    painter = recorded.get("model", "")
+    if model is None and painter not in ("", SHIPPED):
+        raise UsageError(f"{file} was painted by another model, {painter}: give that one as --model")
+    return {name: value for name, value in recorded.items() if name != "model"}
+
+
+def refuse_other_additions(needed: dict[str, Any], pipeline: Pipeline, file: Path) -> None:
+    """Raise :class:`UsageError` where an image of Gobelin's needs LoRAs or learned words that were not given."""
+    for name, option, there in (
+        (LORAS, "--lora", pipeline.loras.weights),
+        (LEARNED_WORDS, "--inversion", pipeline.learned_words),
+    ):
+        if needed.get(name, type(there)()) != there:
+            raise UsageError(f"{file} was painted with {needed.get(name) or 'none'} as {option}, and not with {there}")
+
+
+def paint_with_progress(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    settings: Settings,
+    on_step: Callable[[PaintingStep], None] = lambda step: None,
+) -> Result:
+    """Paint, with a progress bar where standard error is a terminal."""
+    painting: Painting = pipeline.start(prompts, **settings)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("painting", total=len(painting))
+        for step in painting:
+            on_step(step)
+            progress.update(task, completed=step.index + 1)
+    return painting.result
+
+
+def _file_and_weight(given: str) -> tuple[Path, float]:
+    """Split FILE:WEIGHT; the weight is 1 where there is none."""
+    name, _, number = given.rpartition(":")
+    try:
+        return (Path(name), float(number)) if name and not Path(given).exists() else (Path(given), 1.0)
+    except ValueError:
+        raise UsageError(f"--lora has {given!r}: give FILE, or FILE:WEIGHT with a number") from None

@@ -1,0 +1,38 @@
+"""The contract of an image-text dataset: captioned images by index."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import UInt8
+from numpy import ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CaptionedImage:
+    """One image, uint8 RGB, with its caption.
+
+    ``negatives`` are hard negatives: captions that are wrong in one respect, if the source knows any.
+    """
+
+    image: UInt8[ndarray, "size size 3"]
+    caption: str
+    negatives: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A fixed, indexed set of captioned images; the same index always gives the same one."""
+
+    @property
+    def description(self) -> str:
+        """One line for people: the source, the number of images, and those left out."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Height and width of every image, in pixels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> CaptionedImage: ...

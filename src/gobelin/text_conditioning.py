@@ -1,0 +1,166 @@
+"""Text conditioning: prompts of any length to text embeddings, in chunks that a text encoder takes.
+
+A prompt becomes :class:`Chunks` of 77 tokens, each with a BOS, EOS and padding of its own; their embeddings, with their
+weights, stand one after the other. In a batch of prompts of other lengths a mask hides what lies beyond a prompt's own,
+so that an image does not depend on its neighbours.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from gobelin.clip import TextEncoder
+from gobelin.errors import UsageError
+from gobelin.prompt_weighting import PromptSyntax, parse_weights
+from gobelin.tokenizer import Token, Tokenizer, Words
+from gobelin.types import TextEmbeddings, TextMask
+
+CHUNKED_LENGTH = 77
+"""Only models with CLIP's text length are ever shown longer prompts, in several chunks."""
+MAX_CHUNKS = 64  # 4,800 tokens; cross-attention's cost grows with them
+_BREAK = re.compile(r"(\s*\bBREAK\b\s*)")
+_COMMA_REACH = 20  # tokens: how far back AUTOMATIC1111 looks for a comma to end a chunk after
+_LONG_WORD = 8  # tokens: words as long, between spaces, may be cut between ComfyUI's chunks
+_Weighed = tuple[Token, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """A prompt's tokens in chunks of the text encoder's length, with each token's weight.
+
+    ``words`` are those of the prompt without its weights; their tokens are numbered through all chunks. ``cut`` is the
+    end of the prompt that did not fit.
+    """
+
+    token_ids: Int[Tensor, "chunks length"]
+    weights: Float[Tensor, "chunks length"]
+    words: Words
+    cut: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConditioning:
+    """Text embeddings of a batch, [B, L, D], and the mask that hides what is beyond a prompt's own length."""
+
+    embeddings: TextEmbeddings
+    mask: TextMask | None = None
+
+    def rows(self, rows: slice) -> "TextConditioning":
+        """Return a part of the batch."""
+        return TextConditioning(embeddings=self.embeddings[rows], mask=None if self.mask is None else self.mask[rows])
+
+    def __add__(self, other: "TextConditioning") -> "TextConditioning":
+        """Return both batches as one, this one first."""
+        mask = None if self.mask is None or other.mask is None else torch.cat([self.mask, other.mask])
+        return TextConditioning(embeddings=torch.cat([self.embeddings, other.embeddings]), mask=mask)
+
+
+def chunk_prompt(tokenizer: Tokenizer, prompt: str, syntax: PromptSyntax = "a1111") -> Chunks:
+    """Split a prompt's tokens into chunks, each with its own BOS, EOS and padding; a model of another length has one.
+
+    In AUTOMATIC1111's meaning ``BREAK`` begins a new one. Raises :class:`UsageError` for more than 64 of them.
+    """
+    parts = parse_weights(prompt, syntax)
+    text = "".join(part.text for part in parts)
+    in_chunks = tokenizer.max_length == CHUNKED_LENGTH
+    sections: list[list[_Weighed]] = [[]]
+    borders = []
+    start = 0
+    for part in parts:
+        borders.append(start)
+        for number, piece in enumerate(_BREAK.split(part.text) if in_chunks and syntax == "a1111" else [part.text]):
+            if number % 2:
+                sections.append([])
+            else:
+                sections[-1] += [(token.shifted(start), part.weight) for token in tokenizer.tokens(piece)]
+            start += len(piece)
+    room = tokenizer.max_length - 2
+    tokens = [token for section in sections for token in section]
+    if len(tokens) > room * MAX_CHUNKS or len(sections) > MAX_CHUNKS:
+        raise UsageError(f"the prompt has {len(tokens):,} tokens: give {room * MAX_CHUNKS:,} at most")
+    if in_chunks:
+        groups = [group for section in sections for group in _split(section, room, text, syntax)]
+    else:
+        groups = [tokens[:room]]
+    kept = sum(map(len, groups))
+    return Chunks(
+        token_ids=torch.tensor([tokenizer.padded([token.id for token, _ in group]) for group in groups]),
+        weights=torch.tensor([_padded([weight for _, weight in group], tokenizer.max_length) for group in groups]),
+        words=tokenizer.words_of(text, [[token for token, _ in group] for group in groups], borders),
+        cut=text[tokens[kept][0].start :].strip() if kept < len(tokens) else "",
+    )
+
+
+@torch.no_grad()
+def encode_chunks(
+    text_encoder: TextEncoder, tokenizer: Tokenizer, chunks: Chunks, syntax: PromptSyntax, clip_skip: int = 0
+) -> Float[Tensor, "tokens width"]:
+    """Encode all chunks of a prompt, one after the other, with their weights applied.
+
+    ComfyUI measures weights from the embeddings of no words (``sd1_clip.py``); AUTOMATIC1111 multiplies, and then
+    brings the mean of a chunk back to what it was (``sd_emphasis.py``).
+    """
+    embeddings = text_encoder(chunks.token_ids.to(text_encoder.device), clip_skip)
+    weights = chunks.weights.to(embeddings)[:, :, None]
+    if bool((weights != 1).any()):
+        if syntax == "comfyui":
+            nothing = chunk_prompt(tokenizer, "", "none")
+            empty = text_encoder(nothing.token_ids.to(text_encoder.device), clip_skip)
+            embeddings = empty + (embeddings - empty) * weights
+        else:
+            mean = embeddings.mean(dim=(1, 2), keepdim=True)
+            embeddings = embeddings * weights
+            embeddings = embeddings * (mean / embeddings.mean(dim=(1, 2), keepdim=True))
+    return embeddings.flatten(0, 1)
+
+
+def batch_texts(embeddings: Sequence[Float[Tensor, "_ width"]]) -> TextConditioning:
+    """Batch text embeddings of prompts of any lengths: the shorter ones are padded, and the padding is masked."""
+    lengths = torch.tensor([len(one) for one in embeddings], device=embeddings[0].device)
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+    return TextConditioning(
+        embeddings=pad_sequence(list(embeddings), batch_first=True), mask=None if bool(mask.all()) else mask
+    )
+
+
+def _padded(weights: Sequence[float], length: int) -> list[float]:
+    return [1.0, *weights, *[1.0] * (length - 1 - len(weights))]
+
+
+def _split(tokens: list[_Weighed], room: int, text: str, syntax: PromptSyntax) -> list[list[_Weighed]]:
+    """Split tokens into groups of at most ``room``, where the tool that is meant splits them."""
+    groups, left = [], tokens
+    while len(left) > room:
+        end = _break(left, room, text, syntax)
+        groups.append(left[:end])
+        left = left[end:]
+    return [*groups, left]
+
+
+def _break(tokens: list[_Weighed], room: int, text: str, syntax: PromptSyntax) -> int:
+    """Count the tokens that go into a full chunk."""
+    if syntax == "a1111":
+        spoken = [text[token.start : token.end] for token, _ in tokens[: room + 1]]
+        commas = [place for place in range(room) if spoken[place] == ","]
+        near = commas and spoken[room] != "," and room - commas[-1] <= _COMMA_REACH
+        return commas[-1] + 1 if near else room
+    if syntax == "comfyui":
+        start = end = room
+        while start > 0 and _go_together(tokens, start, text):
+            start -= 1
+        while end < len(tokens) and _go_together(tokens, end, text):
+            end += 1
+        return start if start > 0 and end - start < _LONG_WORD else room
+    return room
+
+
+def _go_together(tokens: list[_Weighed], place: int, text: str) -> bool:
+    """Tell whether nothing stands between a token and the one before it, in a part of one weight."""
+    (before, weight), (token, own) = tokens[place - 1 : place + 1]
+    return weight == own and not text[before.end : token.start]

@@ -1,0 +1,130 @@
+"""An audit counts and hashes tensors and sees what does not come back; a comparison finds the block that differs."""
+
+import dataclasses
+from hashlib import sha256
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gobelin.checkpoint import Model, audit, open_model
+from gobelin.clip import TextEncoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(oracle_folder) -> Model:
+    return open_model(oracle_folder, CPU, torch.float16)
+
+
+def edited(model: Model, network: str, key: str) -> Model:
+    """The model with one tensor of a copied network changed in one place."""
+    original = getattr(model, network)
+    copy = type(original)(original.config).to(original.dtype).eval()
+    state = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    state[key].view(-1)[0] += 0.5
+    copy.load_state_dict(state)
+    return dataclasses.replace(model, **{network: copy})
+
+
+def test_the_numbers_are_those_of_the_file(oracle_folder):
+    model = open_model(oracle_folder, CPU, None)
+    found = audit.audit_model(model, round_trips=False)
+    tensors = load_file(oracle_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    unet = found.networks["unet"]
+    assert found.networks.keys() == {"unet", "vae", "text_encoder"}
+    assert (unet.tensors, unet.parameters) == (len(tensors), sum(tensor.numel() for tensor in tensors.values()))
+    assert unet.largest == max(tensor.abs().max().item() for tensor in tensors.values())
+    assert unet.dtypes == {"float32": len(tensors)}
+    digest = sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tuple(tensor.shape))).encode() + tensor.numpy().tobytes())
+    assert unet.sha256 == digest.hexdigest()
+    assert found.tokens == len(model.tokenizer.vocab)
+    assert found.schedule["falls"]
+    assert found.schedule["first_alpha_cumprod"] == pytest.approx(1 - 0.00085)
+    assert (found.round_trips, found.sound) == ({}, True)
+
+
+def test_a_hash_sees_one_changed_number_and_not_the_precision_that_holds_it(model):
+    def hashes(one: Model) -> dict[str, str]:
+        return {name: part.sha256 for name, part in audit.audit_model(one, round_trips=False).networks.items()}
+
+    changed = hashes(edited(model, "vae", "quant_conv.bias"))
+    assert changed["vae"] != hashes(model)["vae"]
+    assert changed["unet"] == hashes(model)["unet"]
+    wide = TextEncoder(model.text_encoder.config).eval()
+    wide.load_state_dict(model.text_encoder.state_dict())
+    assert wide.dtype == torch.float32
+    assert hashes(dataclasses.replace(model, text_encoder=wide)) == hashes(model)
+
+
+def test_a_model_comes_back_from_a_folder_and_from_a_single_file(model):
+    found = audit.audit_model(model)
+    assert found.round_trips == {"folder": True, "single file": True}
+    assert found.sound
+    assert found.json() == {**dataclasses.asdict(found), "sound": True}
+
+
+def test_what_does_not_come_back_is_not_sound(model, monkeypatch):
+    other = edited(model, "text_encoder", "text_model.final_layer_norm.bias")
+    save = audit.save_single_file
+    monkeypatch.setattr(audit, "save_single_file", lambda _, path: save(other, path))
+    found = audit.audit_model(model)
+    assert found.round_trips == {"folder": True, "single file": False}
+    assert not found.sound
+    assert "written as a single file and read again: NOT identical" in found.summary()
+    assert found.summary()[-1] == "NOT sound"
+
+
+def test_a_warning_is_not_sound(model):
+    found = audit.audit_model(model, ["[red] holds 'x'"], round_trips=False)
+    assert not found.sound
+    assert found.summary()[-2:] == ["warning: [red] holds 'x'", "NOT sound"]
+
+
+def test_a_model_differs_from_itself_in_no_block(model):
+    found = audit.compare_models(model, model).differences
+    assert found.keys() == {"unet", "vae", "text_encoder"}
+    assert all(set(blocks.values()) == {0.0} for blocks in found.values())
+
+
+@pytest.mark.parametrize(
+    ("network", "key", "block"),
+    [
+        ("unet", "mid_block.resnets.1.conv2.weight", "mid_block.resnets.1"),
+        ("unet", "down_blocks.0.attentions.0.proj_in.weight", "down_blocks.0.attentions.0"),
+        ("vae", "decoder.up_blocks.1.resnets.0.conv1.weight", "decoder.up_blocks.1"),
+        ("text_encoder", "text_model.encoder.layers.1.mlp.fc1.weight", "text_model.encoder"),
+    ],
+)
+def test_the_first_block_that_differs_is_the_one_that_was_changed(model, network, key, block):
+    found = audit.compare_models(edited(model, network, key), model).differences
+    first = next(name for name, difference in found[network].items() if difference > 0)
+    assert first.startswith(block)
+    assert found[network]["output"] > 0
+    assert all(max(blocks.values()) == 0 for name, blocks in found.items() if name != network)
+
+
+def test_networks_of_other_shapes_are_infinitely_far(model):
+    config = dataclasses.replace(model.text_encoder.config, num_hidden_layers=2)
+    other = dataclasses.replace(model, text_encoder=TextEncoder(config).half().eval())
+    found = audit.compare_models(model, other).differences
+    assert found["text_encoder"] == {"output": float("inf")}
+    assert max(found["unet"].values()) == 0
+
+
+def test_tables_have_a_row_for_each_network_and_for_each_block(model):
+    console = Console(width=200, record=True, file=StringIO())
+    found = audit.audit_model(dataclasses.replace(model, name="[bold]x"), round_trips=False)
+    comparison = audit.compare_models(model, model)
+    console.print(found.table())
+    console.print(comparison.table())
+    text = console.export_text()
+    assert "[bold]x" in text
+    assert found.networks["vae"].sha256[:16] in text
+    assert found.table().row_count == 3
+    assert comparison.table().row_count == sum(len(blocks) for blocks in comparison.differences.values())

@@ -1,0 +1,98 @@
+"""``gobelin look``, as a user meets it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gobelin.formats.png import read_png_settings, write_png
+
+
+def test_look_writes_sheets_a_page_an_animation_and_numbers(gobelin, trained, tmp_path):
+    files = {"json": tmp_path / "words.json", "npz": tmp_path / "maps.npz"}
+    status, out, err = gobelin(
+        *("look", "a red circle", "--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 3),
+        *("--per", "head", "--at", 20, 31, "--animation", "--json", files["json"], "--npz", files["npz"]),
+    )
+    assert status == 0, err
+    stem = "a-red-circle-5"
+    for name in (".png", "-words.png", "-per-head.png", "-at-20-31.png", ".html", ".webp"):
+        assert str(tmp_path / f"{stem}{name}") in out
+    with Image.open(tmp_path / f"{stem}.webp") as animation:
+        assert animation.n_frames == 3
+    assert "http" not in (tmp_path / f"{stem}.html").read_text().replace("http-equiv", "")
+    said = json.loads(files["json"].read_text())
+    assert [row["word"] for row in said["words"]] == ["a", "red", "circle"]
+    assert all(0 <= row["mean"] <= row["most"] <= 1 for row in said["words"])
+    assert said["shares"]["bos"] > 0
+    assert sum(said["shares"].values()) == pytest.approx(1)
+    maps = np.load(files["npz"])
+    assert maps["words"].tolist() == ["a", "red", "circle"]
+    assert maps["maps"].shape == (3, 64, 64)
+    row, column = np.unravel_index(maps["maps"][2].argmax(), (64, 64))
+    assert said["words"][2]["most_at"] == [column, row]
+
+
+def test_look_shows_sharp_maps_and_keeps_what_they_are_made_of(gobelin, trained, tmp_path):
+    options = ("--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 3, "--words", "red")
+    for name, more in (("sharp", ()), ("plain", ("--plain",))):
+        status, _, err = gobelin("look", "a red circle", *options, "--npz", tmp_path / f"{name}.npz", *more)
+        assert status == 0, err
+    sharp, plain = (np.load(tmp_path / f"{name}.npz") for name in ("sharp", "plain"))
+    assert {name.split(".")[0] for name in sharp} == {"words", "maps", "up_blocks"}
+    assert {name[-5:] for name in plain} == {"words", "maps", "attn2"}
+    own = np.mean([sharp[name][0, 0] for name in sharp if name.endswith("attn1")], axis=0)
+    shares = [sharp[name][0, 0, :, 2] for name in sharp if name.endswith("attn2")]  # BOS, a, red
+    expected = np.mean([share * (own @ share) / (own @ share).max() for share in shares], axis=0).reshape(16, 16)
+    corners = sharp["maps"][0][1::4, 1::4], sharp["maps"][0][2::4, 2::4]
+    assert np.corrcoef(sum(corners).ravel(), expected.ravel())[0, 1] > 0.99
+
+
+def test_look_paints_an_image_again_and_says_when_it_is_another(gobelin, refused, trained, tmp_path):
+    gobelin("generate", "a red circle", "--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 2)
+    image = tmp_path / "a-red-circle-5.png"
+    out = tmp_path / "maps"
+    status, printed, err = gobelin("look", image, "--model", trained, "--out", out, "--words", "circle", "red circle")
+    assert (status, err) == (0, "")
+    assert printed.split() == [str(out / f"a-red-circle-5{end}") for end in (".png", "-words.png", ".html")]
+    assert np.array_equal(np.asarray(Image.open(image)), np.asarray(Image.open(out / image.name)))
+    for per in ("step", "layer"):
+        status, printed, _ = gobelin("look", image, "--model", trained, "--out", out, "--per", per)
+        assert f"-per-{per}.png" in printed
+
+    status, err = refused("look", image, "--model", trained, "--out", out, "--steps", 3)
+    assert status == 2
+    assert "leave out --steps" in err
+
+    settings = read_png_settings(image)
+    write_png(image, Image.new("RGB", (64, 64)), settings)
+    status, _, err = gobelin("look", image, "--model", trained, "--out", out)
+    assert status == 0
+    assert "painted again" in err
+    Image.new("RGB", (64, 64)).save(image)
+    status, err = refused("look", image, "--model", trained, "--out", out)
+    assert status == 1
+    assert "carries no settings" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("image.jpg",), "image.jpg is no PNG that Gobelin painted"),
+        (("nowhere.png",), "there is no image at nowhere.png"),
+        (("!?",), "'!?' has no word to look at"),
+        (("a red circle", "--words", "cat"), "'cat' is not in the prompt, whose words are a, red, circle"),
+        (("a red circle", "--at", "64", "0"), "is not in the image of 64×64 pixels"),
+        (("a red circle", "--at", "3"), "--at has 3 alone: give 2 values, each a whole number"),
+        (("a red circle", "--sites", "attn3"), "'attn3' matches no attention"),
+        (("a red circle", "--count", "2"), "leave out --count"),
+        (("a red circle", "--init-image", "x.png"), "leave out --init-image"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_said_in_one_sentence(refused, trained, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, sentence = refused("look", *arguments, "--model", trained)
+    assert status == 2
+    assert message in sentence
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,242 @@
+"""Text conditioning: chunks and their weights, long prompts, batches of prompts of other lengths, learned words."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.conftest import fill_
+
+from gobelin.clip import TextEncoder, TextEncoderConfig
+from gobelin.errors import ModelError, UsageError
+from gobelin.pipeline import Pipeline
+from gobelin.text_conditioning import TextConditioning, batch_texts, chunk_prompt, encode_chunks
+from gobelin.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def clip() -> tuple[Tokenizer, TextEncoder]:
+    """A tokenizer and a small text encoder with texts of CLIP's length."""
+    tokenizer = Tokenizer.train(["a red ring, and a blue square"] * 5, vocab_size=540, max_length=77)
+    config = TextEncoderConfig.of(32, layers=2, heads=2, vocab_size=len(tokenizer.vocab))
+    with torch.device("meta"):
+        encoder = TextEncoder(config)
+    return tokenizer, fill_(encoder)
+
+
+def test_a_prompt_of_more_chunks_than_anyone_needs_is_refused(clip) -> None:
+    with pytest.raises(UsageError, match="the prompt has 5,000 tokens: give 4,800 at most"):
+        chunk_prompt(clip[0], "a " * 5_000)
+
+
+def test_break_begins_a_chunk_in_a1111(clip) -> None:
+    tokenizer, _ = clip
+    chunks = chunk_prompt(tokenizer, "a red BREAK ring", "a1111")
+    assert torch.equal(chunks.token_ids, torch.cat([tokenizer("a red"), tokenizer("ring")]))
+    assert chunks.words.tokens("ring") == (78,)
+    assert len(chunk_prompt(tokenizer, "a red BREAK ring", "comfyui").token_ids) == 1
+
+
+def embedded(clip, prompt: str, syntax: str) -> torch.Tensor:
+    tokenizer, encoder = clip
+    with torch.no_grad():
+        return encode_chunks(encoder, tokenizer, chunk_prompt(tokenizer, prompt, syntax), syntax)
+
+
+def test_what_has_no_weights_is_embedded_as_ever(clip) -> None:
+    tokenizer, encoder = clip
+    expected = encoder(tokenizer("a red ring"))[0]
+    for prompt, syntax in (("a red ring", "a1111"), ("a (red:1.0) ring", "comfyui"), ("a red ring", "none")):
+        assert torch.equal(embedded(clip, prompt, syntax), expected)
+
+
+def test_weights_do_what_their_syntax_does(clip) -> None:
+    tokenizer, encoder = clip
+    expected, nothing = encoder(tokenizer("a red ring"))[0], encoder(tokenizer(""))[0]
+    place = list(tokenizer.words("a red ring").tokens("red"))
+    weights = torch.ones(77, 1)
+    weights[place] = 1.5
+    theirs = expected * weights
+    theirs = theirs * (expected.mean() / theirs.mean())
+    torch.testing.assert_close(embedded(clip, "a (red:1.5) ring", "a1111"), theirs)
+    torch.testing.assert_close(embedded(clip, "a (red:1.5) ring", "comfyui"), nothing + (expected - nothing) * weights)
+
+
+def test_long_prompts_go_on_in_chunks_that_end_after_a_comma(clip) -> None:
+    tokenizer, _ = clip
+    room = 75
+    exact = chunk_prompt(tokenizer, " ".join(["a"] * room), "none")
+    assert exact.token_ids.shape == (1, 77)
+    more = chunk_prompt(tokenizer, " ".join(["a"] * (room + 1)), "none")
+    assert more.token_ids.shape == (2, 77)
+    assert more.cut == ""
+    assert more.token_ids[1, 2:].eq(tokenizer.eos).all()
+    assert [len(span.tokens) for span in more.words.spans] == [1] * 76
+    assert more.words.spans[-1].tokens == (78,)
+
+    prompt = " ".join([*["a"] * 64, "a,", *["red"] * 20])
+    by_comma = chunk_prompt(tokenizer, prompt, "a1111")
+    assert by_comma.token_ids[0, 67:].eq(tokenizer.eos).all(), "64 and one words, and the comma"
+    assert by_comma.words.spans[65].tokens == (78,)
+    assert chunk_prompt(tokenizer, prompt, "none").words.spans[65].tokens == (67,)
+    full = chunk_prompt(tokenizer, " ".join([*["a"] * 60, ",", *["a"] * 14, ",", *["red"] * 20]), "a1111")
+    assert full.token_ids[0, 76] == tokenizer.eos
+    assert full.token_ids[0, 75] != tokenizer.eos, "a comma that comes first thing ends no chunk before it"
+
+
+def test_comfyui_keeps_short_words_whole(clip) -> None:
+    tokenizer, _ = clip
+    word = "xyzw"  # four tokens, which the vocabulary does not know together
+    count = len(tokenizer.tokens(word))
+    assert 1 < count <= 8
+    prompt = " ".join([*["a"] * 74, word])
+    whole, cut = (chunk_prompt(tokenizer, prompt, syntax).words.spans[-1].tokens for syntax in ("comfyui", "none"))
+    assert whole == tuple(range(78, 78 + count))
+    assert cut == (75, *range(78, 78 + count - 1))
+    comma = chunk_prompt(tokenizer, " ".join([*["a"] * 74, "red,"]), "comfyui")
+    assert comma.words.spans[-1].tokens == (78,), "up to the next space"
+
+
+def test_models_with_shorter_texts_say_what_is_cut() -> None:
+    tokenizer = Tokenizer.train(["a red ring"], vocab_size=530, max_length=8)
+    chunks = chunk_prompt(tokenizer, "a a a a a a (red:1.2) ring")
+    assert chunks.token_ids.shape == (1, 8)
+    assert chunks.cut == "red ring"
+    assert [chunk_prompt(tokenizer, "a " * count).cut for count in (0, 6, 7, 8)] == ["", "", "a", "a a"]
+
+
+def test_long_prompts_paint_and_their_words_are_found(oracle_folder) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    pipe.tokenizer.max_length = 77
+    positions = pipe.text_encoder.text_model.embeddings.position_embedding
+    positions.weight = torch.nn.Parameter(torch.randn(77, 64) * 0.1)
+    prompt = " ".join(["red"] * 80) + " circle"
+    result = pipe(prompt, seed=0, steps=1, trace=True)
+    assert result.heatmaps[0]["circle"].raw.shape == (64, 64)
+    assert result.heatmaps[0].words.length == 154
+    other = pipe(prompt.replace("circle", "square"), seed=0, steps=1)
+    assert not torch.equal(result.latents, other.latents), "the second chunk is heard"
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("layout", ["diffusers", "a1111", "nameless"])
+def test_a_learned_word_is_diffusers(layout: str, vectors: int, make_oracle, oracle_folder, tmp_path: Path) -> None:
+    learned = torch.randn(vectors, 64) * 0.3
+    file = tmp_path / ("cat-toy.safetensors" if layout == "nameless" else "cat-toy.pt")
+    content = learned[0] if vectors == 1 else learned
+    if layout == "nameless":
+        save_file({"emb_params": learned}, file)
+    elif layout == "diffusers":
+        torch.save({"<cat-toy>": content}, file)
+    else:
+        torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": learned}, "name": "x"}, file)
+    theirs = make_oracle()
+    theirs.load_textual_inversion(str(file), token="<cat-toy>")
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    assert pipe.load_textual_inversion(file, token="<cat-toy>", allow_pickle=True) == "<cat-toy>"
+    prompt = "a red <cat-toy> circle"
+    expected = theirs.encode_prompt(prompt, "cpu", 1, False)[0]
+    torch.testing.assert_close(pipe.encode_text([prompt]).embeddings, expected, rtol=1e-4, atol=1e-5)
+    assert len(pipe.words(prompt).tokens("cat-toy")) == vectors
+    assert pipe(prompt, steps=1, trace=True).heatmaps[0]["cat-toy"].raw.max() > 0
+
+
+def test_a_learned_word_that_does_not_fit_is_refused(oracle_folder, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    for tensors, error, message in (
+        ({"<x>": torch.ones(2, 32)}, UsageError, "the vectors are 32 wide, and this text encoder's 64"),
+        ({"<x>": torch.ones(2, 2, 64)}, ModelError, "expected vectors"),
+        ({"<x>": torch.ones(64), "<y>": torch.ones(64)}, ModelError, "it holds 2 tensors"),
+    ):
+        save_file(tensors, tmp_path / "x.safetensors")
+        with pytest.raises(error, match=message):
+            pipe.load_textual_inversion(tmp_path / "x.safetensors")
+    save_file({"red</w>": torch.ones(64)}, tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="is a token already"):
+        pipe.load_textual_inversion(tmp_path / "x.safetensors")
+    save_file({"<x>": torch.full((64,), torch.nan)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="holds NaN or infinity"):
+        pipe.load_textual_inversion(tmp_path / "x.safetensors")
+    save_file({"red": torch.ones(64)}, tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="'red' is a token already"):
+        pipe.load_textual_inversion(tmp_path / "x.safetensors")
+    assert pipe.text_encoder.config.vocab_size == len(pipe.tokenizer.vocab)
+
+
+def test_learned_words_stand_alone_and_are_not_saved(oracle_folder, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    before = pipe.tokenizer("a string")
+    save_file({"emb_params": torch.ones(2, 64)}, tmp_path / "rin.safetensors")
+    pipe.load_textual_inversion(tmp_path / "rin.safetensors")
+    assert torch.equal(pipe.tokenizer("a string"), before)
+    assert not torch.equal(pipe.tokenizer("a rin"), before)
+    with pytest.raises(UsageError, match="words were added to this tokenizer"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "model_index.json").exists()
+
+
+def test_prompts_of_other_lengths_are_batched_behind_a_mask() -> None:
+    short, long = torch.randn(2, 3), torch.randn(5, 3)
+    text = batch_texts([short, long])
+    assert text.mask is not None
+    assert text.mask.tolist() == [[True] * 2 + [False] * 3, [True] * 5]
+    assert torch.equal(text.embeddings[0, :2], short)
+    assert torch.equal(text.embeddings[1], long)
+    assert text.embeddings.isfinite().all()
+    assert batch_texts([long, long]).mask is None
+    halves = text.rows(slice(0, 1)) + text.rows(slice(1, 2))
+    assert torch.equal(halves.embeddings, text.embeddings)
+    assert halves.mask is not None
+    assert torch.equal(halves.mask, text.mask)
+    unmasked = TextConditioning(embeddings=torch.zeros(1, 5, 3))
+    assert (unmasked + unmasked).mask is None
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfyui", "none"])
+def test_what_is_masked_reaches_no_pixel(clip_model, syntax: str) -> None:
+    """A prompt's prediction is the same alone, and beside one of three chunks."""
+    pipe = Pipeline(clip_model())
+    short, long = "a (red:1.2) cat", "a dog" + ", and a blue dog" * 40
+    together = pipe.encode_text([short, long], weights=syntax)
+    alone = pipe.encode_text([short], weights=syntax)
+    assert together.embeddings.shape[1] > 77
+    latents, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        expected = pipe.unet(latents, timesteps, alone.embeddings, alone.mask)
+        assert together.mask is not None
+        found = pipe.unet(latents, timesteps, together.embeddings[:1], together.mask[:1])
+        heard = pipe.unet(latents, timesteps, together.embeddings[:1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(heard, expected, rtol=1e-4, atol=1e-5), "without the mask it would be heard"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("1girl,red hair,blue eyes", ["1girl", "red", "hair", "blue", "eyes"]),
+        ("(red circle:1.3),(blue square:0.8)", ["red", "circle", "blue", "square"]),
+        ("(red)(blue:1.2)", ["red", "blue"]),
+        ("red(dish:1.2) ring", ["red", "dish", "ring"]),
+        ("a ((very)) [big] ring", ["a", "very", "big", "ring"]),
+        ("ring;square|circle", ["ring", "square", "circle"]),
+    ],
+)
+def test_words_end_at_commas_brackets_and_where_weights_change(clip_model, prompt: str, words: list[str]) -> None:
+    pipe = Pipeline(clip_model())
+    found = pipe.words(prompt)
+    assert [span.word for span in found.spans] == words
+    (ids,) = chunk_prompt(pipe.tokenizer, prompt).token_ids.tolist()
+    for span in found.spans:
+        own = [token.id for token in pipe.tokenizer.tokens(span.word)]
+        assert [ids[place] for place in span.tokens] == own, "its tokens are its own"
+
+
+def test_each_words_weight_is_on_its_tokens(clip_model) -> None:
+    chunks = chunk_prompt(Pipeline(clip_model()).tokenizer, "(red circle:1.3),(blue square:0.8)" + ", a dog" * 40)
+    weights = chunks.weights.flatten()
+    for word, weight in (("red", 1.3), ("circle", 1.3), ("blue", 0.8), ("square", 0.8), (("dog", 39), 1.0)):
+        assert weights[list(chunks.words.tokens(word))].tolist() == pytest.approx(
+            [weight] * len(chunks.words.tokens(word))
+        )
+    kinds = chunks.words.kinds
+    assert all(weights[place] == 1 for place, kind in enumerate(kinds) if kind != "text")
