@@ -6,6 +6,7 @@ The oracles are diffusers and transformers: each network is compared with theirs
 import dataclasses
 import json
 import os
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,14 @@ def type_checked(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if _WRITTEN_BY_PEOPLE.fullmatch(function.__qualname__) else _beartype(function)
 
 
-# Before anything imports gobelin: every annotated type and shape in it is checked at every call.
-jaxtyping.install_import_hook("gobelin", f"{__name__}.{type_checked.__name__}")
+# Before anything imports gobelin: every annotated type and shape in it is checked at every call. Not in the scenes,
+# whose many small functions hold no tensors: a scene takes 2 ms, and with the checks 11.
+_UNCHECKED = {"scenes"}
+_package = Path(__file__).parents[1] / "src" / "gobelin"
+jaxtyping.install_import_hook(
+    [f"gobelin.{module.name}" for module in pkgutil.iter_modules([str(_package)]) if module.name not in _UNCHECKED],
+    f"{__name__}.{type_checked.__name__}",
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The oracles log what they miss (torchvision, accelerate), which no test needs.
@@ -111,12 +118,15 @@ def edit_config(folder: Path, **fields: object) -> None:
 
 @pytest.fixture(scope="session")
 def micro():
-    """Makes a training configuration that takes seconds: every stage, a few steps, the smallest networks."""
+    """Makes a training configuration that takes seconds: every stage, a few steps, the smallest networks.
+
+    Half precision is many times slower on processors without instructions for it: one test asks for it.
+    """
     from gobelin.training.config import DataConfig, find_preset
 
-    def make(steps: int = 4, **changes):
+    def make(steps: int = 4, precision: str = "float32", **changes):
         preset = find_preset("nano")
-        optim = {"steps": steps, "batch_size": 8, "warmup_steps": 2}
+        optim = {"steps": steps, "batch_size": 8, "warmup_steps": 2, "precision": precision}
         config = dataclasses.replace(
             preset,
             save_every=2,

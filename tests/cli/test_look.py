@@ -55,11 +55,11 @@ def test_look_paints_an_image_again_and_says_when_it_is_another(gobelin, refused
     out = tmp_path / "maps"
     status, printed, err = gobelin("look", image, "--model", trained, "--out", out, "--words", "circle", "red circle")
     assert (status, err) == (0, "")
-    assert printed.split() == [str(out / f"a-red-circle-5{end}") for end in (".png", "-words.png", ".html")]
-    assert np.array_equal(np.asarray(Image.open(image)), np.asarray(Image.open(out / image.name)))
+    assert printed.split() == [str(out / f"a-red-circle-5{end}") for end in ("-words.png", ".html")]
     for per in ("step", "layer"):
         status, printed, _ = gobelin("look", image, "--model", trained, "--out", out, "--per", per)
         assert f"-per-{per}.png" in printed
+    assert not list(out.glob("*-5.png")), "the image is there already"
 
     status, err = refused("look", image, "--model", trained, "--out", out, "--steps", 3)
     assert status == 2

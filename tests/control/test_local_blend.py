@@ -1,8 +1,11 @@
 """Local blend: which words bound an edit, and that outside of their pixels nothing changes."""
 
-import torch
-from tests.control.conftest import SITE, SIZE, batch_of
+from dataclasses import replace
 
+import torch
+from tests.control.conftest import COARSE, SITE, SIZE, batch_of
+
+from gobelin.attention import AttentionSite, choose_sites
 from gobelin.control import LocalBlend, prompt_to_prompt
 from gobelin.control.alignment import changed_words
 from gobelin.control.local_blend import blended_tokens
@@ -14,6 +17,9 @@ from gobelin.text_conditioning import TextConditioning
 from gobelin.tokenizer import Tokenizer
 from gobelin.types import Latents
 from gobelin.unet import UNet, UNetConfig
+
+
+PATCHES = AttentionSite(name="up.attn1", kind="self", downscale=1, heads=2)
 
 
 class Seer:
@@ -34,17 +40,25 @@ def network() -> ConditionedUNet:
 
 def test_outside_of_the_words_pixels_nothing_changes(tokenizer: Tokenizer) -> None:
     source, target = tokenizer.words("a red ring"), tokenizer.words("a of ring")
-    batch = batch_of(source, target, source)
+    batch = replace(batch_of(source, target, source), sites=(SITE, PATCHES, COARSE))
     blend = LocalBlend(words=["red", "of"], threshold=0.5, start=0.2)
     attached = blend.attach(batch)
     (edit,) = attached.edits
+    assert choose_sites(batch.sites, edit.sites) == (SITE, PATCHES)
     denoise = attached.around(Seer(), network())
     latents = torch.randn(3, 4, *SIZE)
-    assert denoise(latents, 500.0, 0.5).latents is latents, "nothing was seen yet"
+    itself = torch.eye(24).expand(3, 2, 24, 24)
+    probs = torch.zeros(3, 2, 24, 20)
+    probs[:, :, 20, 1:4] = 1
+    edit.change(PATCHES, itself)
+    edit.change(SITE, probs)
+    assert denoise(latents, 500.0, 0.5).latents is latents, "what was seen before is forgotten"
     probs = torch.zeros(3, 2, 24, 20)
     probs[0, :, 4, source.tokens("red")] = 1
     probs[1, :, 11, target.tokens("of")] = 1
+    probs[:, :, 20, source.tokens("red") + target.tokens("of")] += 0.6  # .36 of the most, as its patch draws on itself
     assert edit.change(SITE, probs) is probs
+    assert edit.change(PATCHES, itself) is itself
     assert denoise(latents, 900.0, 0.1).latents is latents, "a tenth of the way is too early"
     mask = torch.zeros(SIZE, dtype=torch.bool)
     mask[0:2, 3:6] = True  # around patch 4, row 0
@@ -62,6 +76,8 @@ def test_blended_tokens_are_the_nouns_of_changed_adjectives(tokenizer: Tokenizer
         ("a red ring", "a red square", "ring", "square"),
         ("a big red ring", "a small blue ring", "ring", "ring"),
         ("a ring", "a red ring", "ring", "ring"),
+        ("there is a red ring lower than a star", "there is a blue ring lower than a star", "ring", "ring"),
+        ("one red ring alone", "one blue ring alone", "ring", "ring"),
         ("a ring that is red", "a ring that is blue", "red", "blue"),
     ):
         source, target = tokenizer.words(before), tokenizer.words(after)

@@ -22,6 +22,14 @@ def test_entries_are_the_scenes():
     assert sample.caption not in dataset[4].negatives
 
 
+def test_it_ends_where_its_length_says():
+    dataset = SceneDataset(world=scenes.NANO, count=3)
+    assert [pair.caption for pair in dataset] == [dataset[index].caption for index in range(3)]
+    for index in (3, -1):
+        with pytest.raises(IndexError, match=f"there is no scene {index}: the last is 2"):
+            dataset[index]
+
+
 def test_an_unknown_world_is_told_the_choices():
     with pytest.raises(UsageError, match="unknown world 'mars': the choices are core, nano, rich"):
         find_world("mars")

@@ -21,9 +21,10 @@ def hearing(pipeline, wrong):
     source = SceneDataset(world=scenes.NANO, count=200, split="dev")
     kinds = {}
     for index in range(len(source)):
-        kinds[source[index].caption] = None
-        for negative in source[index].negatives:
-            kinds.setdefault(negative, negative_kind(source[index].caption, negative))
+        pair = source[index]
+        kinds[pair.caption] = None
+        for negative in pair.negatives:
+            kinds.setdefault(negative, negative_kind(pair.caption, negative))
     names = {tuple(pipeline.tokenizer([text])[0].tolist()): kind for text, kind in kinds.items()}
     pipeline.text_encoder.forward = lambda token_ids: token_ids[:, :, None].float()
 

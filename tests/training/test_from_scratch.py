@@ -203,7 +203,8 @@ def test_the_stages_are_named_in_order():
 
 
 def test_it_is_a_call_of_the_library_and_silent_outside_a_terminal(micro, tmp_path, capfd):
-    folder = gobelin.train(micro(steps=2), str(tmp_path / "mine"))
+    small = DataConfig(count=16)
+    folder = gobelin.train(micro(steps=1, precision="bfloat16", data=small, sample_every=9), str(tmp_path / "mine"))
     assert folder == tmp_path / "mine"
     assert capfd.readouterr() == ("", "")
     assert gobelin.Pipeline.from_pretrained(folder)("a red circle").images

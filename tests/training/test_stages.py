@@ -76,6 +76,13 @@ def test_a_sketch_is_drawn_from_the_words_and_nothing_after_them(dataset):
     assert drawn[1, :, :, 7].mean() > 0.6, "and light on the right"
 
 
+def test_a_batch_of_equal_images_has_a_sketch_loss_too():
+    head = SketchHead(16, heads=2)
+    loss = head.loss(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool), torch.full((2, 3, 64, 64), 0.5))
+    assert torch.isfinite(loss)
+    assert loss > 1, "it is far off at first"
+
+
 def test_the_vae_stage_starts_narrow_and_weighs_its_parts(dataset):
     config = find_preset("nano").vae
     stage = VAEStage(dataset, VAE(VAEConfig.nano()), config, torch.arange(4))

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image
 from tyro.conf import Positional
 
 from gobelin.cli.options import parse, write_report
@@ -16,6 +15,9 @@ from gobelin.errors import UsageError
 from gobelin.evaluate.picture_list import ALL_TASKS, MAX_PROMPTS, requested_images
 from gobelin.evaluate.report import Report
 from gobelin.formats.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from gobelin.evaluate.benchmark import Benchmark
 
 _SHEET_SUFFIXES = (".png", ".jpg")
 
@@ -53,8 +55,8 @@ class _ReportFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SheetFile:
-    """The contact sheet of scored images."""
+class _BenchmarkFiles(_ReportFiles):
+    """Files that a benchmark can write: its report, and a contact sheet of the scored images."""
 
     sheet: Path | None = None
     """Write a contact sheet here, PNG or JPEG: a sample of each task, then failures, framed in red."""
@@ -95,7 +97,7 @@ class _ListOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateScenes(_ReportFiles, _SheetFile, _ListOptions, _ModelOptions):
+class EvaluateScenes(_BenchmarkFiles, _ListOptions, _ModelOptions):
     """Generate images from fixed lists of prompts, and score each without a look at its prompt.
 
     The tasks are GenEval's six, and the exact scene. Shares come with 95 % intervals, which know that images of one
@@ -117,7 +119,7 @@ class EvaluateScenes(_ReportFiles, _SheetFile, _ListOptions, _ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateImages(_ReportFiles, _SheetFile):
+class EvaluateImages(_BenchmarkFiles):
     """Score a folder of images that another program generated from the list of gobelin evaluate prompts.
 
     Some examples:
@@ -187,8 +189,7 @@ def run(arguments: Sequence[str]) -> None:
 def _scenes(options: EvaluateScenes) -> None:
     """Generate images with a model, and score them."""
     from gobelin.clip import ImageEncoder
-    from gobelin.evaluate.benchmark import benchmark_report, measure_scenes
-    from gobelin.evaluate.failures_sheet import failures_sheet
+    from gobelin.evaluate.benchmark import measure_scenes
     from gobelin.evaluate.scene_models import open_scene_model
     from gobelin.evaluate.scored_images import GenerationSettings
     from gobelin.pipeline import shipped_model
@@ -209,29 +210,20 @@ def _scenes(options: EvaluateScenes) -> None:
     )
     with _progress("generating", len(requests)) as advance:
         benchmark = measure_scenes(pipeline, world, requests, generation, image_encoder, advance)
-    content = benchmark.to_json()
-    _publish(options, content, benchmark_report(content))
-    if options.sheet is not None:
-        title = f"{benchmark.model}: a sample of its images, and where it fails"
-        _write_sheet(options.sheet, failures_sheet(benchmark.images, title))
+    _publish_benchmark(options, benchmark)
 
 
 def _images(options: EvaluateImages) -> None:
     """Score images that are there already."""
     from gobelin.data import find_world
-    from gobelin.evaluate.benchmark import benchmark_report, measure_images
-    from gobelin.evaluate.failures_sheet import failures_sheet
+    from gobelin.evaluate.benchmark import measure_images
 
     _require_sheet_suffix(options.sheet)
     benchmark = measure_images(options.folder, None if options.world is None else find_world(options.world))
     if resized := benchmark.settings["resized"]:
         total, size = len(benchmark.images), find_world(benchmark.world).size
         print(f"gobelin: {resized:,} of {total:,} images are not {size}×{size} and were resized", file=sys.stderr)
-    content = benchmark.to_json()
-    _publish(options, content, benchmark_report(content))
-    if options.sheet is not None:
-        title = f"{benchmark.model}: a sample of its images, and where it fails"
-        _write_sheet(options.sheet, failures_sheet(benchmark.images, title))
+    _publish_benchmark(options, benchmark)
 
 
 def _prompts(options: EvaluatePrompts) -> None:
@@ -330,7 +322,14 @@ def _publish(options: _ReportFiles, content: dict[str, Any], report: Report) -> 
         write_text(options.report, report.markdown())
 
 
-def _write_sheet(file: Path, sheet: Image.Image) -> None:
-    """Write the contact sheet as the kind of image that its name says."""
-    with replacing(file) as temporary:
-        sheet.save(temporary, format="PNG" if file.suffix.lower() == ".png" else "JPEG", quality=90)
+def _publish_benchmark(options: _BenchmarkFiles, benchmark: "Benchmark") -> None:
+    """Print a benchmark's report, and write it and the contact sheet where the options ask for them."""
+    from gobelin.evaluate.benchmark import benchmark_report
+    from gobelin.evaluate.failures_sheet import failures_sheet
+
+    content = benchmark.to_json()
+    _publish(options, content, benchmark_report(content))
+    if options.sheet is not None:
+        sheet = failures_sheet(benchmark.images, f"{benchmark.model}: a sample of its images, and where it fails")
+        with replacing(options.sheet) as temporary:
+            sheet.save(temporary, format="PNG" if options.sheet.suffix.lower() == ".png" else "JPEG", quality=90)

@@ -103,8 +103,12 @@ def run(arguments: Sequence[str]) -> None:
     whole = result.heatmaps[0]
     heatmaps = whole.sharpened() if options.sharp else whole.select(sites="*attn2").without("bos")
     words: list[Word] = list(options.words or range(len(heatmaps.words)))
-    (image,) = result.save(options.out)
-    stem = image.with_suffix("")
+    if _is_image(options.source):  # which is there already
+        stem = options.out / Path(options.source).stem
+    else:
+        (image,) = result.save(options.out)
+        stem = image.with_suffix("")
+        print(image)
 
     sheets = {f"{stem}-words.png": word_sheet(heatmaps, words)}
     if options.per is not None:
@@ -112,7 +116,6 @@ def run(arguments: Sequence[str]) -> None:
     if options.at is not None:
         _print_words_at(heatmaps, *options.at)
         sheets[f"{stem}-at-{options.at[0]}-{options.at[1]}.png"] = whole.patches_for(*options.at).overlay(512)
-    print(image)
     for file, sheet in sheets.items():
         write_png(Path(file), sheet)
         print(file)
@@ -129,6 +132,8 @@ def run(arguments: Sequence[str]) -> None:
     write_report(options.json, {**_summary(heatmaps, words), **where, "settings": result.settings[0]})
     if options.npz is not None:
         _write_npz(options.npz, whole, words, heatmaps.stack_words(words))
+    for file in filter(None, (options.json, options.npz)):
+        print(file)
 
 
 def _is_image(source: str) -> bool:

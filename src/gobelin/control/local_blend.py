@@ -13,6 +13,7 @@ from gobelin.control.alignment import changed_words, counterparts, tokens_of_wor
 from gobelin.control.batch import Attached, Batch, RowPair, ShareOfWay, WordList
 from gobelin.denoiser import ComposableDenoiser
 from gobelin.guidance import ConditionedUNet
+from gobelin.look.heatmaps import sharp_trace, sharpen
 from gobelin.samplers import DenoiserOutput
 from gobelin.tokenizer import Words
 from gobelin.types import Latents
@@ -23,15 +24,15 @@ from gobelin.validation import validate_fields
 class LocalBlend:
     """Local blend (prompt-to-prompt, section 3.2): outside of some words' pixels, image ``rows[1]`` is ``rows[0]``.
 
-    The pixels are those where the map of ``words``, in either prompt, exceeds the share ``threshold`` of its maximum;
-    the map is a mean over the steps so far and over coarse sites, widened by a patch. It begins at the share ``start``
-    of the way. ``words`` None takes the words that changed, and of a changed adjective the noun that it belongs to.
-    Where no word changed, nothing is blended.
+    The pixels are those where the sharp map of ``words`` (:meth:`gobelin.look.HeatMaps.sharpened`), in either image,
+    exceeds the share ``threshold`` of its maximum, widened by a patch. The map is of the steps from the share ``start``
+    of the way on, when blending begins. ``words`` None takes the words that changed, and of a changed adjective the
+    noun that it belongs to. Where no word changed, nothing is blended.
     """
 
     words: WordList | None = None
-    threshold: Annotated[float, Interval(ge=0, le=1)] = 0.3
-    start: ShareOfWay = 0.2
+    threshold: Annotated[float, Interval(ge=0, le=1)] = 0.15
+    start: ShareOfWay = 0.5
     rows: RowPair = (0, 1)
 
     def __post_init__(self) -> None:
@@ -43,8 +44,8 @@ class LocalBlend:
         tokens = blended_tokens(source, target) if self.words is None else tokens_of_words(source, target, self.words)
         if not any(tokens):
             return Attached()
-        seen = _Seen(self, batch, tokens)
-        edit = AttentionEdit(change=seen.watch, sites=batch.coarse_cross_attention)
+        seen = _Seen(self, batch.latent_size, tokens)
+        edit = AttentionEdit(change=seen.watch, sites=sharp_trace(batch.sites, batch.latent_size).sites)
         return Attached(edits=(edit,), around=lambda denoise, network: _Blended(denoise, network, seen))
 
 
@@ -91,33 +92,48 @@ _SHORTEST_PARTICIPLE = 7  # letters: "wearing", "sitting", and not "ring" or "st
 _FRAME_WORDS = (
     "a an the and or with without in on at of to by from for into onto over under above below left right next near "
     "behind between beside before after inside outside around through is are was were be has have had does do it its "
-    "this that these those his her their as like while where there who which riding flying eating lying"
+    "this that these those his her their as like while where there who which riding flying eating lying "
+    "higher lower larger smaller bigger taller more less than alone only together also too"
 )
 _FRAME = frozenset(_FRAME_WORDS.split())
 
 
 class _Seen:
-    """Sum the words' attention over sites and steps."""
+    """Sum the attention of both images over steps and sites: of the words' patches, and of patches to each other."""
 
-    def __init__(self, blend: LocalBlend, batch: Batch, tokens: tuple[list[int], list[int]]):
+    def __init__(self, blend: LocalBlend, latent_size: tuple[int, int], tokens: tuple[list[int], list[int]]):
         self.blend = blend
-        self._batch, self._tokens = batch, tokens
-        self._sums = torch.zeros(2, *batch.latent_size)
+        self._latent_size, self._tokens = latent_size, tokens
+        self._grid = latent_size
+        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._is_late = False
 
     def watch(self, site: AttentionSite, probs: Tensor) -> Tensor:
-        """Add the words' share of a site's attention, and change nothing."""
+        """Add a site's attention, and change nothing."""
         for number, (row, tokens) in enumerate(zip(self.blend.rows, self._tokens, strict=True)):
-            share = probs[row].mean(dim=0)[:, tokens].sum(dim=-1).reshape(1, 1, *self._batch.grid(site))
-            self._sums[number] += F.interpolate(share, size=self._batch.latent_size, mode="bilinear")[0, 0].cpu()
+            mean = probs[row].mean(dim=0).float().cpu()
+            seen = mean[:, tokens].sum(dim=-1) if site.kind == "cross" else mean
+            self._sums[site.kind, number] = self._sums.get((site.kind, number), 0) + seen
+        self._grid = site.grid(*self._latent_size)
         return probs
+
+    def begin(self) -> None:
+        """Forget, once, what was seen of noisy images: it points badly."""
+        if not self._is_late:
+            self._sums.clear()
+            self._is_late = True
 
     def mask(self) -> Tensor | None:
         """Mark the words' pixels, bool [h, w]; None before anything was seen."""
-        if not self._sums.any():
+        if not self._sums:
             return None
-        wide = F.max_pool2d(self._sums, kernel_size=3, stride=1, padding=1)
-        most = wide.amax(dim=(1, 2), keepdim=True).clamp(min=1e-9)
-        return (wide / most > self.blend.threshold).any(dim=0)
+        marked = torch.zeros(self._latent_size, dtype=torch.bool)
+        for number in range(len(self._tokens)):
+            share = sharpen(self._sums["cross", number], self._sums["self", number]).reshape(1, 1, *self._grid)
+            wide = F.max_pool2d(share, kernel_size=3, stride=1, padding=1)
+            large = F.interpolate(wide, size=self._latent_size, mode="bilinear")[0, 0]
+            marked |= large > self.blend.threshold * large.max()
+        return marked
 
 
 @dataclass(frozen=True)
@@ -130,6 +146,7 @@ class _Blended:
 
     def __call__(self, latents: Latents, timestep: float, alpha_cumprod: float) -> DenoiserOutput:
         if self.network.schedule.progress(timestep) >= self.seen.blend.start:
+            self.seen.begin()
             latents = self._blended(latents)
         return self.denoise(latents, timestep, alpha_cumprod)
 

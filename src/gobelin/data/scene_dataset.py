@@ -43,6 +43,8 @@ class SceneDataset:
         return self.count
 
     def __getitem__(self, index: int) -> CaptionedImage:
+        if not 0 <= index < self.count:
+            raise IndexError(f"there is no scene {index}: the last is {self.count - 1}")
         sample = self.sample(index)
         negatives = scenes.hard_negatives(sample, index)
         return CaptionedImage(image=sample.image, caption=sample.caption, negatives=tuple(negatives))

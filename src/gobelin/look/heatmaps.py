@@ -42,6 +42,12 @@ def sharp_trace(sites: Sequence[AttentionSite], latent_size: tuple[int, int]) ->
     return Trace(sites=[site for site in decoder if patches(site) == chosen], start=_LATE)
 
 
+def sharpen(share: Float[Tensor, " patches"], own: Float[Tensor, "patches patches"]) -> Float[Tensor, " patches"]:
+    """Sharpen a map of patches: each keeps it as far as the patches that it attends to, by ``own``, have it too."""
+    gathered = own @ share
+    return share * gathered / gathered.max().clamp(min=torch.finfo(gathered.dtype).tiny)
+
+
 class Collector:
     """Accumulator of attention maps over steps, whose memory does not grow with their number.
 
@@ -267,8 +273,7 @@ class HeatMaps:
                 own = [
                     seen.mean(dim=(0, 1)) for at, seen in self._of_kind("self") if at.grid(*self.latent_size) == grid
                 ]
-                gathered = torch.stack(own).mean(dim=0) @ share
-                share = share * gathered / gathered.max().clamp(min=torch.finfo(gathered.dtype).tiny)
+                share = sharpen(share, torch.stack(own).mean(dim=0))
             return share.reshape(grid)
 
         return self._mean_over_sites("cross", shared, size)

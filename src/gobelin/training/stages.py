@@ -20,6 +20,8 @@ from gobelin.training.config import TextStageConfig, UNetStageConfig, VAEStageCo
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
+_LEAST_VARIANCE = 1e-4  # of colours in [-1, 1], about 1 of 255 levels: a batch of one image twice has none
+
 
 class SketchHead(nn.Module):
     """Predict the colours of 8×8 patches from text embeddings alone: learned queries attend to the words.
@@ -54,7 +56,7 @@ class SketchHead(nn.Module):
         """Compute the squared error against images in [-1, 1], as a fraction of the colours' variance in the batch."""
         colours = F.interpolate(images, size=(self.side, self.side), mode="area")
         error = self(text_embeddings, mask).float() - colours
-        return error.square().mean() / colours.var(dim=0).mean()
+        return error.square().mean() / colours.var(dim=0).mean().clamp(min=_LEAST_VARIANCE)
 
 
 class TextModule(nn.Module):
