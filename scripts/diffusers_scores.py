@@ -2,7 +2,7 @@
 
 python scripts/diffusers_scores.py runs/tiny --limit 25
 
-Both take DDIM, which every model folder has a scheduler for. Diffusers' pictures go through a folder, as any other
+Both take DDIM, which every model folder has a scheduler for. Diffusers' images go through a folder, as any other
 program's would.
 """
 
@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Generator
 
 from gobelin.evaluate.benchmark import mean_scores, task_scores
-from gobelin.evaluate.picture_folder import read_gallery, write_image_list
-from gobelin.evaluate.picture_list import RequestedImage, request_batches, requested_images
+from gobelin.evaluate.gallery import read_gallery, write_image_list
+from gobelin.evaluate.image_list import RequestedImage, request_batches, requested_images
 from gobelin.evaluate.scene_models import find_model_world
 from gobelin.evaluate.scored_images import (
     CPU_BATCH_SIZE,
@@ -34,7 +34,7 @@ from gobelin.samplers import NoiseSource
 
 
 def main(model: Path, limit: int, count: int) -> None:
-    """Print the scores of both, and how far their pictures are apart."""
+    """Print the scores of both, and how far their images are apart."""
     pipeline = Pipeline.from_pretrained(model, "cpu")
     world = find_model_world(pipeline)
     requests = requested_images(world, limit=limit, count=count)
@@ -54,7 +54,7 @@ def main(model: Path, limit: int, count: int) -> None:
 
 
 def paint_with_diffusers(model: Path, pipeline: Pipeline, requests: Sequence[RequestedImage], folder: Path) -> None:
-    """Every picture at its name in the folder; ``pipeline`` says how, and diffusers does it."""
+    """Every image at its name in the folder; ``pipeline`` says how, and diffusers does it."""
     theirs: Any = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     side, recommended = pipeline.unet.config.sample_size, pipeline.recommended
@@ -80,7 +80,7 @@ def print_both(ours: Sequence[ScoredImage], theirs: Sequence[ScoredImage]) -> No
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of two pictures' pixels, in 8-bit levels."""
+    """The largest difference of two images' pixels, in 8-bit levels."""
     return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
@@ -88,6 +88,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--limit", type=int, default=10, help="prompts for each task and split")
-    parser.add_argument("--count", type=int, default=1, help="pictures for each prompt")
+    parser.add_argument("--count", type=int, default=1, help="images for each prompt")
     options = parser.parse_args()
     main(options.model, options.limit, options.count)

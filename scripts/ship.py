@@ -26,7 +26,7 @@ The configuration that it was trained with is in `training.json`. The weights ar
 ## Limits
 
 It knows one world of flat shapes, at 64×64 pixels: seven shapes, ten colours, numbers up to four, four relations, the
-four sides of the picture, three backgrounds. Words from elsewhere mean nothing to it. What it gets wrong among what it
+four sides of the image, three backgrounds. Words from elsewhere mean nothing to it. What it gets wrong among what it
 does know, the scores below say.
 """
 

@@ -22,7 +22,7 @@ class ModelError(GobelinError):
 
 
 class DataError(GobelinError):
-    """A data set with nothing to learn from: no pairs, missing captions, unreadable pictures."""
+    """A data set with nothing to learn from: no pairs, missing captions, unreadable images."""
 
 
 class TrainingError(GobelinError):

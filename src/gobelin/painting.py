@@ -278,7 +278,7 @@ class Painting:
                 words=chunks.words.at_length(self.plan.length),
                 maps=self._collector.maps(index),
                 latent_size=self.plan.latent_size,
-                picture=image,
+                image=image,
             )
             for index, (chunks, image) in enumerate(zip(self.plan.texts, images, strict=True))
         ]

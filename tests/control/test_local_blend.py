@@ -18,7 +18,6 @@ from gobelin.tokenizer import Tokenizer
 from gobelin.types import Latents
 from gobelin.unet import UNet, UNetConfig
 
-
 PATCHES = AttentionSite(name="up.attn1", kind="self", downscale=1, heads=2)
 
 

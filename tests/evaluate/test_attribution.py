@@ -54,7 +54,7 @@ def heatmaps_of(each: Sample, tokenizer: Tokenizer) -> HeatMaps:
     shares[1, :, 0] += 1 - shares[1].sum(dim=-1)
     maps = {BLIND: torch.full((1, 2, 64, 32), 1 / 32), SEEING: shares[None]}
     picture = tensor_to_images(torch.from_numpy(each.image).permute(2, 0, 1)[None] / 127.5 - 1)[0]
-    return HeatMaps(words=words, maps=maps, latent_size=(16, 16), picture=picture)
+    return HeatMaps(words=words, maps=maps, latent_size=(16, 16), image=picture)
 
 
 @pytest.fixture(scope="module")

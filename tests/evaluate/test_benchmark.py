@@ -8,7 +8,7 @@ import pytest
 from gobelin import scenes
 from gobelin.evaluate import benchmark, scored_images
 from gobelin.evaluate.benchmark import mean_scores, shuffled_captions, swapped_attributes, task_scores
-from gobelin.evaluate.picture_list import requested_images
+from gobelin.evaluate.image_list import requested_images
 from gobelin.evaluate.scored_images import GenerationSettings, generate_images, score_images
 from gobelin.pipeline import Pipeline
 

@@ -5,7 +5,7 @@ import pytest
 
 from gobelin import scenes
 from gobelin.evaluate.failures_sheet import FAILURES_COLUMNS, describe_seen, failures_sheet
-from gobelin.evaluate.picture_list import requested_images
+from gobelin.evaluate.image_list import requested_images
 from gobelin.evaluate.scored_images import score_images
 from gobelin.look.contact_sheet import RED
 

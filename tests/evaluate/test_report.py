@@ -7,8 +7,8 @@ import pytest
 from gobelin import scenes
 from gobelin.evaluate.benchmark import Benchmark, benchmark_report
 from gobelin.evaluate.caption_sensitivity import CaptionSensitivity
+from gobelin.evaluate.image_list import requested_images
 from gobelin.evaluate.intervals import Mean, Share
-from gobelin.evaluate.picture_list import requested_images
 from gobelin.evaluate.report import Report, ReportTable, as_json, mean_cell, share_cell
 from gobelin.evaluate.retrieval import Retrieval
 from gobelin.evaluate.sanity_checks import run_sanity_checks

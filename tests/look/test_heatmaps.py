@@ -55,7 +55,7 @@ def collected(tokenizer: Tokenizer, trace: Trace, sharpness: float = 0.5) -> Hea
         words=tokenizer.words(PROMPT),
         maps=collector.maps(1),
         latent_size=LATENT_SIZE,
-        picture=Image.new("RGB", (36, 24), "grey"),
+        image=Image.new("RGB", (36, 24), "grey"),
     )
 
 
@@ -122,7 +122,7 @@ def test_shares_count_every_chunks_bos_eos_and_padding() -> None:
     share = torch.arange(1.0, 15) / sum(range(1, 15))
     site = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
     maps = {site: share.expand(1, 1, 54, 14)}
-    heatmaps = HeatMaps(words=words, maps=maps, latent_size=LATENT_SIZE, picture=Image.new("RGB", (36, 24)))
+    heatmaps = HeatMaps(words=words, maps=maps, latent_size=LATENT_SIZE, image=Image.new("RGB", (36, 24)))
     text = (1, 2, 3, 8, 9, 10, 11)
     assert heatmaps.shares() == pytest.approx(
         {

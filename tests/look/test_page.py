@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 def heatmaps(tokenizer: Tokenizer, prompt: str, steps: int = 1, size: tuple[int, int] = (3, 5)) -> HeatMaps:
     maps = {SITE: torch.rand(steps, 1, size[0] * size[1], 40).softmax(dim=-1)}
     picture = Image.new("RGB", (4 * size[1], 4 * size[0]))
-    return HeatMaps(words=tokenizer.words(prompt), maps=maps, latent_size=size, picture=picture)
+    return HeatMaps(words=tokenizer.words(prompt), maps=maps, latent_size=size, image=picture)
 
 
 def shares(data: dict) -> np.ndarray:

@@ -40,7 +40,7 @@ def word_maps(prompt: str = "a red ring") -> HeatMaps:
         probs[1, ..., COLUMNS // 2 :, list(words.tokens("ring"))] = 0.7
     site = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
     picture = Image.new("RGB", (8 * COLUMNS, 8 * ROWS), "white")
-    return HeatMaps(words=words, maps={site: probs.flatten(2, 3)}, latent_size=(ROWS, COLUMNS), picture=picture)
+    return HeatMaps(words=words, maps={site: probs.flatten(2, 3)}, latent_size=(ROWS, COLUMNS), image=picture)
 
 
 @pytest.fixture(params=[(1000, 800), (360, 720)], ids=["desk", "phone"])

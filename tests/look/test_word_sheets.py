@@ -21,7 +21,7 @@ def heatmaps(prompt: str, size: tuple[int, int] = (4, 6)) -> HeatMaps:
     words = Tokenizer.train([prompt], vocab_size=530, max_length=40).words(prompt)
     maps = {SITE: torch.rand(2, 1, size[0] * size[1], 40).softmax(dim=-1)}
     picture = Image.effect_noise((4 * size[1], 4 * size[0]), 80).convert("RGB")
-    return HeatMaps(words=words, maps=maps, latent_size=size, picture=picture)
+    return HeatMaps(words=words, maps=maps, latent_size=size, image=picture)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (6, 4), (4, 4)], ids=["wide", "tall", "square"])
@@ -31,10 +31,8 @@ def test_a_sheet_has_the_picture_and_every_word(prompt: str, size: tuple[int, in
     sheet = word_sheet(maps, range(len(maps.words)))
     for number in range(len(maps.words)):
         assert holds(sheet, maps[number].overlay(WORD_SIDE))
-    scale = WORD_SIDE / max(maps.picture.size)
-    assert holds(
-        sheet, maps.picture.resize([round(side * scale) for side in maps.picture.size], Image.Resampling.LANCZOS)
-    )
+    scale = WORD_SIDE / max(maps.image.size)
+    assert holds(sheet, maps.image.resize([round(side * scale) for side in maps.image.size], Image.Resampling.LANCZOS))
     edge = np.asarray(sheet)[:, -SHEET_MARGIN // 2 :]
     assert (edge == edge[0, 0]).all(), "nothing is cut off at the right"
 

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from gobelin.cli.options import parse, write_report
 from gobelin.errors import UsageError
-from gobelin.evaluate.picture_list import ALL_TASKS, MAX_PROMPTS, requested_images
+from gobelin.evaluate.image_list import ALL_TASKS, MAX_PROMPTS, requested_images
 from gobelin.evaluate.report import Report
 from gobelin.formats.files import replacing, write_text
 
@@ -229,7 +229,7 @@ def _images(options: EvaluateImages) -> None:
 def _prompts(options: EvaluatePrompts) -> None:
     """Write the list of images for another program."""
     from gobelin.data import find_world
-    from gobelin.evaluate.picture_folder import write_image_list
+    from gobelin.evaluate.gallery import write_image_list
 
     if options.seed < 0:
         raise UsageError(f"the seed is {options.seed}: give 0 or more")

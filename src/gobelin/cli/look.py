@@ -123,7 +123,7 @@ def run(arguments: Sequence[str]) -> None:
     print(f"{stem}.html")
     if options.animation:
         frames = [
-            word_sheet(replace(heatmaps.select(steps=[step]), picture=preview), words)
+            word_sheet(replace(heatmaps.select(steps=[step]), image=preview), words)
             for step, preview in enumerate(previews)
         ]
         save_animation(Path(f"{stem}.webp"), frames)
@@ -196,7 +196,7 @@ def _trace(options: Look, pipeline: Pipeline, size: tuple[int, int]) -> Trace:
 
 
 def _say_what_differs(file: Path, painted: Image.Image) -> None:
-    """Warn where a picture that was painted again is not the one in the file."""
+    """Warn where an image that was painted again is not the one in the file."""
     with Image.open(file) as before:
         if before.size != painted.size:
             raise DataError(f"{file} is {before.size} pixels, but its settings paint {painted.size}")
@@ -204,7 +204,7 @@ def _say_what_differs(file: Path, painted: Image.Image) -> None:
     if most:
         print(
             f"gobelin: painted again, {file} differs by up to {most} of 255 levels: another model, precision, batch or "
-            "machine made it, and the maps are of the new picture",
+            "machine made it, and the maps are of the new image",
             file=sys.stderr,
         )
 

@@ -164,7 +164,7 @@ def own_samples(pipeline: Pipeline, world: World, count: int) -> Iterator[Attrib
         right = [
             (each, heatmaps, masks, settings)
             for each, heatmaps, settings in zip(samples, result.heatmaps, result.settings, strict=True)
-            if (masks := found_masks(each.phrasing, grade(heatmaps.picture, world))) is not None
+            if (masks := found_masks(each.phrasing, grade(heatmaps.image, world))) is not None
         ]
         if not right:
             continue
@@ -196,10 +196,10 @@ def renders(pipeline: Pipeline, world: World, count: int) -> Iterator[Attributio
             if pipeline.schedule.progress(timestep) >= best.start:
                 _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text.embeddings, sites=best.sites)
                 sharp.add(maps)
-        for place, (each, picture) in enumerate(zip(samples, tensor_to_images(images), strict=True)):
+        for place, (each, image) in enumerate(zip(samples, tensor_to_images(images), strict=True)):
             words = pipeline.words(each.caption)
-            heatmaps = HeatMaps(words=words, maps=plain.maps(place), latent_size=size, picture=picture)
-            pointing = HeatMaps(words=words, maps=sharp.maps(place), latent_size=size, picture=picture)
+            heatmaps = HeatMaps(words=words, maps=plain.maps(place), latent_size=size, image=image)
+            pointing = HeatMaps(words=words, maps=sharp.maps(place), latent_size=size, image=image)
             masks = torch.from_numpy(each.masks)
             yield AttributionCase(
                 heatmaps=heatmaps, sharp=pointing.sharpened(), truths=word_truths(each, heatmaps, masks)
@@ -305,7 +305,7 @@ def ceiling(cases: Sequence[AttributionCase], site: AttentionSite, threshold: fl
                 grid = site.grid(*case.heatmaps.latent_size)
                 small = F.interpolate(truth.mask[None, None].float(), size=grid, mode="area")
                 large = F.interpolate(small, size=truth.mask.shape, mode="bicubic")[0, 0].clamp(min=0)
-                shown = HeatMap(label="", raw=large, picture=case.heatmaps.picture)
+                shown = HeatMap(label="", raw=large, image=case.heatmaps.image)
                 group.append(overlap(shown.mask(threshold), truth.mask))
         groups.append(group)
     return Mean.of(groups)

@@ -18,9 +18,9 @@ from gobelin.evaluate.caption_sensitivity import (
     caption_sensitivity,
     caption_sensitivity_tables,
 )
+from gobelin.evaluate.gallery import read_gallery
+from gobelin.evaluate.image_list import RequestedImage
 from gobelin.evaluate.intervals import Share
-from gobelin.evaluate.picture_folder import read_gallery
-from gobelin.evaluate.picture_list import RequestedImage
 from gobelin.evaluate.report import SPLIT_TITLES, Report, ReportTable, as_json, share_cell
 from gobelin.evaluate.retrieval import Retrieval, measure_retrieval, retrieval_tables
 from gobelin.evaluate.sanity_checks import SanityChecks, gate_table, run_sanity_checks

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from gobelin.evaluate.picture_list import RequestedImage, request_batches
+from gobelin.evaluate.image_list import RequestedImage, request_batches
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import Detection, Prompt, Score, World, grade, score
 

@@ -30,16 +30,16 @@ def colour_values(values: Tensor) -> Image.Image:
     return Image.fromarray(colour_map()[levels])
 
 
-def overlay_values(picture: Image.Image, values: Tensor, size: int | None = None) -> Image.Image:
+def overlay_values(image: Image.Image, values: Tensor, size: int | None = None) -> Image.Image:
     """Draw an image in dim grey, and over it values [H, W] in [0, 1], in colour where they are high.
 
     ``size`` is the longer side in pixels, by default the image's own.
     """
-    width, height = picture.size
+    width, height = image.size
     scale = 1 if size is None else size / max(width, height)
     width, height = round(width * scale), round(height * scale)
     large = F.interpolate(values[None, None].float(), size=(height, width), mode="bicubic")[0, 0].clamp(0, 1)
-    grey = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+    grey = np.asarray(image.convert("L").resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
     weight = (0.25 + 0.75 * large.cpu().numpy() ** 0.7)[..., None]
     mixed = (1 - weight) * (40 + 0.6 * grey[..., None]) + weight * np.asarray(colour_values(large), dtype=np.float32)
     return Image.fromarray(mixed.round().astype(np.uint8))

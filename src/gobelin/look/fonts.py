@@ -38,7 +38,7 @@ _PREFERRED = (
     "unifont",
 )
 _NOT_PLAIN = ("bold", "italic", "oblique", "black", "light", "thin", "condensed", "mono", "serif", "narrow")
-_NOT_TEXT = ("lastresort", "coloremoji")  # a box for every letter; pictures in place of outlines
+_NOT_TEXT = ("lastresort", "coloremoji")  # a box for every letter; images in place of outlines
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _has(file: Path, letter: str) -> bool:
     """Tell a letter that a font has from one that it draws as its missing-letter box."""
     try:
         ink, missing = _ink(file, letter), _ink(file, _NO_CHARACTER)
-    except OSError:  # a damaged file, or pictures of one size
+    except OSError:  # a damaged file, or images of one size
         return False
     return ink != missing and (letter.isspace() or any(ink))
 

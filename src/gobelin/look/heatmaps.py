@@ -85,7 +85,7 @@ class HeatMap:
 
     label: str
     raw: Float[Tensor, "height width"] = field(repr=False)
-    picture: Image.Image
+    image: Image.Image
 
     @property
     def values(self) -> Float[Tensor, "height width"]:
@@ -99,14 +99,14 @@ class HeatMap:
 
     def overlay(self, size: int | None = None) -> Image.Image:
         """Draw the map in colour over the image in grey; ``size`` is the longer side in pixels, by default its own."""
-        return overlay_values(self.picture, self.values, size)
+        return overlay_values(self.image, self.values, size)
 
     def __repr__(self) -> str:
         height, width = self.raw.shape
         return f"HeatMap({self.label!r}, {width}×{height}, shares {self.raw.min():.3f} to {self.raw.max():.3f})"
 
     def _repr_png_(self) -> bytes | None:
-        return self.overlay(max(256, *self.picture.size))._repr_png_()
+        return self.overlay(max(256, *self.image.size))._repr_png_()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,11 @@ class HeatMaps:
     words: Words
     maps: AttentionMaps
     latent_size: tuple[int, int]
-    picture: Image.Image
+    image: Image.Image
     sharp: bool = False
 
     def __repr__(self) -> str:
-        return f"HeatMaps(words={self.words.text!r}, sites={len(self.maps)}, size={self.picture.size})"
+        return f"HeatMaps(words={self.words.text!r}, sites={len(self.maps)}, size={self.image.size})"
 
     def _repr_html_(self) -> str:
         from gobelin.look.page import word_map_element  # which is made of heat maps
@@ -195,7 +195,7 @@ class HeatMaps:
     def words_in(self, box: tuple[int, int, int, int]) -> list[tuple[WordSpan, float]]:
         """Rank the words behind a box (left, top, right, bottom) in pixels, right and bottom exclusive."""
         left, top, right, bottom = box
-        width, height = self.picture.size
+        width, height = self.image.size
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise UsageError(
                 f"the region {left}, {top} to {right}, {bottom} is not in the image of {width}×{height} pixels"
@@ -209,7 +209,7 @@ class HeatMaps:
 
     def patches_for(self, x: int, y: int) -> HeatMap:
         """Map the patches that the patch at pixel (x, y) draws on: its self-attention (attn1), if that was traced."""
-        width, height = self.picture.size
+        width, height = self.image.size
         if not (0 <= x < width and 0 <= y < height):
             raise UsageError(f"the pixel {x}, {y} is not in the image of {width}×{height} pixels")
 
@@ -219,7 +219,7 @@ class HeatMaps:
             return probs[query].reshape(rows, columns)
 
         raw = self._mean_over_sites("self", seen, (height, width))
-        return HeatMap(label=f"patch at {x}, {y}", raw=raw, picture=self.picture)
+        return HeatMap(label=f"patch at {x}, {y}", raw=raw, image=self.image)
 
     def shares(self) -> dict[str, float]:
         """Compute the mean shares of attention that go to the text, to BOS, to EOS and to padding, over all chunks.
@@ -238,7 +238,7 @@ class HeatMaps:
 
         Every head of every layer is enlarged to the latents' size by bicubic interpolation and clamped at 0; the mean
         is taken over heads and layers, then over the word's tokens; bicubic interpolation once more gives the
-        picture's size (``GlobalHeatMap.compute_word_heat_map`` and ``expand_as`` of the daam package). The middle block
+        image's size (``GlobalHeatMap.compute_word_heat_map`` and ``expand_as`` of the daam package). The middle block
         and patches of 8×8 latents are left out, as there.
         """
         tokens = list(self.words.tokens(key))
@@ -251,8 +251,8 @@ class HeatMaps:
             large = F.interpolate(heads, size=self.latent_size, mode="bicubic").clamp(min=0)
             layers.append(large.reshape(-1, len(tokens), *self.latent_size))
         mean = torch.cat(layers).mean(dim=0).mean(dim=0)
-        raw = F.interpolate(mean[None, None], size=self.picture.size[::-1], mode="bicubic")[0, 0]
-        return HeatMap(label=str(key), raw=raw, picture=self.picture)
+        raw = F.interpolate(mean[None, None], size=self.image.size[::-1], mode="bicubic")[0, 0]
+        return HeatMap(label=str(key), raw=raw, image=self.image)
 
     def stack_words(self, keys: Sequence[Word]) -> Float[Tensor, "words height width"]:
         """Stack the ``raw`` maps of several words."""
@@ -279,8 +279,8 @@ class HeatMaps:
         return self._mean_over_sites("cross", shared, size)
 
     def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
-        size = self.picture.height, self.picture.width
-        return HeatMap(label=label, raw=self.token_share(tokens, size), picture=self.picture)
+        size = self.image.height, self.image.width
+        return HeatMap(label=label, raw=self.token_share(tokens, size), image=self.image)
 
     def _mean_over_sites(
         self,

@@ -68,7 +68,7 @@ def word_map_data(heatmaps: HeatMaps) -> dict[str, Any]:
         "tops": [round(top, 6) for top in tops.tolist()],
         "shares": _base64(levels.numpy().tobytes()),
         "colours": _base64(colour_map().tobytes()),
-        "picture": data_url(heatmaps.picture),
+        "image": data_url(heatmaps.image),
     }
 
 

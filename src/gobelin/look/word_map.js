@@ -138,7 +138,7 @@ class WordMap extends HTMLElement {
     [this.#heat.width, this.#heat.height] = [data.columns, data.rows];
     this.#parts.unit.textContent = `Shares of attention${data.sharp ? ", sharpened" : ""}`;
     this.#parts.scale.querySelector("i").style.background = this.#gradient();
-    this.#image.src = data.picture;
+    this.#image.src = data.image;
   }
 
   // The JSON within the element; a page that is still being read may not have come to it.

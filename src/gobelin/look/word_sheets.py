@@ -21,7 +21,7 @@ _FRAME_SECONDS, _LAST_SECONDS = 0.15, 1.5  # the last step is the image: time to
 
 def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
     """Lay out the image and an overlay for each word, with the word's greatest share of attention."""
-    tiles = [Tile(image=heatmaps.picture)]
+    tiles = [Tile(image=heatmaps.image)]
     for word in words:
         heatmap = heatmaps[word]
         share = f"up to {heatmap.raw.max().item():.0%}"

@@ -4,7 +4,7 @@ import pytest
 
 from gobelin import scenes
 from gobelin.errors import UsageError
-from gobelin.evaluate.picture_list import ALL_TASKS, request_batches, requested_images
+from gobelin.evaluate.image_list import ALL_TASKS, request_batches, requested_images
 
 
 def test_the_list_has_six_tasks_held_in_and_what_can_be_held_out():

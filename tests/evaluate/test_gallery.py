@@ -9,8 +9,8 @@ from PIL import Image
 from gobelin import scenes
 from gobelin.errors import DataError, UsageError
 from gobelin.evaluate.benchmark import task_scores
-from gobelin.evaluate.picture_folder import read_gallery, write_image_list
-from gobelin.evaluate.picture_list import requested_images
+from gobelin.evaluate.gallery import read_gallery, write_image_list
+from gobelin.evaluate.image_list import requested_images
 from gobelin.evaluate.scored_images import score_images
 
 WORLD = scenes.CORE

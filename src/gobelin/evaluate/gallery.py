@@ -11,7 +11,7 @@ from PIL import Image
 from gobelin.data import find_world
 from gobelin.data.image_folder import METADATA, read_image, unreadable
 from gobelin.errors import DataError, UsageError
-from gobelin.evaluate.picture_list import ALL_TASKS, MAX_PROMPTS, RequestedImage
+from gobelin.evaluate.image_list import ALL_TASKS, MAX_PROMPTS, RequestedImage
 from gobelin.formats.files import write_text
 from gobelin.scenes import PROMPT_SPLITS, Prompt, World, prompts, tasks
 
@@ -141,7 +141,7 @@ def _entries(metadata: Path) -> dict[int, dict[str, Any]]:
             )
         entries[number] = entry
     if not entries:
-        raise DataError(f"{metadata} is empty: expected a line for each picture")
+        raise DataError(f"{metadata} is empty: expected a line for each image")
     return entries
 
 
