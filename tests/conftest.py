@@ -40,9 +40,9 @@ def type_checked(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if _WRITTEN_BY_PEOPLE.fullmatch(function.__qualname__) else _beartype(function)
 
 
-# Before anything imports gobelin: every annotated type and shape in it is checked at every call. Not in the scenes,
-# whose many small functions hold no tensors: a scene takes 2 ms, and with the checks 11.
-_UNCHECKED = {"scenes"}
+# Before anything imports gobelin: every annotated type and shape in it is checked at every call. Not where
+# many small functions hold no tensors: a scene takes 2 ms, and with the checks 11.
+_UNCHECKED = {"scenes", "tokenizer", "prompt_weighting", "settings", "validation"}
 _package = Path(__file__).parents[1] / "src" / "gobelin"
 jaxtyping.install_import_hook(
     [f"gobelin.{module.name}" for module in pkgutil.iter_modules([str(_package)]) if module.name not in _UNCHECKED],
@@ -126,16 +126,17 @@ def micro():
 
     def make(steps: int = 4, precision: str = "float32", **changes):
         preset = find_preset("nano")
-        optim = {"steps": steps, "batch_size": 8, "warmup_steps": 2, "precision": precision}
+        optim = {"steps": steps, "batch_size": 8, "warmup_steps": 2}
+        half = {**optim, "precision": precision}
         config = dataclasses.replace(
             preset,
             save_every=2,
             sample_every=2,
             device="cpu",
             data=DataConfig(count=48),
-            text=dataclasses.replace(preset.text, width=32, optim=dataclasses.replace(preset.text.optim, **optim)),
+            text=dataclasses.replace(preset.text, width=32, optim=dataclasses.replace(preset.text.optim, **half)),
             vae=dataclasses.replace(preset.vae, optim=dataclasses.replace(preset.vae.optim, **optim)),
-            unet=dataclasses.replace(preset.unet, optim=dataclasses.replace(preset.unet.optim, **optim)),
+            unet=dataclasses.replace(preset.unet, optim=dataclasses.replace(preset.unet.optim, **half)),
             recommended=dataclasses.replace(preset.recommended, steps=2),
         )
         return dataclasses.replace(config, **changes)

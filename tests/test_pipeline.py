@@ -55,8 +55,9 @@ def test_every_sampler_yields_its_steps(pipe, sampler):
     assert torch.equal(final.latents, steps[-1].latents)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("sampler", "guidance"), [*((sampler, 3.0) for sampler in SAMPLERS), ("euler", 1.0), ("heun", 1.0)]
+)
 def test_tracing_changes_no_bit_and_yields_each_steps_maps(pipe, sampler, guidance):
     options = {"sampler": sampler, "steps": 3, "guidance": guidance, "count": 2, "height": 32, "width": 48, "seed": 0}
     plain = pipe(["a red circle", "a blue ring"], **options)

@@ -207,7 +207,8 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize("entry", [pytest.param("forward", marks=pytest.mark.slow), "trace"])
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["forward", "trace"])
 def test_both_entries_compile_as_one_graph(entry: str) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILED, entry], capture_output=True, text=True, timeout=300)
     assert done.stdout == "compiled\n", done.stderr

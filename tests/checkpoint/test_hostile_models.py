@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from gobelin.errors import ModelError
 from gobelin.pipeline import Pipeline
 
-TRIALS = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TRIALS = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FILES = (
     "model_index.json",
     "unet/config.json",

@@ -40,8 +40,16 @@ def assert_same(pipe: Pipeline, oracle: StableDiffusionPipeline) -> None:
     assert max(found.values()) <= 2e-5, found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("how", ["plain", "variant", "shards", "pickles", "pickled shards"])
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        *(("plain", dtype) for dtype in DTYPES),
+        ("variant", torch.float16),
+        ("shards", torch.bfloat16),
+        ("pickles", torch.float16),
+        ("pickled shards", torch.bfloat16),
+    ],
+)
 def test_a_folder_of_diffusers(oracle, make_oracle, how, dtype, tmp_path):
     expected = rounded(oracle, make_oracle, dtype)
     written = make_oracle()
@@ -92,8 +100,10 @@ def test_text_encoders_without_their_prefix_and_old_names_in_the_vae(oracle, ora
     assert_same(Pipeline.from_pretrained(tmp_path, "cpu"), oracle)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "nested ckpt"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*(("safetensors", dtype) for dtype in DTYPES), ("ckpt", torch.float16), ("nested ckpt", torch.bfloat16)],
+)
 def test_an_original_single_file(oracle, make_oracle, oracle_folder, words, kind, dtype, tmp_path):
     weights = {name: tensor.to(dtype) for name, tensor in original_weights(oracle).items()}
     weights["alphas_cumprod"] = torch.ones(1000)
@@ -107,7 +117,7 @@ def test_an_original_single_file(oracle, make_oracle, oracle_folder, words, kind
         warnings.simplefilter("error")
         pipe = Pipeline.from_pretrained(path, "cpu", tokenizer=words, allow_pickle="ckpt" in kind)
     assert_same(pipe, rounded(oracle, make_oracle, dtype))
-    if kind == "safetensors":  # and diffusers reads the same from it
+    if dtype == torch.float32:  # and diffusers reads the same from it
         theirs = UNet2DConditionModel.from_single_file(
             str(path), config=str(oracle_folder / "unet"), torch_dtype=torch.float32
         )
@@ -371,7 +381,9 @@ def test_a_schedule_that_leaves_its_spacing_to_the_sampler_comes_back_so(oracle,
     again = Pipeline.from_pretrained(tmp_path / "folder", "cpu")
     assert again.schedule.config == pipe.schedule.config
     options = {"seed": 0, "steps": 2, "height": 64, "width": 64}
-    assert torch.equal(again("a red ring", **options).latents, pipe("a red ring", **options).latents)
+    torch.testing.assert_close(  # another spacing is far off
+        again("a red ring", **options).latents, pipe("a red ring", **options).latents, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_each_network_keeps_its_own_precision(oracle, words, tmp_path):

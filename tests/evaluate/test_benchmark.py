@@ -146,7 +146,7 @@ def test_the_shipped_model_paints_single_objects():
     pipe = Pipeline.from_pretrained()
     assert pipe.model.world is not None
     world = scenes.WORLDS[pipe.model.world]
-    requests = requested_images(world, ("dev",), ("colours",), limit=20, count=1)
+    requests = requested_images(world, ("dev",), ("colours",), limit=12, count=1)
     pictures = score_images(requests, generate_images(pipe, requests), world)
     assert task_scores(pictures)[0].colour.value >= 0.7
     assert task_scores(pictures)[0].shape.value >= 0.6

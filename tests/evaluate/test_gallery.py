@@ -87,7 +87,7 @@ def test_pictures_of_another_size_are_resized_and_counted(folder):
         (lambda e: e[3].update(file_name="gone.png"), r"gone.png cannot be scored: no such file"),
         (lambda e: e[3].pop("text"), r"line 4: expected an object like"),
         (lambda e: e[3].update(world="nano"), r"line 4: generated for the world nano, not core"),
-        (lambda e: e.clear(), r"is empty: expected a line for each picture"),
+        (lambda e: e.clear(), r"is empty: expected a line for each image"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(folder, damage, message):

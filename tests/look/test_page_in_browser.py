@@ -43,7 +43,10 @@ def word_maps(prompt: str = "a red ring") -> HeatMaps:
     return HeatMaps(words=words, maps={site: probs.flatten(2, 3)}, latent_size=(ROWS, COLUMNS), image=picture)
 
 
-@pytest.fixture(params=[(1000, 800), (360, 720)], ids=["desk", "phone"])
+DESK, PHONE = pytest.param((1000, 800), id="desk"), pytest.param((360, 720), id="phone")
+
+
+@pytest.fixture(params=[DESK, PHONE])
 def tab(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
     """A tab without a network, in which no error may come up."""
     width, height = request.param
@@ -55,6 +58,9 @@ def tab(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
     yield tab
     context.close()
     assert not errors
+
+
+on_a_desk = pytest.mark.parametrize("tab", [DESK], indirect=True)  # where the width is of no matter
 
 
 @pytest.fixture
@@ -113,6 +119,7 @@ def test_a_patch_ranks_the_words_behind_it(shown: Page) -> None:
     assert shown.locator("h3").inner_text() == "Words behind this patch"
 
 
+@on_a_desk
 def test_a_slider_goes_through_the_steps(shown: Page) -> None:
     canvas = shown.locator("canvas")
     canvas.press("ArrowRight")  # the middle patch, in the right half
@@ -123,6 +130,7 @@ def test_a_slider_goes_through_the_steps(shown: Page) -> None:
     assert shown.locator("label span").inner_text() == "2 of 2"
 
 
+@on_a_desk
 def test_it_works_by_keys_and_says_what_it_shows(shown: Page) -> None:
     shown.keyboard.press("Tab")
     shown.keyboard.press("Tab")
@@ -161,6 +169,7 @@ def test_several_maps_on_one_page_keep_apart(tab: Page, tmp_path: Path) -> None:
     assert [one.locator("h3").inner_text() for one in (first, second)] == ["Words, over the whole image"] * 2
 
 
+@on_a_desk
 def test_a_notebook_can_show_it_again_and_again(tab: Page, tmp_path: Path) -> None:
     opened(tab, tmp_path, word_map_page(word_maps()))
     # As JupyterLab does: the markup is set, then each script is replaced by a copy, which runs.
@@ -186,6 +195,7 @@ def test_a_notebook_can_show_it_again_and_again(tab: Page, tmp_path: Path) -> No
     assert first.locator("li").count() == 3
 
 
+@on_a_desk
 def test_data_can_be_given_and_changed(shown: Page) -> None:
     shown.evaluate(
         """() => {

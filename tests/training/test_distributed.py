@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gobelin.cli.train import config_to_toml
+from gobelin.errors import TrainingError
 from gobelin.training.recipes.from_scratch import train
 
 TRAIN = ("-m", "gobelin", "train")
@@ -85,10 +86,11 @@ def test_two_processes_make_the_model_that_one_makes(config, tmp_path):
     assert lines[0] == lines[1], "both processes wrote"
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_refused(config, tmp_path):
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(config, tmp_path, monkeypatch):
     uneven = dataclasses.replace(
         config, unet=dataclasses.replace(config.unet, optim=dataclasses.replace(config.unet.optim, batch_size=5))
     )
-    done = launch(2, *TRAIN, written(uneven, tmp_path), "--out", str(tmp_path / "two"))
-    assert done.returncode != 0
-    assert "a batch of 5 cannot be shared evenly among 2 processes" in done.stderr
+    monkeypatch.setattr("gobelin.training.distributed.world_size", lambda: 2)
+    with pytest.raises(TrainingError, match="a batch of 5 cannot be shared evenly among 2 processes"):
+        train(uneven, tmp_path / "two", console=Console(quiet=True))
+    assert not (tmp_path / "two").exists()

@@ -89,7 +89,9 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["text_encoder", "vae", "unet"])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("text_encoder", "vae")), "unet"]
+)
 def test_a_killed_run_resumes_to_the_same_weights(trained, micro, tmp_path, monkeypatch, stage):
     interrupted = []
 
