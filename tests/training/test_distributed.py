@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from gobelin.cli.train import config_to_toml
 from gobelin.errors import TrainingError
+from gobelin.pipeline import Pipeline
+from gobelin.training.config import DataConfig
 from gobelin.training.recipes.from_scratch import train
 
 TRAIN = ("-m", "gobelin", "train")
@@ -45,7 +47,7 @@ def launch(count, *arguments):
 
 @pytest.fixture
 def config(micro):
-    config = micro()
+    config = micro(data=DataConfig(count=16), save_every=9, sample_every=9)
     return dataclasses.replace(
         config,
         unet=dataclasses.replace(
@@ -73,8 +75,14 @@ def test_processes_take_turns_and_tell_each_other(tmp_path):
 
 
 def test_two_processes_make_the_model_that_one_makes(config, tmp_path):
+    """The text encoder goes on learning with the U-Net, too."""
     one, two = tmp_path / "one", tmp_path / "two"
     train(config, one, console=Console(quiet=True))
+    before, after = (
+        load_file(one / folder / "model.safetensors") for folder in ("training/text_encoder", "text_encoder")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    Pipeline.from_pretrained(one)
     done = launch(2, *TRAIN, written(config, tmp_path), "--out", str(two))
     assert done.returncode == 0, done.stderr
     parts = {folder: load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (one, two)}

@@ -76,15 +76,6 @@ def test_it_opens_in_diffusers_and_paints_the_same(trained, which):
     assert np.asarray(painted[0]).std() > 1, "an empty picture proves nothing"
 
 
-def test_the_text_encoder_can_go_on_learning_with_the_unet(trained, micro, tmp_path):
-    config = micro()
-    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, train_text_encoder=True))
-    joint = train(config, tmp_path / "joint", console=QUIET)
-    frozen, moved = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (trained, joint))
-    assert any(not torch.equal(frozen[name], moved[name]) for name in frozen)
-    Pipeline.from_pretrained(joint)
-
-
 class Interrupted(Exception):
     pass
 
