@@ -133,7 +133,7 @@ def micro():
             save_every=2,
             sample_every=2,
             device="cpu",
-            data=DataConfig(count=48),
+            data=DataConfig(count=32),
             text=dataclasses.replace(preset.text, width=32, optim=dataclasses.replace(preset.text.optim, **half)),
             vae=dataclasses.replace(preset.vae, optim=dataclasses.replace(preset.vae.optim, **optim)),
             unet=dataclasses.replace(preset.unet, optim=dataclasses.replace(preset.unet.optim, **half)),

@@ -47,16 +47,16 @@ def test_a_changed_word_changes_less_of_the_image_than_an_image_by_itself() -> N
     before, after = "a red circle left of a blue square", "a green circle left of a blue square"
     options = {"steps": 8, "sampler": "dpmpp_2m"}
     paper = {"method": "prompt_to_prompt", "self_replace": 0.4, "edit_guidance": 0, "local_blend": ()}
-    changed = {"alone": 0.0, "edit": 0.0, "by itself": 0.0}
-    for seed in range(2):
-        first, edited = shipped.edit(before, after, seed=seed, **options).images
-        _, alone = shipped.edit(before, after, seed=seed, **paper, **options).images
-        (itself,) = shipped(after, seed=seed, **options).images
-        for name, image in (("alone", alone), ("edit", edited), ("by itself", itself)):
-            apart = np.abs(np.asarray(image, np.float32) - np.asarray(first, np.float32))
-            changed[name] += (apart.max(axis=-1) > 48).mean()  # levels of 255
-    assert 0 < changed["edit"] < 0.7 * changed["by itself"]
-    assert 0 < changed["alone"] < 0.7 * changed["by itself"]
+    first, edited = shipped.edit(before, after, seed=0, **options).images
+    _, alone = shipped.edit(before, after, seed=0, **paper, **options).images
+    (itself,) = shipped(after, seed=0, **options).images
+
+    def changed(image: Image.Image) -> float:
+        apart = np.abs(np.asarray(image, np.float32) - np.asarray(first, np.float32))
+        return float((apart.max(axis=-1) > 48).mean())  # levels of 255
+
+    assert 0 < changed(edited) < 0.7 * changed(itself)
+    assert 0 < changed(alone) < 0.7 * changed(itself)
 
 
 def test_both_images_may_be_painted_at_once(pipe: Pipeline) -> None:

@@ -53,7 +53,7 @@ def test_the_folder_holds_a_model_its_card_and_its_history(trained):
     assert {line["stage"] for line in lines} == {"text_encoder", "vae", "unet"}
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert not list((trained / "training" / "checkpoints").glob("*/*")), "checkpoints outlive their stage"
-    assert "48 scenes" in (trained / "README.md").read_text()
+    assert "32 scenes" in (trained / "README.md").read_text()
 
 
 @pytest.mark.parametrize("which", ["trained for a moment", "shipped"])
