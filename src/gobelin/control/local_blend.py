@@ -24,10 +24,10 @@ from gobelin.validation import validate_fields
 class LocalBlend:
     """Local blend (prompt-to-prompt, section 3.2): outside of some words' pixels, image ``rows[1]`` is ``rows[0]``.
 
-    The pixels are those where the sharp map of ``words`` (:meth:`gobelin.look.heatmaps.HeatMaps.sharpened`), in either image,
-    exceeds the share ``threshold`` of its maximum, widened by a patch. The map is of the steps from the share ``start``
-    of the way on, when blending begins. ``words`` None takes the words that changed, and of a changed adjective the
-    noun that it belongs to. Where no word changed, nothing is blended.
+    The pixels are those where the sharp map of ``words``, in either image, exceeds the share ``threshold`` of its
+    maximum, widened by a patch (:meth:`gobelin.look.heatmaps.HeatMaps.sharpened`). The map is of the steps from the
+    share ``start`` of the way on, when blending begins. ``words`` None takes the words that changed, and of a changed
+    adjective the noun that it belongs to. Where no word changed, nothing is blended.
     """
 
     words: WordList | None = None
