@@ -28,8 +28,7 @@ TEXT, NEGATIVE = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed
 ALPHA = 0.36
 
 
-@pytest.fixture
-def unet() -> UNet:
+def small_unet() -> UNet:
     config = UNetConfig.of(
         *(8,),
         attention=(True,),
@@ -39,6 +38,11 @@ def unet() -> UNet:
         norm_num_groups=4,
     )
     return fill_(UNet(config))
+
+
+@pytest.fixture
+def unet() -> UNet:
+    return small_unet()
 
 
 @pytest.fixture

@@ -216,8 +216,7 @@ def test_a_photograph_far_larger_than_the_model_is_refused_with_a_size(pipe: Pip
 
 def test_a_black_mask_is_warned_of(pipe: Pipeline) -> None:
     options = {"init_image": blank(64, 64), "steps": 2, "seed": 0}
-    with pytest.warns(UserWarning, match="nothing in the mask is white, so nothing is painted"):  # noqa: PT031
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+    with pytest.warns(UserWarning, match="nothing in the mask is white, so nothing is painted"):
         result = pipe("a red circle", mask=Image.new("L", (64, 64)), **options)
     assert (np.asarray(result.images[0]) == 128).all()
     with warnings.catch_warnings():

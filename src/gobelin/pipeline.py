@@ -132,7 +132,7 @@ class Pipeline:
             first = self._start(prompt, replace(plain, seed=seed, strength=None, mask=None, control=())).result
             image, latents = first.images[0], first.latents
         else:
-            image, latents = self._encoded(settings)
+            image, latents = self._encoded(settings.init_image, settings)
         factor = self.model.vae.config.factor
         both = replace(
             both,
@@ -270,9 +270,9 @@ class Pipeline:
         return Painting(model=self.model, plan=make_plan(self.model, prompt, settings, added))
 
     @torch.no_grad()
-    def _encoded(self, settings: EditSettings) -> tuple[Any, torch.Tensor]:
+    def _encoded(self, image: Any, settings: Settings) -> tuple[Any, torch.Tensor]:
         """Open the image that an edit is given, and encode it at the size that is painted."""
-        opened = open_image(settings.init_image, "init_image")  # type: ignore[arg-type]
+        opened = open_image(image, "init_image")
         factor = self.vae.config.factor
         h, w = latent_size(self.model, settings.height, settings.width, opened.size)
         images = InitImage.of([opened], None, (h * factor, w * factor)).images

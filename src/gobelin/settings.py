@@ -184,7 +184,7 @@ def takes_settings(settings: Callable[P, S]) -> _TakesSettings[P, S]:
             return method(*args, **named, settings=make(**changes))
 
         options = list(inspect.signature(settings).parameters.values())
-        called.__signature__ = inspect.Signature([*leading, *options])  # type: ignore[attr-defined]
+        cast(Any, called).__signature__ = inspect.Signature([*leading, *options])
         listed = "\n".join(f"    {name}: {text}" for name, text in field_docs(settings).items())
         called.__doc__ = f"{inspect.getdoc(method)}\n\nSettings, all by name:\n\n{listed}\n"
         return called

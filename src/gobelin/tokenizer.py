@@ -299,8 +299,10 @@ class Tokenizer:
         placed: list[tuple[Token, int]] = []
         for number, chunk in enumerate(chunks):
             placed += [(token, number * self.max_length + 1 + place) for place, token in enumerate(chunk)]
-            padding = self.max_length - 2 - len(chunk)
-            kinds += ["bos", *["text"] * len(chunk), "eos", *["padding"] * padding]  # type: ignore[list-item]
+            kinds.append("bos")
+            kinds.extend("text" for _ in chunk)
+            kinds.append("eos")
+            kinds.extend("padding" for _ in range(self.max_length - 2 - len(chunk)))
         spans, first = [], 0
         for word, start, end in split_words(text, borders):
             while first < len(placed) and placed[first][0].end <= start:

@@ -144,7 +144,9 @@ def field_docs(cls: Any) -> Mapping[str, str]:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(cast(type, base)))).body
         assert isinstance(node, ast.ClassDef)
         for field, text in zip(node.body, node.body[1:], strict=False):
-            documented = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            if documented and isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                docs[field.target.id] = " ".join(str(text.value.value).split())  # type: ignore[union-attr]
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=said)):
+                    docs[name] = " ".join(str(said).split())
+                case _:
+                    pass
     return docs

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import tyro
 
@@ -318,4 +318,4 @@ def _built(cls: type[Options], default: Options | None, changes: dict[str, Any])
         else value
         for name, value in changes.items()
     }
-    return cls(**inner) if default is None else dataclasses.replace(default, **inner)  # type: ignore[type-var]
+    return cls(**inner) if default is None else dataclasses.replace(cast(Any, default), **inner)
