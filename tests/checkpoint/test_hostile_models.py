@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,13 @@ def test_odd_configurations(data: st.DataObject, name: str, model: Path, oracle_
     assert not {module for module in set(sys.modules) - before if module.startswith(("diffusers", "transformers"))}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"a":' * 100_000, "\x00", '{"_class_name": 3}', "NaN"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *product(FILES, ["[]", "{", '{"_class_name": 3}']),
+        *product(FILES[:2], ["", "null", '{"a":' * 100_000, "\x00", "NaN"]),  # one reader reads them all
+    ],
+)
 def test_files_that_are_no_configuration(name: str, content: str, model: Path, oracle_folder: Path) -> None:
     changed(model, oracle_folder, name, content)
     error = refused(model)

@@ -17,9 +17,9 @@ from gobelin.pipeline import Pipeline
 from gobelin.training.config import DataConfig
 from gobelin.training.recipes.from_scratch import train
 
-TRAIN = ("-m", "gobelin", "train")
-SHARED = """
+IN_EACH_PROCESS = """
 import json, pathlib, sys, torch
+from gobelin.cli.main import main
 from gobelin.training import distributed
 
 with distributed.init_process_group(torch.device("cpu")):
@@ -30,6 +30,7 @@ with distributed.init_process_group(torch.device("cpu")):
             distributed.broadcast("first" if distributed.is_main_process() else "other")]
     name = "first" if distributed.is_main_process() else "other"
     pathlib.Path(sys.argv[1], f"{name}.json").write_text(json.dumps(said))
+main(["train", *sys.argv[2:]])
 """
 
 
@@ -64,18 +65,8 @@ def written(config, tmp_path):
     return str(file)
 
 
-def test_processes_take_turns_and_tell_each_other(tmp_path):
-    script = tmp_path / "shared.py"
-    script.write_text(SHARED)
-    done = launch(2, str(script), str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    said = [json.loads((tmp_path / f"{process}.json").read_text()) for process in ("first", "other")]
-    whole = [0, 10, 20, 30, 40, 50, 60]
-    assert said == [[2, [0, 2, 4, 6], 3.0, whole, "first"], [2, [1, 3, 5], 3.0, whole, "first"]]
-
-
 def test_two_processes_make_the_model_that_one_makes(config, tmp_path):
-    """The text encoder goes on learning with the U-Net, too."""
+    """They take turns and tell each other; the text encoder goes on learning with the U-Net, too."""
     one, two = tmp_path / "one", tmp_path / "two"
     train(config, one, console=Console(quiet=True))
     before, after = (
@@ -83,8 +74,13 @@ def test_two_processes_make_the_model_that_one_makes(config, tmp_path):
     )
     assert any(not torch.equal(before[name], after[name]) for name in before)
     Pipeline.from_pretrained(one)
-    done = launch(2, *TRAIN, written(config, tmp_path), "--out", str(two))
+    script = tmp_path / "in_each_process.py"
+    script.write_text(IN_EACH_PROCESS)
+    done = launch(2, str(script), str(tmp_path), written(config, tmp_path), "--out", str(two))
     assert done.returncode == 0, done.stderr
+    said = [json.loads((tmp_path / f"{process}.json").read_text()) for process in ("first", "other")]
+    whole = [0, 10, 20, 30, 40, 50, 60]
+    assert said == [[2, [0, 2, 4, 6], 3.0, whole, "first"], [2, [1, 3, 5], 3.0, whole, "first"]]
     parts = {folder: load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (one, two)}
     # AdamW divides a gradient by its own size, so where one is nearly zero its rounding becomes a small step.
     step = config.unet.optim.learning_rate
