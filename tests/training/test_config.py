@@ -36,7 +36,7 @@ def changed(config, path, value):
         ("unet.optim.clip_norm", 0, "clip_norm is 0: give a number above 0"),
         ("unet.optim.weight_decay", -0.1, "weight_decay is -0.1: give a number of 0 or more"),
         ("unet.optim.final_lr_ratio", 2, "final_lr_ratio is 2: give a fraction from 0 to 1"),
-        ("unet.optim.precision", "float16", "precision is 'float16': give one of 'float32', 'bfloat16'"),
+        ("unet.optim.precision", "float16", "precision is 'float16': give one of 'auto', 'float32', 'bfloat16'"),
         ("unet.caption_dropout", 1.1, "caption_dropout is 1.1: give a fraction from 0 to 1"),
         ("unet.caption_dropout", -0.1, "caption_dropout is -0.1: give a fraction from 0 to 1"),
         ("unet.timestep_shift", 0, "timestep_shift is 0: give a number above 0"),

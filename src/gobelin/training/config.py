@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from gobelin.errors import UsageError
 from gobelin.settings import Settings
 from gobelin.tokenizer import MIN_VOCABULARY
+from gobelin.training.precision import Precision
 from gobelin.validation import (
     Count,
     Fraction,
@@ -71,8 +72,8 @@ class OptimConfig:
     """Largest norm of all gradients together; larger ones are scaled down to it."""
     ema: FractionBelowOne = 0.999
     """Decay of the exponential moving average of the weights, which is what is saved and sampled."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast; the weights stay float32."""
+    precision: Precision = "float32"
+    """bfloat16: autocast; the weights stay float32. auto: bfloat16 on a device that multiplies it in hardware."""
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -235,7 +236,7 @@ def nano() -> TrainConfig:
         # Steps: "How long nano trains". bfloat16: "Plain attention for training in bfloat16 on a CPU".
         text=TextStageConfig(
             optim=OptimConfig(
-                steps=280, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="bfloat16"
+                steps=280, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="auto"
             )
         ),
         vae=VAEStageConfig(optim=OptimConfig(steps=500, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
@@ -246,7 +247,7 @@ def nano() -> TrainConfig:
                 learning_rate=2e-3,
                 warmup_steps=100,
                 ema=0.998,
-                precision="bfloat16",
+                precision="auto",
             )
         ),
     )
@@ -271,14 +272,14 @@ def tiny() -> TrainConfig:
                 warmup_steps=60,
                 hold=0.6,
                 ema=0.99,
-                precision="bfloat16",
+                precision="auto",
             ),
         ),
         vae=VAEStageConfig(
             preset="tiny",
             # Steps: "Noise in the latents does not matter to the decoder"
             optim=OptimConfig(
-                steps=2400, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="bfloat16"
+                steps=2400, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="auto"
             ),
         ),
         unet=UNetStageConfig(
@@ -291,7 +292,7 @@ def tiny() -> TrainConfig:
                 optimizer="muon",
                 warmup_steps=200,
                 hold=0.65,
-                precision="bfloat16",
+                precision="auto",
             ),
         ),
         # ddpm: "The sampling mix, and noise while painting". Guidance: "The long run with both".

@@ -17,6 +17,7 @@ from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Tokenizer
 from gobelin.training import distributed
 from gobelin.training.config import TextStageConfig, UNetStageConfig, VAEStageConfig
+from gobelin.training.precision import Precision, autocast
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
@@ -258,13 +259,13 @@ def encode_images(
     vae: VAE,
     dataset: CachedDataset,
     indices: Int[Tensor, " images"],
-    precision: str = "float32",
+    precision: Precision = "float32",
     batch_size: int = 64,
 ) -> tuple[Float[Tensor, "images channels h w"], Float[Tensor, "images channels h w"]]:
     """Encode images to the mean and standard deviation of the VAE's posterior, unscaled, on the CPU."""
     means, stds = [], []
     for batch in indices.split(batch_size):
-        with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with autocast(vae.device, precision):
             posterior = vae.encode(dataset.images(batch).to(vae.device))
         means.append(posterior.mean.float().cpu())
         stds.append((0.5 * posterior.logvar.float()).exp().cpu())

@@ -31,6 +31,7 @@ from gobelin.training import distributed
 from gobelin.training.checkpoints import load_checkpoint, save_checkpoint
 from gobelin.training.config import OptimConfig
 from gobelin.training.muon import Muon, muon_parameters
+from gobelin.training.precision import autocast
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -116,7 +117,7 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                 group["lr"] = group["lr_ratio"] * learning_rate(optim, step)
             generator = Generator().manual_seed(derive_seed(run.seed, stage.name, step))
             indices = batch_indices(run.seed, stage.name, step, optim.batch_size, stage.dataset_size)
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+            with autocast(run.device, optim.precision):
                 losses = stage.loss(indices, generator)
             module.zero_grad(set_to_none=True)
             losses["loss"].backward()

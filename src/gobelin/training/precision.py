@@ -1,0 +1,25 @@
+"""Mixed precision of a training step: the matrices multiplied in bfloat16, the weights kept in float32."""
+
+from typing import Literal, TypeAlias
+
+import torch
+
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Make the context in which a training step computes in ``precision`` on ``device``."""
+    bfloat16 = has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device multiplies bfloat16 in hardware; a CPU that emulates it is some 30 times slower."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        case "cpu":
+            capabilities = torch.cpu.get_capabilities()
+            return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        case _:
+            return False
