@@ -340,7 +340,7 @@ def test_a_control_of_the_second_image_leaves_the_first(pipe: Pipeline, name: st
         identity,
         attend_and_excite("cat", strength=0),
         box_guidance({"cat": Region.box(0, 0, 0.5, 1)}, strength=0),
-        regional_attention({"cat": Region.box(0, 0, 0.5, 1)}, until=0),
+        regional_attention({"cat": Region.box(0, 0, 0.5, 1)}, end=0),
         None,
         [],
     ],

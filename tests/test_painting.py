@@ -1,6 +1,8 @@
 """A painting: what is known before its first step, how it ends, what is refused, and what it says of itself."""
 
 import dataclasses
+import json
+import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -13,11 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gobelin.attention import Trace
-from gobelin.control import reweight
+from gobelin.attention import AttentionSite, Trace
+from gobelin.control import Region, attend_and_excite, reweight
 from gobelin.errors import Cancelled, ModelError, UsageError
 from gobelin.painting import file_stem
 from gobelin.pipeline import Pipeline
+from gobelin.settings import Settings
 from gobelin.tokenizer import Tokenizer
 
 
@@ -254,8 +257,6 @@ def test_each_image_may_begin_from_one_of_its_own(pipe: Pipeline, tmp_path: Path
         ({"clip_skip": 99}, "clip_skip is 99: give a number from 0 to"),
         ({"trace": "shrap"}, "trace is 'shrap': give True, False, \"sharp\" or"),
         ({"trace": 3}, "trace is 3: give True"),
-        ({"trace": Trace(start=2)}, "the start of a trace is 2: give a share of the way from 0 to 1"),
-        ({"trace": Trace(start="x")}, "the start of a trace is 'x': give a share of the way"),
         ({"latents": "noise"}, r"the start latents are str: expected \[1, 4, 16, 16\]"),
         ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, "the start latents"),
         ({"latents": torch.zeros(1, 4, 16, 16, dtype=torch.int64)}, "the start latents"),
@@ -348,3 +349,121 @@ def test_words_in_every_chunk_are_found_and_mapped(clip_model: Made) -> None:
     result = pipe(prompt, steps=1, seed=0, trace=True)
     assert result.heatmaps[0]["boat"].raw.max() > 0
     assert result.heatmaps[0].words.tokens("boat") == words.tokens("boat")
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_interrupted_painting_has_no_result(step: int, pipe: Pipeline) -> None:
+    """Ctrl-C, or the stop button of a notebook, while a step runs."""
+    passes = iter(range(100))
+
+    def interrupting(site: AttentionSite, probs: torch.Tensor) -> torch.Tensor:
+        if site.name == first.name and next(passes) == step:
+            raise KeyboardInterrupt
+        return probs
+
+    first = next(site for site in pipe.unet.attention_sites if site.kind == "cross")
+    painting = pipe.start("a red circle", steps=4, control=interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        _ = painting.result
+    with pytest.raises(Cancelled, match=f"the painting stopped after step {step} of 4: start it again"):
+        _ = painting.result
+
+
+def test_an_image_records_every_setting_that_it_depends_on(pipe: Pipeline) -> None:
+    values: dict[str, Any] = {
+        "negative_prompt": "ring",
+        "seed": 3,
+        "steps": 4,
+        "guidance": 2.0,
+        "guidance_rescale": 0.5,
+        "sampler": "euler",
+        "height": 96,
+        "width": 128,
+        "clip_skip": 1,
+        "weights": "none",
+        "tile": 16,
+        "init_image": Image.new("RGB", (128, 96)),
+        "strength": 0.7,
+        "mask": Image.new("L", (128, 96), 255),
+    }
+    not_recorded = {"count", "latents", "trace", "control"}
+    assert values.keys() | not_recorded == {field.name for field in dataclasses.fields(Settings)}, "a new option"
+    made = pipe.start("a red circle", **values).settings[0]
+    assert all(made[name] == value for name, value in values.items() if name not in ("init_image", "mask"))
+    assert made["init_image"] != made["mask"]
+
+
+def test_a_large_image_in_tiles_is_painted_again_from_its_settings(pipe: Pipeline) -> None:
+    first = pipe("a red circle", seed=1, steps=1, height=128, width=128, tile=16)
+    made = {name: value for name, value in first.settings[0].items() if name not in ("prompt", "model")}
+    assert np.array_equal(pipe("a red circle", **made).images[0], first.images[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda pipe: pipe.to(dtype="float17"), "unknown dtype 'float17': the choices are float32"),
+        (lambda pipe: pipe.to(3), "unknown device '3'"),
+        (lambda pipe: Pipeline.from_pretrained(3), "the model is 3: give its path"),
+        (lambda pipe: Pipeline.from_pretrained(dtype="half"), "unknown dtype 'half'"),
+        (lambda pipe: Pipeline.from_pretrained(varient="fp16"), "unknown option 'varient': did you mean 'variant'"),
+        (lambda pipe: pipe.encode_text(["ring", 3]), "texts is"),
+        (lambda pipe: pipe.words("ring", weights="A1111"), "weights is 'A1111': give one of 'a1111'"),
+        (lambda pipe: pipe.words(3), "the prompt is 3: give text"),
+        (lambda pipe: pipe("ring", steps=1, guidance=lambda predictions: None), "the guidance returned None"),
+        (lambda pipe: pipe("ring", steps=1, trace=Trace(sites=5)), "sites is 5: give a pattern"),
+        (lambda pipe: Trace(per_head="no"), "per_head is 'no': give True or False"),
+        (lambda pipe: Region(mask=torch.full((4, 4), 255.0)), "has values from 255 to 255: give 0 outside"),
+        (lambda pipe: Region(mask=torch.full((4, 4), torch.nan)), "has values from nan to nan"),
+        (lambda pipe: pipe("ring", steps=1).save("ring.png"), "ring.png is the name of a file: give a folder"),
+        (
+            lambda pipe: pipe(["ring", "star"], init_image=[Image.new("RGB", (side, 64)) for side in (64, 192)]),
+            "the init images are of 64×64 and 192×64 pixels: give the height and width",
+        ),
+    ],
+)
+def test_slips_are_one_sentence(call: Callable[[Pipeline], object], said: str, pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match=said):
+        call(pipe)
+
+
+def test_a_gradient_control_says_that_it_needs_gradients(pipe: Pipeline) -> None:
+    with torch.inference_mode(), pytest.raises(UsageError, match=r"paint outside of torch\.inference_mode"):
+        pipe("a red circle", steps=1, control=attend_and_excite("circle"))
+
+
+def test_one_text_is_one_prompt(pipe: Pipeline) -> None:
+    assert torch.equal(pipe.encode_text("ring").embeddings, pipe.encode_text(["ring"]).embeddings)
+
+
+def test_a_precision_may_be_named_as_in_diffusers(own: Pipeline) -> None:
+    assert own.to(torch.bfloat16).unet.dtype == torch.bfloat16
+    assert own.to("cpu", "float32").unet.dtype == torch.float32
+
+
+def test_one_side_that_is_given_leaves_the_other_to_the_init_image(pipe: Pipeline) -> None:
+    made = pipe.start("a red circle", init_image=Image.new("RGB", (128, 96)), height=64).settings[0]
+    assert (made["width"], made["height"]) == (128, 64)
+
+
+def test_a_model_may_not_choose_a_file_to_open(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "model")
+    for name, value in (("init_image", "/etc/hostname"), ("count", 3)):
+        (tmp_path / "model" / "gobelin.json").write_text(json.dumps({name: value}))
+        with pytest.raises(ModelError, match=f"{name} is no setting that a model may recommend"):
+            Pipeline.from_pretrained(tmp_path / "model")
+
+
+def test_a_learned_word_is_not_half_saved(own: Pipeline, tmp_path: Path) -> None:
+    def files() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in (tmp_path / "model").rglob("*") if file.is_file()}
+
+    own.save_pretrained(tmp_path / "model")
+    before = files()
+    save_file({"zork": torch.ones(1, own.text_encoder.config.hidden_size)}, tmp_path / "zork.safetensors")
+    own.load_textual_inversion(tmp_path / "zork.safetensors")
+    for save, target in ((own.save_pretrained, "model"), (own.save_single_file, "x.safetensors")):
+        with pytest.raises(UsageError, match=r"learned words loaded \('zork'\)"):
+            save(tmp_path / target)
+    assert files() == before
+    assert not (tmp_path / "x.safetensors").exists()

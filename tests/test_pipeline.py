@@ -137,7 +137,7 @@ def test_what_was_not_traced_cannot_be_looked_at(pipe):
         pipe("a red circle", trace=Trace(sites="attn3"))
     with pytest.raises(UsageError, match="trace is 'shrap': give True, False, \"sharp\" or"):
         pipe("a red circle", trace="shrap")
-    with pytest.raises(UsageError, match="the start of a trace is 2: give a share of the way from 0 to 1"):
+    with pytest.raises(UsageError, match="start is 2: give a fraction from 0 to 1"):
         pipe("a red circle", trace=Trace(start=2))
     with pytest.raises(UsageError, match="matches no attention"):
         pipe("a red circle", control=AttentionEdit(change=lambda site, probs: probs, sites="attn3"))

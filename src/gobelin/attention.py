@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gobelin.errors import UsageError
+from gobelin.validation import Fraction, shown, validate_fields
 
 Reduction = Literal["none", "heads"]
 
@@ -89,6 +90,8 @@ def choose_sites(there: Sequence[AttentionSite], choice: Sites = None) -> tuple[
         chosen = tuple(site for site in there if fnmatchcase(site.name, choice))
     elif callable(choice):
         chosen = tuple(site for site in there if choice(site))
+    elif not isinstance(choice, Sequence):
+        raise UsageError(f"sites is {shown(choice)}: give a pattern such as '*attn2', a function of a site, or sites")
     elif not choice:
         return ()
     else:
@@ -112,7 +115,10 @@ class Trace:
     sites: Sites = None
     per_head: bool = False
     per_step: bool = False
-    start: float = 0.0
+    start: Fraction = 0.0
+
+    def __post_init__(self) -> None:
+        validate_fields(self, but=("sites",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +126,15 @@ class AttentionEdit:
     """Change attention probabilities at some ``sites`` (:func:`choose_sites`), for a part of the way.
 
     It holds from the share ``start`` of the way from noise to image, measured in timesteps, until the share ``end``:
-    0 is never, 1 until the image is done.
+    0 is never, 1 until the image is done. One that only ``observes`` is left out of the passes that a guidance makes
+    beside the painting's own.
     """
 
     change: AttentionChange
     sites: Sites = None
     start: float = 0.0
     end: float = 1.0
+    observes: bool = False
 
     def holds(self, progress: float) -> bool:
         """Tell whether the edit holds at this share of the way."""

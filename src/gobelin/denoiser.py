@@ -5,9 +5,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet, Guidance, Predictions
 from gobelin.samplers import DenoiserOutput
 from gobelin.types import Latents
+from gobelin.validation import shown
 
 
 @runtime_checkable
@@ -41,7 +43,11 @@ class Denoiser:
             alpha_cumprod=alpha_cumprod,
             memory=self.memory,
         )
-        prediction = self.guidance(predictions).to(latents.dtype)
+        prediction = self.guidance(predictions)
+        if not isinstance(prediction, torch.Tensor) or prediction.shape != latents.shape:
+            what = list(prediction.shape) if isinstance(prediction, torch.Tensor) else shown(prediction)
+            raise UsageError(f"the guidance returned {what}: expected a prediction of {list(latents.shape)}")
+        prediction = prediction.to(latents.dtype)
         denoised, noise = self.network.schedule.split(prediction, latents, alpha_cumprod)
         return DenoiserOutput(latents=latents, denoised=denoised, noise=noise, maps=predictions.maps)
 

@@ -46,9 +46,10 @@ class ConditionedUNet:
             noisy_latents = torch.cat([noisy_latents, extra], dim=1)
         return noisy_latents.to(self.unet.dtype)
 
-    def edits_at(self, timestep: float) -> list[AttentionEdit]:
-        """List the attention edits that hold at a timestep."""
-        return [edit for edit in self.edits if edit.holds(self.schedule.progress(timestep))]
+    def edits_at(self, timestep: float, observers: bool = True) -> list[AttentionEdit]:
+        """List the attention edits that hold at a timestep, with those that only observe or without them."""
+        progress = self.schedule.progress(timestep)
+        return [edit for edit in self.edits if edit.holds(progress) and (observers or not edit.observes)]
 
     def trace_at(self, timestep: float) -> Trace | None:
         """Return the trace where it has begun at a timestep."""
@@ -233,7 +234,7 @@ def perturbed_attention_guidance(guidance: Guidance, scale: float = 3.0, sites: 
     def guide(predictions: Predictions) -> Latents:
         guided = guidance(predictions)
         edits = [
-            *predictions.network.edits_at(predictions.timestep),
+            *predictions.network.edits_at(predictions.timestep, observers=False),
             AttentionEdit(change=see_only_themselves, sites=sites),
         ]
         perturbed = predictions.predict(predictions.network.positive, edits=edits)

@@ -31,6 +31,7 @@ from gobelin.vae import VAE
 
 MAX_DECODED_PIXELS = 2**22  # at once: the VAE of Stable Diffusion takes some 7 GB for them
 MIN_SHOWN = 256  # pixels: smaller images are enlarged where a notebook shows them
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _NAME_LENGTH = 60  # characters of a prompt in a file name
 
 
@@ -89,7 +90,12 @@ class Result:
         )
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write PNGs that carry their settings, never over an existing file; returns their paths."""
+        """Write PNGs that carry their settings, never over an existing file; returns their paths.
+
+        Raises :class:`UsageError` for the name of a file in place of a folder's.
+        """
+        if Path(folder).is_file() or Path(folder).suffix.lower() in _IMAGE_SUFFIXES:
+            raise UsageError(f"{folder} is the name of a file: give a folder, in which prompt and seed make the names")
         paths = []
         for image, settings in zip(self.images, self.settings, strict=True):
             path = _free_path(Path(folder), file_stem(settings))
@@ -121,6 +127,7 @@ class Painting:
     _steps: Iterator[PaintingStep] = field(init=False, repr=False)
     _collector: Collector = field(init=False, repr=False)
     _latents: Tensor | None = field(default=None, init=False, repr=False)
+    _done: int = field(default=0, init=False, repr=False)
     _result: Result | None = field(default=None, init=False, repr=False)
     _cancelled: bool = field(default=False, init=False, repr=False)
 
@@ -146,7 +153,7 @@ class Painting:
         if self._cancelled:
             raise StopIteration
         step = next(self._steps)
-        self._latents = step.latents
+        self._latents, self._done = step.latents, step.index + 1
         self._collector.add(step.maps)
         return step
 
@@ -156,13 +163,17 @@ class Painting:
 
     @property
     def result(self) -> Result:
-        """Run the steps that are left, and decode the images; raises :class:`Cancelled` after :meth:`cancel`."""
+        """Run the steps that are left, and decode the images.
+
+        Raises :class:`Cancelled` after :meth:`cancel`, and after an error or an interruption in a step.
+        """
         for _ in self:
             pass
         if self._cancelled:
             raise Cancelled("the painting was cancelled: it has no result")
+        if self._latents is None or self._done < len(self):  # an error, or Ctrl-C, ended the steps
+            raise Cancelled(f"the painting stopped after step {self._done} of {len(self)}: start it again")
         if self._result is None:
-            assert self._latents is not None
             self._result = self._finished(self._latents)
         return self._result
 

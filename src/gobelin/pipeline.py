@@ -1,5 +1,6 @@
 """The pipeline: a model that paints. A prompt and settings in, a painting of steps and images out."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from annotated_types import Interval
+from PIL import Image
 from torch import nn
 
 from gobelin.adapters.lora import Loras
@@ -27,13 +29,16 @@ from gobelin.schedule import NoiseSchedule
 from gobelin.settings import Prompts, Settings, takes_settings
 from gobelin.text_conditioning import TextConditioning, batch_texts, chunk_prompt, encode_chunks
 from gobelin.tokenizer import Tokenizer, Word, Words
+from gobelin.types import Latents
 from gobelin.unet import UNet
 from gobelin.vae import VAE
-from gobelin.validation import Fraction, OnCommandLine
+from gobelin.validation import Fraction, OnCommandLine, refuse_unknown, validated
 
 __all__ = ["EditSettings", "Painting", "PaintingStep", "Pipeline", "Result", "Settings", "find_device", "shipped_model"]
 
 SHIPPED = "tiny"
+DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+"""The precisions that a model is painted with and saved in, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -71,7 +76,7 @@ class Pipeline:
         cls,
         path: str | Path | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> Self:
         """Open a model: the one that ships with Gobelin, a diffusers folder, an original ``.safetensors`` or ``.ckpt``
@@ -81,8 +86,9 @@ class Pipeline:
         those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError` that names the file and what is wrong
         with it.
         """
-        source = shipped_model() if path is None else path
-        return cls(open_model(source, find_device(device), dtype or torch.float32, **options))
+        source = shipped_model() if path is None else validated("the model", path, Annotated[str | Path, "its path"])
+        refuse_unknown(options, list(inspect.signature(open_model).parameters)[3:])
+        return cls(open_model(source, find_device(device), find_dtype(dtype or torch.float32), **options))
 
     @takes_settings(Settings)
     def __call__(self, prompt: Prompts, settings: Settings) -> Result:
@@ -114,6 +120,7 @@ class Pipeline:
         """
         if settings.count != 1 or isinstance(settings.seed, Sequence) or isinstance(settings.init_image, list | tuple):
             raise UsageError("an edit is of one image: leave out count, and give one seed and one init_image")
+        _refuse_unused(settings)
         seed = int(torch.randint(2**31, ()).item()) if settings.seed is None else settings.seed
         controls: list[AnyControl] = [prompt_to_prompt(settings.cross_replace, settings.self_replace)]
         if settings.reweight:
@@ -124,24 +131,30 @@ class Pipeline:
         plain = Settings(**{field.name: settings[field.name] for field in fields(Settings)})
         both = replace(plain, seed=[seed, seed], strength=None, latents=None, control=controls)
         if settings.method == "prompt_to_prompt":
-            if settings.init_image is not None:
-                raise UsageError("prompt_to_prompt paints both images: leave out init_image, or give method='flowedit'")
             return self._start([prompt, to], both).result
+        factor = self.model.vae.config.factor
+
+        def changed(image: Image.Image | None, latents: Latents) -> Settings:
+            return replace(
+                both,
+                init_image=None if settings.mask is None else image,
+                height=latents.shape[2] * factor,
+                width=latents.shape[3] * factor,
+                control=[*controls, FlowEdit(latents=latents, strength=settings.strength or 1.0)],
+            )
+
         first = None
         if settings.init_image is None:
-            first = self._start(prompt, replace(plain, seed=seed, strength=None, mask=None, control=())).result
+            painting = self._start(prompt, replace(plain, seed=seed, strength=None, mask=None, control=()))
+            # What is wrong with the change is said before the first image is painted.
+            _, h, w = painting.plan.shape
+            blank = changed(Image.new("RGB", (w * factor, h * factor)), torch.zeros(1, *painting.plan.shape))
+            make_plan(self.model, [prompt, to], replace(blank, trace=False))
+            first = painting.result
             image, latents = first.images[0], first.latents
         else:
             image, latents = self._encoded(settings.init_image, settings)
-        factor = self.model.vae.config.factor
-        both = replace(
-            both,
-            init_image=None if settings.mask is None else image,
-            height=latents.shape[2] * factor,
-            width=latents.shape[3] * factor,
-            control=[*controls, FlowEdit(latents=latents, strength=settings.strength or 1.0)],
-        )
-        result = self._start([prompt, to], both).result
+        result = self._start([prompt, to], changed(image, latents)).result
         before = first or result
         traced = None if result.traced is None else [before.heatmaps[0], result.heatmaps[1]]
         return Result(
@@ -153,13 +166,14 @@ class Pipeline:
 
     def words(self, prompt: str, weights: PromptSyntax = "a1111") -> Words:
         """Find the words of a prompt, without its weights, and the tokens of each, through all its chunks."""
-        return chunk_prompt(self.tokenizer, prompt, weights).words
+        validated("the prompt", prompt, str)
+        return chunk_prompt(self.tokenizer, prompt, validated("weights", weights, PromptSyntax)).words
 
     @torch.no_grad()
-    def encode_text(
-        self, texts: Sequence[str], clip_skip: int = 0, weights: PromptSyntax = "a1111"
-    ) -> TextConditioning:
+    def encode_text(self, texts: Prompts, clip_skip: int = 0, weights: PromptSyntax = "a1111") -> TextConditioning:
         """Encode prompts, each distinct one once, as long as the longest of them and masked beyond their own ends."""
+        texts = [texts] if isinstance(texts, str) else validated("texts", texts, Annotated[list[str], "texts"])
+        validated("weights", weights, PromptSyntax)
         encoded = {
             text: encode_chunks(
                 self.text_encoder, self.tokenizer, chunk_prompt(self.tokenizer, text, weights), weights, clip_skip
@@ -175,30 +189,40 @@ class Pipeline:
         """
         return latent_size(self.model, height, width)
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the model to a device, a precision or both, and return the pipeline."""
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: str | torch.dtype | None = None
+    ) -> Self:
+        """Move the model to a device, a precision or both, and return the pipeline; one argument may be either."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         where = self.unet.device if device is None else find_device(device)
+        dtype = None if dtype is None else find_dtype(dtype)
         networks: list[nn.Module] = [self.unet, self.vae, self.text_encoder]
         for network in networks:
             network.to(where, dtype)
         self.loras.to(where, dtype)
         return self
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, fuse_loras: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, dtype: str | torch.dtype | None = None, fuse_loras: bool = False
+    ) -> None:
         """Write a diffusers folder, in ``dtype`` or in the weights' own precision; the index comes last.
 
-        Raises :class:`UsageError` where LoRAs are loaded and ``fuse_loras`` does not say that they become the model's.
+        Raises :class:`UsageError` where LoRAs are loaded and ``fuse_loras`` does not say that they become the model's,
+        and where learned words are, which neither form has a place for; nothing is written then.
         """
-        self.loras.require_fuse(fuse_loras)
-        save_folder(self.model, Path(folder), dtype)
+        self._refuse_additions(fuse_loras)
+        save_folder(self.model, Path(folder), None if dtype is None else find_dtype(dtype))
 
-    def save_single_file(self, path: str | Path, dtype: torch.dtype | None = None, fuse_loras: bool = False) -> None:
+    def save_single_file(
+        self, path: str | Path, dtype: str | torch.dtype | None = None, fuse_loras: bool = False
+    ) -> None:
         """Write a ``.safetensors`` file in the original code's layout, which has no place for the tokenizer.
 
         Raises as :meth:`save_pretrained` does.
         """
-        self.loras.require_fuse(fuse_loras)
-        save_single_file(self.model, Path(path), dtype)
+        self._refuse_additions(fuse_loras)
+        save_single_file(self.model, Path(path), None if dtype is None else find_dtype(dtype))
 
     def load_lora(
         self, path: str | Path, weight: float = 1.0, name: str | None = None, allow_pickle: bool = False
@@ -264,6 +288,13 @@ class Pipeline:
         parts = [repr(self.name), f"{side}×{side} pixels", f"{self.unet.device}, {self.unet.dtype}", *added]
         return f"Pipeline({', '.join(parts)}, recommended={self.recommended})"
 
+    def _refuse_additions(self, fuse_loras: bool) -> None:
+        """Raise :class:`UsageError` for LoRAs that are not to be fused, and for learned words."""
+        self.loras.require_fuse(fuse_loras)
+        if self.learned_words:
+            words = ", ".join(map(repr, self.learned_words))
+            raise UsageError(f"this model has learned words loaded ({words}): open it anew without them, and save that")
+
     def _start(self, prompt: Prompts, settings: Settings) -> Painting:
         added: dict[str, Any] = {LORAS: dict(self.loras.weights)} if self.loras.weights else {}
         added |= {LEARNED_WORDS: list(self.learned_words)} if self.learned_words else {}
@@ -280,9 +311,30 @@ class Pipeline:
         return tensor_to_images(images)[0], self.vae.config.scaling_factor * latents
 
 
+def _refuse_unused(settings: EditSettings) -> None:
+    """Raise :class:`UsageError` for a setting that the way of editing has no use for."""
+    unused: dict[str, str] = {}
+    if settings.method == "prompt_to_prompt":
+        unused = dict.fromkeys(
+            ("init_image", "mask", "strength", "latents"), "prompt_to_prompt paints both images from the seed's noise"
+        )
+    elif settings.init_image is not None:
+        unused = {"latents": "an edit of an image that is given begins from it"}
+    if found := [name for name in unused if settings[name] is not None]:
+        raise UsageError(f"{unused[found[0]]}: leave out {' and '.join(found)}")
+
+
 def shipped_model() -> Path:
     """Return the folder of the model that comes with Gobelin."""
     return Path(str(files("gobelin") / "models" / SHIPPED))
+
+
+def find_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Find the precision of that name; raises :class:`UsageError` with the choices for any other."""
+    found = DTYPES.get(name) if isinstance(name, str) else name
+    if found is None or found not in DTYPES.values():
+        raise UsageError(f"unknown dtype {str(name)!r}: the choices are {', '.join(DTYPES)}")
+    return found
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:
@@ -296,7 +348,7 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
         return torch.device(choices[0])
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in choices or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise UsageError(f"unknown device {str(name)!r}: the choices on this machine are {', '.join(choices)}")

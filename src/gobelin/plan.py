@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from gobelin.attention import Trace, choose_sites
 from gobelin.checkpoint import Model
-from gobelin.control.batch import AnyControl, Attached, Batch, ShareOfWay, attach_controls
+from gobelin.control.batch import AnyControl, Attached, Batch, attach_controls
 from gobelin.errors import UsageError
 from gobelin.guidance import Guidance, classifier_free_guidance
 from gobelin.images import open_image, open_mask
@@ -23,11 +23,14 @@ from gobelin.settings import DEFAULT_STRENGTH, MAX_SEED, Prompts, Settings
 from gobelin.text_conditioning import Chunks, chunk_prompt
 from gobelin.types import Latents
 from gobelin.unet import UNet
-from gobelin.validation import shown, validated
+from gobelin.validation import Fraction, shown, validated
 
 MAX_PIXELS = 2**26  # of an image: 8192 × 8192, whose latents' attention takes minutes a step
 MAX_ENLARGED = 16  # times the model's own pixels; a photograph taken at its own size by mistake has more
 LORAS, LEARNED_WORDS = "loras", "learned_words"
+_NOT_RECORDED = ("count", "latents", "trace", "control")
+"""Settings that an image does not record: they are of the call, or change nothing, or cannot be written down."""
+_OF_EACH_IMAGE = ("seed", "init_image", "mask", "strength")
 NOT_REPEATABLE = "control"
 """In an image's settings where controls, latents or a guidance of one's own took part, which they do not hold."""
 
@@ -128,12 +131,16 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
         levels = attached.sampling.levels(model.schedule, asked.steps)
     scale = asked.guidance
     guidance = scale if callable(scale) else classifier_free_guidance(scale, asked.guidance_rescale or 0.0)
+    recorded = {
+        field.name: asked[field.name]
+        for field in fields(Settings)
+        if field.name not in (*_NOT_RECORDED, *_OF_EACH_IMAGE) and asked[field.name] is not None
+    }
     common = {
+        **recorded,
         "negative_prompt": asked.negative_prompt or "",
-        "steps": asked.steps,
-        "guidance": getattr(scale, "__name__", repr(scale)) if callable(scale) else scale,
+        "guidance": _name_guidance(scale) if callable(scale) else scale,
         "guidance_rescale": asked.guidance_rescale or 0.0,
-        "sampler": asked.sampler,
         "height": h * factor,
         "width": w * factor,
         "clip_skip": clip_skip,
@@ -142,7 +149,8 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
         **(added or {}),
         **({NOT_REPEATABLE: True} if controls or latents is not None or callable(scale) else {}),
     }
-    per_image = [{"strength": strength, **known} for known in init_image.digests] if init_image else [{}] * total
+    begun = {} if attached.sampling is not None else {"strength": strength}
+    per_image = [{**begun, **known} for known in init_image.digests] if init_image else [{}] * total
     repeated = [text for text in prompts for _ in range(asked.count)]
     return Plan(
         settings=[
@@ -167,27 +175,33 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
     )
 
 
+def _name_guidance(guidance: Guidance) -> str:
+    """Name a guidance by the function that it is, or that made it."""
+    return getattr(guidance, "__qualname__", type(guidance).__name__).split(".<locals>")[0]
+
+
 def latent_size(
     model: Model, height: int | None = None, width: int | None = None, image_size: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """Compute height and width of the latents of an image that is ``height`` × ``width`` pixels.
 
-    Where both are None they are those of the init image, (width, height), rounded down to what the model can paint, or
-    the model's own; where one is, it is the model's own. Raises :class:`UsageError` for a size that cannot be painted,
+    A side that is None is that of the init image, (width, height), rounded down to what the model can paint, or the
+    model's own. Raises :class:`UsageError` for a size that cannot be painted,
     and for an init image that is far larger than the model's own size.
     """
     factor = model.vae.config.factor
     own = model.unet.config.sample_size * factor
-    if image_size is not None and height is None and width is None:
+    if image_size is not None:
         wide, high = image_size
-        if wide * high > MAX_ENLARGED * own * own:
+        if height is None and width is None and wide * high > MAX_ENLARGED * own * own:
             scale = own / min(wide, high)
             fitting = [max(factor, round(side * scale / factor) * factor) for side in (wide, high)]
             raise UsageError(
                 f"the init image has {wide}×{high} pixels, and this model paints about {own}×{own}: give the size to "
                 f"paint, such as width {fitting[0]} and height {fitting[1]}"
             )
-        height, width = high - high % factor, wide - wide % factor
+        height = high - high % factor if height is None else height
+        width = wide - wide % factor if width is None else width
     height, width = (own if given is None else given for given in (height, width))
     if height < factor or width < factor or height % factor or width % factor:
         raise UsageError(f"{width}×{height} pixels asked for: this model paints sizes that are multiples of {factor}")
@@ -232,6 +246,9 @@ def _images(asked: Settings, total: int) -> tuple[list[Image.Image] | None, list
                 raise UsageError(f"{name} is given without an image that it is for: give init_image too")
         return None, None
     images = [open_image(one, "init_image") for one in _one_each(asked.init_image, total, "init_image")]
+    sizes = list(dict.fromkeys(f"{image.width}×{image.height}" for image in images))
+    if len(sizes) > 1 and (asked.height is None or asked.width is None):
+        raise UsageError(f"the init images are of {' and '.join(sizes[:3])} pixels: give the height and width to paint")
     masks = None
     if asked.mask is not None:
         masks = [open_mask(one, "mask") for one in _one_each(asked.mask, total, "mask")]
@@ -278,6 +295,6 @@ def _trace(model: Model, trace: object, size: tuple[int, int], levels: NoiseLeve
     asked = trace if isinstance(trace, Trace) else Trace()
     if trace == "sharp":
         asked = sharp_trace(model.unet.attention_sites, size)
-    validated("the start of a trace", asked.start, ShareOfWay)
+    validated("the start of a trace", asked.start, Fraction)
     choose_sites(model.unet.attention_sites, asked.sites)
     return replace(asked, start=min(asked.start, model.schedule.progress(levels.timesteps[-1])))

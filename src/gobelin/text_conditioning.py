@@ -56,8 +56,15 @@ class TextConditioning:
 
     def __add__(self, other: "TextConditioning") -> "TextConditioning":
         """Return both batches as one, this one first."""
-        mask = None if self.mask is None or other.mask is None else torch.cat([self.mask, other.mask])
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            mask = torch.cat([_whole_mask(one) if one.mask is None else one.mask for one in (self, other)])
         return TextConditioning(embeddings=torch.cat([self.embeddings, other.embeddings]), mask=mask)
+
+
+def _whole_mask(text: TextConditioning) -> TextMask:
+    """Make the mask that hides nothing."""
+    return torch.ones(text.embeddings.shape[:2], dtype=torch.bool, device=text.embeddings.device)
 
 
 def chunk_prompt(tokenizer: Tokenizer, prompt: str, syntax: PromptSyntax = "a1111") -> Chunks:

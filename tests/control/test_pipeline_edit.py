@@ -1,12 +1,14 @@
 """Edits of an image by its prompt: what stays, what changes, and where."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from gobelin.control import EditGuidance, FlowEdit, LocalBlend
+from gobelin.control import EditGuidance, FlowEdit, LocalBlend, attend_and_excite
 from gobelin.errors import UsageError
 from gobelin.pipeline import Pipeline
 
@@ -66,8 +68,28 @@ def test_both_images_may_be_painted_at_once(pipe: Pipeline) -> None:
     assert not torch.equal(result.latents[1], alone.latents[0])
     same = pipe.edit(BEFORE, BEFORE, seed=5, steps=4, method="prompt_to_prompt")
     assert torch.allclose(same.latents[1], same.latents[0], atol=1e-4)
-    with pytest.raises(UsageError, match="leave out init_image, or give method='flowedit'"):
-        pipe.edit(BEFORE, AFTER, init_image=alone.images[0], method="prompt_to_prompt")
+    latents = torch.zeros(1, 4, 16, 16)
+    for unused in ({"init_image": alone.images[0]}, {"strength": 0.5}, {"latents": latents}, {"mask": alone.images[0]}):
+        with pytest.raises(UsageError, match=f"from the seed's noise: leave out {next(iter(unused))}"):
+            pipe.edit(BEFORE, AFTER, method="prompt_to_prompt", **unused)
+    with pytest.raises(UsageError, match="begins from it: leave out latents"):
+        pipe.edit(BEFORE, AFTER, init_image=alone.images[0], latents=latents)
+
+
+@pytest.mark.parametrize("wrong", [{"reweight": {"zzz": 2.0}}, {"local_blend": ["zzz"]}, {"strength": 0.01}])
+def test_what_is_wrong_with_a_change_is_said_before_anything_is_painted(
+    wrong: dict[str, Any], pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(pipe.unet), "forward", lambda *_: pytest.fail("painted first"))
+    with pytest.raises(UsageError):
+        pipe.edit(BEFORE, AFTER, steps=4, **wrong)
+
+
+def test_guidance_beside_an_edit_does_not_change_what_its_blend_sees(pipe: Pipeline) -> None:
+    """The passes that attention guidance makes are not the painting's."""
+    plain = pipe.edit(BEFORE, AFTER, seed=5, steps=4)
+    still = pipe.edit(BEFORE, AFTER, seed=5, steps=4, control=attend_and_excite("circle", strength=0))
+    assert torch.equal(still.latents, plain.latents)
 
 
 def test_an_image_of_ones_own_is_changed(pipe: Pipeline) -> None:

@@ -21,8 +21,8 @@ class _LoadedLora:
 
 
 def _check_weight(weight: float) -> None:
-    """Raise :class:`UsageError` for NaN and infinity."""
-    if not math.isfinite(weight):
+    """Raise :class:`UsageError` for what is no number, NaN and infinity."""
+    if not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UsageError(f"the weight of a LoRA is {weight}: give a number")
 
 

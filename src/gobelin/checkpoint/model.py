@@ -16,16 +16,23 @@ from gobelin.vae import VAE
 NETWORKS = ("unet", "vae", "text_encoder")  # of a model, by the names of their folders
 RECOMMENDED = Settings(sampler="dpmpp_2m", steps=25, guidance=7.5, guidance_rescale=0.0)
 """Settings for a model that recommends none."""
+_RECOMMENDABLE = (
+    *("sampler", "steps", "guidance", "guidance_rescale", "clip_skip", "negative_prompt", "height", "width"),
+    "weights",
+)
 
 
 def recommended_from_json(content: dict[str, Any], source: Path) -> Settings:
     """Read the settings that a model recommends, the rest being :data:`RECOMMENDED`; other fields are left alone.
 
-    Raises :class:`ModelError` for one that no image could be painted with.
+    Raises :class:`ModelError` for one that no image could be painted with, and for one that is not a model's to
+    recommend, such as a file to open.
     """
-    known = {field.name for field in dataclasses.fields(Settings)}
+    given = [field.name for field in dataclasses.fields(Settings) if field.name in content]
+    if others := [name for name in given if name not in _RECOMMENDABLE]:
+        raise ModelError(f"{source}: {others[0]} is no setting that a model may recommend: take it out")
     try:
-        return Settings(**{name: value for name, value in content.items() if name in known}).filled(RECOMMENDED)
+        return Settings(**{name: content[name] for name in given}).filled(RECOMMENDED)
     except UsageError as error:
         raise ModelError(f"{source}: {error}") from error
 

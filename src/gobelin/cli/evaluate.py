@@ -1,6 +1,5 @@
 """``gobelin evaluate``: measure a model's scores, the attribution of its words and its edits, or score images."""
 
-import difflib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -181,7 +180,9 @@ def run(arguments: Sequence[str]) -> None:
         return
     name, *rest = arguments
     if name not in _MEASUREMENTS:
-        raise UsageError(_unknown_measurement(name))
+        from gobelin.validation import refuse_unknown  # imported where it is needed: the help has to be quick
+
+        refuse_unknown([name], _MEASUREMENTS, what="measurement")
     options, measure = _MEASUREMENTS[name]
     measure(parse(options, f"evaluate {name}", rest))
 
@@ -270,13 +271,6 @@ _MEASUREMENTS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "attribution": (EvaluateAttribution, _attribution),
     "editing": (EvaluateEditing, _editing),
 }
-
-
-def _unknown_measurement(name: str) -> str:
-    """Say which measurement was probably meant, in one sentence."""
-    near = difflib.get_close_matches(name, _MEASUREMENTS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the measurements are {', '.join(_MEASUREMENTS)}"
-    return f"unknown measurement {name!r}: {hint}"
 
 
 def _require_sheet_suffix(file: Path | None) -> None:

@@ -88,8 +88,9 @@ def run(arguments: Sequence[str]) -> None:
     if needed is not None:
         refuse_other_additions(needed, pipeline, Path(options.source))
     checked = Settings(**settings)
-    size = pipeline.latent_size(checked.height, checked.width)
-    _refuse_what_cannot_be_shown(options, pipeline, prompt, checked, size)
+    filled = checked.filled(pipeline.recommended)
+    size = pipeline.latent_size(filled.height, filled.width)
+    _refuse_what_cannot_be_shown(options, pipeline, prompt, filled, size)
 
     previews: list[Image.Image] = []
     result = paint_with_progress(

@@ -61,12 +61,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        print(
+            "gobelin: out of memory: give a smaller size, count or batch, or --tile for large images", file=sys.stderr
+        )
+        sys.exit(1)
     except OSError as error:  # the disk or the file system
         if debug:
             raise
         said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
         print(f"gobelin: {said}", file=sys.stderr)
         sys.exit(1)
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Recognise an allocation that failed: PyTorch's are RuntimeErrors, those on a GPU with a class of their own."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def _dispatch(arguments: list[str]) -> None:

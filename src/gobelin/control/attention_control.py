@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gobelin.attention import AttentionEdit, AttentionSite
 from gobelin.control.alignment import alignment
-from gobelin.control.batch import Batch, RowPair, Rows, ShareOfWay, WordControl, WordList, in_rows
+from gobelin.control.batch import Batch, RowPair, Rows, WordControl, WordList, in_rows
 from gobelin.errors import UsageError
 from gobelin.tokenizer import Word
-from gobelin.validation import shown, validated
+from gobelin.validation import Fraction, shown, validated
 
 _TINY = 1e-9
 _WordWeights = Annotated[Mapping[Word, Any], "words and their weights, as in {'red': 2}"]
@@ -82,6 +82,9 @@ class Region:
         validated("the mask of a region", self.mask, Annotated[Tensor, "a tensor [height, width], or Region.box"])
         if self.mask.ndim != 2 or not self.mask.numel():
             raise UsageError(f"the mask of a region is {list(self.mask.shape)}: give [height, width]")
+        low, high = (value.item() for value in self.mask.float().aminmax())
+        if not (low >= 0 and high <= 1):
+            raise UsageError(f"the mask of a region has values from {low:g} to {high:g}: give 0 outside and 1 inside")
 
     def __repr__(self) -> str:
         height, width = self.mask.shape
@@ -113,17 +116,17 @@ Regions = Mapping[Word, Region | Sequence[Region]]
 
 
 def regional_attention(
-    regions: Regions, strength: float = 3.0, until: float = 0.5, rows: Sequence[int] | None = None
+    regions: Regions, strength: float = 3.0, end: float = 0.5, rows: Sequence[int] | None = None
 ) -> WordControl:
     """Regional attention: words are attended to ``strength`` times as much from inside their regions, and not from
     outside.
 
-    It holds until the share ``until`` of the way, when the layout is settled. With :func:`box_guidance`, which moves
+    It holds until the share ``end`` of the way, when the layout is settled. With :func:`box_guidance`, which moves
     what is there already, it goes together.
     """
     regions = listed_regions(regions)
     validated("rows", rows, Rows)
-    validated("until", until, ShareOfWay)
+    validated("end", end, Fraction)
     if not validated("strength", strength, float) > 0:
         raise UsageError(f"the strength is {strength}: give more than 0")
 
@@ -139,9 +142,9 @@ def regional_attention(
                     weights[place, 0, :, found[word]] = strength * inside[:, None]
             return in_rows(probs, chosen, _normalised(probs[chosen] * weights.to(probs)))
 
-        yield AttentionEdit(change=change, sites=_is_cross, end=until)
+        yield AttentionEdit(change=change, sites=_is_cross, end=end)
 
-    arguments = {"regions": regions, "strength": strength, "until": until, "rows": rows}
+    arguments = {"regions": regions, "strength": strength, "end": end, "rows": rows}
     return WordControl(name="regional_attention", arguments=arguments, resolve=resolve)
 
 
@@ -165,7 +168,7 @@ def prompt_to_prompt(
     """
     validated("rows", rows, RowPair)
     for name, share in (("cross_replace", cross_replace), ("self_replace", self_replace)):
-        validated(name, share, ShareOfWay)
+        validated(name, share, Fraction)
 
     def resolve(batch: Batch) -> Iterator[AttentionEdit]:
         first, second = batch.rows(rows)

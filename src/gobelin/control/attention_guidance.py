@@ -1,4 +1,4 @@
-"""Attention guidance: latents are moved towards a wish about attention maps, and attention itself is left as it is."""
+"""Attention guidance: latents are moved down the gradient of a loss of attention maps, which stay as they are."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from gobelin.attention import AttentionMaps, Sites, choose_sites
 from gobelin.control.attention_control import Regions, listed_regions
-from gobelin.control.batch import Attached, Batch, Rows, ShareOfWay, WordControl, WordList
+from gobelin.control.batch import Attached, Batch, Rows, WordControl, WordList
 from gobelin.denoiser import ComposableDenoiser
 from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet
 from gobelin.samplers import DenoiserOutput
 from gobelin.tokenizer import Word
 from gobelin.types import Latents
-from gobelin.validation import shown, validated
+from gobelin.validation import Fraction, shown, validated
 
 _SHARPNESS = 100.0  # of the softmax over text tokens: attend-and-excite's own scale of its maps
 _GAUSSIAN = (0.1065, 0.7870, 0.1065)  # σ = 0.5 over 3 patches, attend-and-excite's smoothing
@@ -40,13 +40,15 @@ class AttentionGuidance:
     def __post_init__(self) -> None:
         if not validated("strength", self.strength, float) >= 0:
             raise UsageError(f"the strength is {self.strength}: give 0 (latents stay where they are) or more")
-        validated("end", self.end, ShareOfWay)
+        validated("end", self.end, Fraction)
         validated("rows", self.rows, Rows)
         if not callable(self.loss):
             raise UsageError(f"the loss is {shown(self.loss)}: give a function of attention maps, one value an image")
 
     def attach(self, batch: Batch) -> Attached:
-        """Wrap the denoiser."""
+        """Wrap the denoiser; raises :class:`UsageError` where gradients are turned off for good."""
+        if torch.is_inference_mode_enabled():
+            raise UsageError("attention guidance needs gradients: paint outside of torch.inference_mode")
         choose_sites(batch.sites, self.sites)
         rows = batch.rows(self.rows)
         return Attached(around=lambda denoise, network: _GuidedByAttention(denoise, network, self, tuple(rows)))
@@ -79,7 +81,7 @@ class _GuidedByAttention:
             self.network.positive.embeddings,
             self.network.positive.mask,
             sites=self.guidance.sites,
-            edits=self.network.edits_at(timestep),
+            edits=self.network.edits_at(timestep, observers=False),
         )
         chosen = torch.zeros(len(latents), device=latents.device)
         chosen[list(self.rows)] = 1

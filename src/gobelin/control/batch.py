@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol, runtime_checkable
 
-from annotated_types import Interval, Len
+from annotated_types import Len
 from torch import Tensor
 
 from gobelin.attention import AttentionChange, AttentionEdit, AttentionSite, choose_sites
@@ -20,7 +20,7 @@ from gobelin.samplers import NoiseLevels, Step
 from gobelin.schedule import NoiseSchedule
 from gobelin.tokenizer import Word, Words
 from gobelin.types import Latents
-from gobelin.validation import shown, validated
+from gobelin.validation import Fraction, shown, validated
 
 COARSE_PATCHES = 16 * 16
 """Sites with as many patches at most settle the layout, at less cost than finer ones (prompt-to-prompt, 3.2)."""
@@ -28,7 +28,6 @@ COARSE_PATCHES = 16 * 16
 Rows = Annotated[Sequence[int] | None, "numbers of images, as in [1], the first being 0"]
 RowPair = Annotated[Sequence[int], Len(2, 2), "the numbers of two images, as in (0, 1)"]
 WordList = Annotated[Sequence[Word], "words of the prompt, as in ['circle']"]
-ShareOfWay = Annotated[float, Interval(ge=0, le=1), "a share of the way from 0 to 1"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,6 @@ class Batch:
     def grid(self, site: AttentionSite) -> tuple[int, int]:
         """Return the rows and columns of a site's patches."""
         return site.grid(*self.latent_size)
-
-    def coarse_cross_attention(self, site: AttentionSite) -> bool:
-        """Choose the sites where the layout of words is settled."""
-        return site.kind == "cross" and self.is_coarse(site)
 
 
 @runtime_checkable
@@ -182,6 +177,6 @@ def _attached(control: AnyControl, batch: Batch) -> Attached:
     if not callable(control.change):
         raise UsageError(f"the change of an attention edit is {shown(control.change)}: give a function (site, probs)")
     for name, share in (("start", control.start), ("end", control.end)):
-        validated(f"the {name} of an attention edit", share, ShareOfWay)
+        validated(f"the {name} of an attention edit", share, Fraction)
     choose_sites(batch.sites, control.sites)
     return Attached(edits=(control,))

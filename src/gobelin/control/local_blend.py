@@ -1,23 +1,21 @@
 """Local blend: outside of some words' pixels an edited image stays the image before."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Interval
 from torch import Tensor
 
 from gobelin.attention import AttentionEdit, AttentionSite
 from gobelin.control.alignment import changed_words, counterparts, tokens_of_words
-from gobelin.control.batch import Attached, Batch, RowPair, ShareOfWay, WordList
+from gobelin.control.batch import Attached, Batch, RowPair, WordList
 from gobelin.denoiser import ComposableDenoiser
 from gobelin.guidance import ConditionedUNet
 from gobelin.look.heatmaps import sharp_trace, sharpen
 from gobelin.samplers import DenoiserOutput
 from gobelin.tokenizer import Words
 from gobelin.types import Latents
-from gobelin.validation import validate_fields
+from gobelin.validation import Fraction, validate_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +29,8 @@ class LocalBlend:
     """
 
     words: WordList | None = None
-    threshold: Annotated[float, Interval(ge=0, le=1)] = 0.15
-    start: ShareOfWay = 0.5
+    threshold: Fraction = 0.15
+    start: Fraction = 0.5
     rows: RowPair = (0, 1)
 
     def __post_init__(self) -> None:
@@ -45,7 +43,7 @@ class LocalBlend:
         if not any(tokens):
             return Attached()
         seen = _Seen(self, batch.latent_size, tokens)
-        edit = AttentionEdit(change=seen.watch, sites=sharp_trace(batch.sites, batch.latent_size).sites)
+        edit = AttentionEdit(change=seen.watch, sites=sharp_trace(batch.sites, batch.latent_size).sites, observes=True)
         return Attached(edits=(edit,), around=lambda denoise, network: _Blended(denoise, network, seen))
 
 

@@ -23,7 +23,7 @@ from gobelin.images import images_to_tensor, tensor_to_images
 from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps, sharp_trace
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import Detection, Sample, World, grade, sample
-from gobelin.scenes.captions import NOUNS, NUMBERS, Phrasing, pluralised
+from gobelin.scenes.captions import NOUN_WORDS, NUMBERS, Phrasing
 from gobelin.scenes.colours import COLOURS
 from gobelin.scenes.relations import answers, found_in
 
@@ -241,7 +241,7 @@ def word_truths(each: Sample, heatmaps: HeatMaps, masks: Tensor) -> tuple[WordTr
 
 def word_kind(word: str, things: int) -> str:
     """Name the kind of a word that speaks of ``things`` objects."""
-    if word in _NOUNS:
+    if word in NOUN_WORDS:
         return "noun"
     if word in COLOURS:
         return "colour"
@@ -423,8 +423,3 @@ def _average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def _batches(count: int) -> Iterator[range]:
     """Split ``count`` indices into batches."""
     return (range(start, min(count, start + _BATCH_SIZE)) for start in range(0, count, _BATCH_SIZE))
-
-
-_NOUNS = frozenset(
-    word for nouns in NOUNS.values() for noun in nouns for form in (noun, pluralised(noun)) for word in form.split()
-)

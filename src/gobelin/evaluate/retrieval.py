@@ -13,7 +13,7 @@ from gobelin.evaluate.intervals import Share
 from gobelin.evaluate.report import ReportTable, share_cell
 from gobelin.images import images_to_tensor
 from gobelin.scenes import World
-from gobelin.scenes.captions import NOUNS, NUMBERS, WORDINGS, pluralised
+from gobelin.scenes.captions import NOUN_WORDS, NUMBERS, WORDINGS
 from gobelin.scenes.colours import COLOURS
 from gobelin.tokenizer import Tokenizer
 
@@ -22,9 +22,7 @@ _BATCH_SIZE = 50
 _KINDS = {
     "number": {word for number, name in NUMBERS.items() for word in (str(number), name)},
     "colour": set(COLOURS),
-    "shape": {
-        word for nouns in NOUNS.values() for noun in nouns for form in (noun, pluralised(noun)) for word in form.split()
-    },
+    "shape": NOUN_WORDS,
     "relation": {word for pairs in WORDINGS.values() for pair in pairs for form in pair for word in form.split()},
 }
 _OTHER = "texture, size or background"

@@ -7,7 +7,7 @@ sum them over steps and average them over layers and heads; so does Gobelin.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,13 @@ from gobelin.attention import AttentionMaps, AttentionSite, Sites, Trace, choose
 from gobelin.errors import UsageError
 from gobelin.look.colour_map import overlay_values
 from gobelin.tokenizer import TokenKind, Word, Words, WordSpan
+from gobelin.validation import validated
 
 MOST_PATCHES = 48 * 32  # of a site whose self-attention is kept: 9 MB; at 512 pixels the finest have 64×64, 67 MB
 _EVEN = 1e-5  # shares that differ by less are rounding
 _LATE = 0.5  # progress from which maps point best: IoU .62, and .53 over all steps (*Which attention points*)
+_Numbers = Annotated[Sequence[int] | None, "numbers, as in [0, 3]"]
+_Box = Annotated[tuple[int, int, int, int], "left, top, right and bottom in whole pixels"]
 _KINDS: tuple[TokenKind, ...] = ("text", "bos", "eos", "padding")
 
 
@@ -160,6 +163,7 @@ class HeatMaps:
         kept = self.maps if sites is None else dict.fromkeys(choose_sites(tuple(self.maps), sites))
         maps = {site: self.maps[site] for site in kept}
         for axis, name, chosen in ((0, "step", steps), (1, "head", heads)):
+            validated(f"{name}s", chosen, _Numbers)
             if chosen is not None:
                 maps = {site: _chosen(probs, axis, name, chosen) for site, probs in maps.items()}
         return replace(self, maps=maps)
@@ -190,11 +194,13 @@ class HeatMaps:
 
     def words_at(self, x: int, y: int) -> list[tuple[WordSpan, float]]:
         """Rank the words behind the pixel at column ``x``, row ``y``, each with its share among them."""
+        for name, place in (("x", x), ("y", y)):
+            validated(name, place, int)
         return self.words_in((x, y, x + 1, y + 1))
 
     def words_in(self, box: tuple[int, int, int, int]) -> list[tuple[WordSpan, float]]:
         """Rank the words behind a box (left, top, right, bottom) in pixels, right and bottom exclusive."""
-        left, top, right, bottom = box
+        left, top, right, bottom = validated("the box", tuple(box), _Box)
         width, height = self.image.size
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise UsageError(
@@ -250,6 +256,8 @@ class HeatMaps:
             heads = probs.sum(dim=0)[..., tokens].permute(0, 2, 1).reshape(-1, 1, rows, columns)
             large = F.interpolate(heads, size=self.latent_size, mode="bicubic").clamp(min=0)
             layers.append(large.reshape(-1, len(tokens), *self.latent_size))
+        if not layers:
+            raise UsageError("DAAM leaves out the middle block and patches of 8×8 latents: trace other sites too")
         mean = torch.cat(layers).mean(dim=0).mean(dim=0)
         raw = F.interpolate(mean[None, None], size=self.image.size[::-1], mode="bicubic")[0, 0]
         return HeatMap(label=str(key), raw=raw, image=self.image)
@@ -260,8 +268,8 @@ class HeatMaps:
 
     @property
     def steps(self) -> int:
-        """Number of steps that were kept apart and selected; 1 where they were averaged."""
-        return next(iter(self.maps.values())).shape[0]
+        """Number of steps that were kept apart and selected; 1 where they were averaged, or nothing was traced."""
+        return next((maps.shape[0] for maps in self.maps.values()), 1)
 
     def token_share(self, tokens: Sequence[int], size: tuple[int, int]) -> Float[Tensor, "height width"]:
         """Compute the mean share of these tokens together, sharpened if ``sharp``, at a size (height, width)."""

@@ -287,3 +287,9 @@ def _noun(draw: float, shape: str | None) -> int:
     if shape is None:
         return int(draw * count)
     return 0 if draw >= _SYNONYM_RATE else 1
+
+
+NOUN_WORDS = frozenset(
+    word for nouns in NOUNS.values() for noun in nouns for form in (noun, pluralised(noun)) for word in form.split()
+)
+"""Every word of a shape's name, in the singular and the plural."""
