@@ -19,7 +19,7 @@ from gobelin.attention import attention
 from gobelin.errors import UsageError
 from gobelin.formats.component import Component
 from gobelin.layers import Downsample2D, ResnetBlock2D
-from gobelin.validation import Count, WholeNumber, validate_fields
+from gobelin.validation import Count, PositiveNumber, WholeNumber, validate_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class TextEncoderConfig:
     num_attention_heads: Count
     max_position_embeddings: Count = 77
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: PositiveNumber = 1e-5
     bos_token_id: WholeNumber
     eos_token_id: WholeNumber
     pad_token_id: WholeNumber

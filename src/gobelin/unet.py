@@ -36,7 +36,7 @@ from gobelin.layers import (
     Timesteps,
     Upsample2D,
 )
-from gobelin.validation import Count, validate_fields
+from gobelin.validation import Count, PositiveNumber, validate_fields
 
 _TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks and the output have `norm_eps`
 
@@ -60,7 +60,7 @@ class UNetConfig:
     cross_attention_dim: Count
     attention_head_dim: Count = 8
     norm_num_groups: Count = 32
-    norm_eps: float = 1e-5
+    norm_eps: PositiveNumber = 1e-5
 
     # Other fields of a config file, with the only values that this architecture has.
     fixed: ClassVar[dict[str, Any]] = {

@@ -47,12 +47,12 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["sceens"], 2, "unknown measurement 'sceens': did you mean scenes?"),
-        (["editting", "--limit", "2"], 2, "unknown measurement 'editting': did you mean editing?"),
+        (["sceens"], 2, "unknown measurement 'sceens': did you mean 'scenes'?"),
+        (["editting", "--limit", "2"], 2, "unknown measurement 'editting': did you mean 'editing'?"),
         (
             ["zebra"],
             2,
-            "unknown measurement 'zebra': the measurements are scenes, images, prompts, attribution, editing",
+            "unknown measurement 'zebra': the choices are scenes, images, prompts, attribution, editing",
         ),
         (["--limit", "2"], 2, "unknown measurement '--limit'"),
         (["attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),

@@ -30,7 +30,7 @@ with distributed.init_process_group(torch.device("cpu")):
             distributed.broadcast("first" if distributed.is_main_process() else "other")]
     name = "first" if distributed.is_main_process() else "other"
     pathlib.Path(sys.argv[1], f"{name}.json").write_text(json.dumps(said))
-main(["train", *sys.argv[2:]])
+    main(["train", *sys.argv[2:]])
 """
 
 
