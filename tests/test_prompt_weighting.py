@@ -65,6 +65,7 @@ def test_all_is_text_without_weights() -> None:
 @given(st.text(alphabet="ab ,()[]\\:.1", max_size=40), st.sampled_from(["a1111", "comfyui", "none"]))
 def test_any_text_is_read(prompt: str, syntax: str) -> None:
     assume(not re.search(r":\s*\d{3}", prompt))  # a weight of more than 100
+    assume(not schedules(prompt, syntax))  # refused
     parts = parse_weights(prompt, syntax)
     assert all(0 <= part.weight <= 100 for part in parts)
     said = [letter for letter in "".join(part.text for part in parts) if letter in "ab,"]
