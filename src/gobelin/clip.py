@@ -5,6 +5,8 @@ numbers as in transformers' ``CLIPTextModel``; :class:`ImageEncoder` is a small 
 own; :func:`contrastive_loss` trains the two.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
@@ -77,6 +79,10 @@ def _quick_gelu(hidden: Tensor) -> Tensor:
     return hidden * torch.sigmoid(1.702 * hidden)
 
 
+# What a file of CLIP has beside its text encoder.
+_BESIDE_TEXT = re.compile(
+    r"(vision_model\.|visual_projection\.|text_projection\.|logit_scale$|(text_model\.)?embeddings\.position_ids$)"
+)
 _ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": F.gelu}
 
 
@@ -235,12 +241,15 @@ class TextEncoder(Component[TextEncoderConfig]):
         return self
 
     @classmethod
-    def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the prefix that newer transformers leaves out, and drop the position ids that older ones save."""
+    def map_names(cls, names: Iterable[str]) -> dict[str, str]:
+        """Map the names of a file to keys, with the prefix that newer transformers leaves out.
+
+        Older versions of transformers save position ids, and a file of a whole CLIP has its image encoder too.
+        """
         return {
-            name if name.startswith("text_model.") else f"text_model.{name}": tensor
-            for name, tensor in tensors.items()
-            if not name.endswith("position_ids")
+            name: name if name.startswith("text_model.") else f"text_model.{name}"
+            for name in names
+            if not _BESIDE_TEXT.match(name)
         }
 
     def config_json(self) -> dict[str, Any]:

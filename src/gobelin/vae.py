@@ -4,6 +4,7 @@ Kingma and Welling 2013 (arXiv 1312.6114); Rombach et al. 2022 (arXiv 2112.10752
 only owner of the scaling factor: the rest of Gobelin knows latents of about unit variance and nothing else.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, Self
@@ -339,14 +340,14 @@ class VAE(Component[VAEConfig]):
         self.post_quant_conv.weight.mul_(std[None, :, None, None])
 
     @classmethod
-    def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename the attention's layers from older files, which Stable Diffusion 1.5's own are among."""
+    def map_names(cls, names: Iterable[str]) -> dict[str, str]:
+        """Map the names of a file to keys: in older files, Stable Diffusion 1.5's own too, attention has others."""
 
         def current(name: str) -> str:
             *path, layer, kind = name.split(".")
             return ".".join([*path, _OLD_NAMES.get(layer, layer), kind]) if ".attentions." in name else name
 
-        return {current(name): tensor for name, tensor in tensors.items()}
+        return {name: current(name) for name in names}
 
     def config_json(self) -> dict[str, Any]:
         """Write the configuration with the block types that diffusers wants named."""

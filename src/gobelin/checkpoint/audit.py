@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.markup import escape
@@ -18,6 +19,8 @@ from gobelin.checkpoint.loading import open_model
 from gobelin.checkpoint.model import NETWORKS, Model
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.formats.weights import parameter_count
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 _COARSEST_SIDE = 8  # latents a side at the U-Net's coarsest level: attention there has 64 places to tell apart
 
@@ -138,7 +141,7 @@ def compare_models(model: Model, other: Model) -> ModelComparison:
     """Run both models' networks on the same random input and compare the outputs of their blocks."""
     differences = {}
     for name in NETWORKS:
-        networks = [getattr(model, name), getattr(other, name)]
+        networks = [_runnable(getattr(one, name)) for one in (model, other)]
         shapes = [{key: tensor.shape for key, tensor in network.state_dict().items()} for network in networks]
         if shapes[0] != shapes[1]:
             differences[name] = {"output": float("inf")}
@@ -164,7 +167,7 @@ def _audit_network(network: nn.Module) -> NetworkAudit:
         tensors=len(state),
         parameters=parameter_count(network),
         dtypes=dtypes,
-        largest=max(tensor.abs().max().item() for tensor in state.values()),
+        largest=max(tensor.float().abs().max().item() for tensor in state.values()),
         sha256=digest.hexdigest(),
     )
 
@@ -190,8 +193,22 @@ def _check_round_trips(model: Model) -> dict[str, bool]:
 def _is_identical(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     """Compare two state dicts: keys, dtypes and values."""
     return before.keys() == after.keys() and all(
-        before[name].dtype == after[name].dtype and torch.equal(before[name].cpu(), after[name]) for name in before
+        before[name].dtype == after[name].dtype
+        and torch.equal(_comparable(before[name].cpu()), _comparable(after[name]))
+        for name in before
     )
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Return numbers of one byte as bytes: torch does not compare float8."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+
+
+def _runnable(network: _Network) -> _Network:
+    """Return the network, or a copy in float32 of one whose tensors are of several precisions, or of float8."""
+    dtypes = {parameter.dtype for parameter in network.parameters()}
+    runs = len(dtypes) == 1 and next(iter(dtypes)).itemsize > 1
+    return network if runs else deepcopy(network).float()
 
 
 def _make_run(network: str, model: Model) -> Callable[[Any], Tensor]:

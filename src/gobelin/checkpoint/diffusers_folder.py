@@ -1,6 +1,7 @@
 """Diffusers folders, read and written: a folder for each component, and ``model_index.json``, which is written last."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ def open_folder(
     vae: VAE | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    schedule: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Read a diffusers folder onto ``device``, in ``dtype`` or each file's own precision (None).
+    """Read a diffusers folder onto ``device``, in ``dtype`` or each tensor's own precision (None).
 
-    A ``tokenizer`` or a ``vae`` that is given takes the place of the folder's. Raises :class:`ModelError` that names
-    the file and what is wrong with it.
+    A ``tokenizer`` or a ``vae`` that is given takes the place of the folder's, and so do fields of the ``schedule``.
+    Raises :class:`ModelError` that names the file and what is wrong with it.
     """
     refuse_unsupported_pipeline(folder / MODEL_INDEX, read_json(folder / MODEL_INDEX))
     unet_config = folder / "unet" / "config.json"
@@ -50,7 +52,9 @@ def open_folder(
         vae=(vae or VAE.from_pretrained(folder / "vae", **options)).to(device),
         text_encoder=TextEncoder.from_pretrained(folder / "text_encoder", **options).to(device),
         tokenizer=tokenizer or Tokenizer.from_pretrained(folder / "tokenizer"),
-        schedule=NoiseSchedule(config_from_json(ScheduleConfig, read_json(scheduler), scheduler)),
+        schedule=NoiseSchedule(
+            config_from_json(ScheduleConfig, {**read_json(scheduler), **(schedule or {})}, scheduler)
+        ),
         recommended=recommended_from_json(extra, extra_file),
         world=world,
         name=folder.resolve().name,

@@ -3,6 +3,7 @@
 import re
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from gobelin.checkpoint.diffusers_folder import MODEL_INDEX, open_folder
 from gobelin.checkpoint.model import NETWORKS, Model
 from gobelin.checkpoint.single_file import open_single_file, open_vae_file
 from gobelin.errors import ModelError, UsageError
+from gobelin.schedule import PredictionType
 from gobelin.tokenizer import Tokenizer
 from gobelin.vae import VAE
 
@@ -35,16 +37,22 @@ def open_model(
     variant: str | None = None,
     allow_pickle: bool = False,
     ema: bool = False,
+    prediction_type: PredictionType | None = None,
+    zero_terminal_snr: bool = False,
 ) -> Model:
     """Open a diffusers folder, an original single file, or a repository of the Hub by its name ``owner/name``.
 
-    ``dtype`` None keeps each file's own precision. ``tokenizer``, a folder, takes the place of the model's own or of
+    ``dtype`` None keeps each tensor's own precision. ``tokenizer``, a folder, takes the place of the model's own or of
     CLIP's; so does ``vae``, a folder or a file. ``variant`` ("fp16") picks among a folder's files. ``allow_pickle``
     allows ``.ckpt`` and ``.bin``, from which only tensors are read. ``ema`` takes the moving average of a single file's
-    U-Net. Raises :class:`ModelError` that names the file and what is wrong with it, and :class:`UsageError` for options
-    that do not apply to it.
+    U-Net. ``prediction_type`` and ``zero_terminal_snr`` say what the U-Net was trained with, where the model does not,
+    or wrongly. Raises :class:`ModelError` that names the file and what is wrong with it, and :class:`UsageError` for
+    options that do not apply to it.
     """
     source = Path(path)
+    schedule: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
+    if zero_terminal_snr:
+        schedule["rescale_betas_zero_snr"] = True
     given_tokenizer = None if tokenizer is None else Tokenizer.from_pretrained(tokenizer)
     given_vae = None if vae is None else _open_vae(Path(vae), dtype, variant, allow_pickle)
     if not source.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -60,6 +68,7 @@ def open_model(
             vae=given_vae,
             allow_pickle=allow_pickle,
             ema=ema,
+            schedule=schedule,
         )
     if not (source / MODEL_INDEX).is_file():
         raise ModelError(
@@ -75,6 +84,7 @@ def open_model(
         vae=given_vae,
         variant=variant,
         allow_pickle=allow_pickle,
+        schedule=schedule,
     )
 
 
@@ -82,6 +92,8 @@ def _open_vae(path: Path, dtype: torch.dtype | None, variant: str | None, allow_
     """Open a VAE of its own: a diffusers folder, or a single file."""
     if path.is_file():
         return open_vae_file(path, dtype, allow_pickle)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"no VAE at {path}: expected a file, or a folder with a config.json")
     return VAE.from_pretrained(path, dtype, variant, allow_pickle)
 
 

@@ -7,15 +7,17 @@ configurations are inferred from the tensors' shapes.
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gobelin.checkpoint.detect import SUPPORTED, refuse_unsupported_file
+from gobelin.checkpoint.detect import SUPPORTED, describe_network_file, refuse_unsupported_file
 from gobelin.checkpoint.model import Model, recommended_from_json
+from gobelin.checkpoint.schedule_hints import MARKER_KEYS, read_schedule_hints
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats import ldm
@@ -41,25 +43,27 @@ def open_single_file(
     vae: VAE | None = None,
     allow_pickle: bool = False,
     ema: bool = False,
+    schedule: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Read a single file onto ``device``, in ``dtype`` or each network's own precision (None).
+    """Read a single file onto ``device``, in ``dtype`` or each tensor's own precision (None).
 
-    A ``vae`` that is given takes the place of the file's; ``ema`` takes the moving average of the U-Net's weights.
-    Raises :class:`ModelError` that names what the file is, or the first tensor that does not fit; warns of tensors that
-    no network has.
+    A ``vae`` that is given takes the place of the file's; ``ema`` takes the moving average of the U-Net's weights. The
+    fields of ``schedule`` (:class:`~gobelin.schedule.ScheduleConfig`) take the place of what the file says. Raises
+    :class:`ModelError` that names what the file is, the part that is missing, or the first tensor that does not fit or
+    is of no network; warns of tensors that cannot change an image.
     """
-    file = _LDMFile(open_tensors(path, allow_pickle), _with_text_model)
+    tensors = open_tensors(path, allow_pickle)
+    refuse_unsupported_file(path, tensors.shapes)
+    file = _LDMFile(tensors, {name: ldm.normalize_key(name) for name in tensors.shapes})
     vae_is_given = vae is not None
-    refuse_unsupported_file(path, file.shapes)
-    if not any(key.startswith(ldm.UNET_PREFIX) for key in file.shapes):
-        is_vae = any(".mid.block_1." in key for key in file.shapes)
-        raise ModelError(f"{path} is no model: it is {'a VAE: give it as vae' if is_vae else 'of no known kind'}")
-    unet_config = file.config(UNetConfig, "unet", ldm.infer_unet_config)
-    # 1024 is the width of 2.x's text encoder, unless Gobelin's own metadata says otherwise.
-    if unet_config.cross_attention_dim == 1024 and "unet" not in file.metadata:
-        raise ModelError(f"{path} is of Stable Diffusion 2.x; {SUPPORTED}")
+    _refuse_missing_part(file, ema, vae_is_given)
+    hints = read_schedule_hints(path, tensors.shapes, tensors.metadata, schedule or {})
+    heads = {} if hints.heads is None else {"attention_head_dim": hints.heads}
+    unet_config = file.config(UNetConfig, "unet", lambda shapes: ldm.infer_unet_config(shapes) | heads)
+    if "unet" not in file.metadata:
+        _refuse_other_unet(path, unet_config)
     if vae is None:
-        vae = file.vae(dtype)
+        vae = file.vae(dtype, hints.scaling_factor)
     model = Model(
         unet=file.load(
             UNet, unet_config, lambda keys: ldm.map_unet_keys(keys, unet_config.layers_per_block), dtype, ema
@@ -72,7 +76,11 @@ def open_single_file(
             dtype,
         ).to(device),
         tokenizer=tokenizer(),
-        schedule=NoiseSchedule(config_from_json(ScheduleConfig, file.metadata.get("schedule", {}), path)),
+        schedule=NoiseSchedule(
+            config_from_json(
+                ScheduleConfig, {**hints.fields, **file.metadata.get("schedule", {}), **(schedule or {})}, path
+            )
+        ),
         recommended=recommended_from_json(file.metadata.get("recommended", {}), path),
         world=file.metadata.get("world"),
         name=path.stem,
@@ -81,6 +89,35 @@ def open_single_file(
     if unused := file.unused(replaced):
         warnings.warn(f"{path} holds {unused[0]!r}{and_more(unused)}, which this model has no place for", stacklevel=2)
     return model
+
+
+def _refuse_missing_part(file: "_LDMFile", ema: bool, vae_is_given: bool) -> None:
+    """Raise :class:`ModelError` that names what a file is, or the part of a model that it lacks."""
+    if not file.has(ldm.UNET_PREFIX):
+        if not file.has(f"{ldm.EMA_PREFIX}diffusion_model"):
+            what = describe_network_file(file.shapes) or "of no known kind"
+            raise ModelError(f"{file.path} is no model: it is {what}")
+        if not ema:
+            raise ModelError(
+                f"{file.path} has only the average (EMA) of its U-Net's weights: take it, with ema (--ema)"
+            )
+        file.name_average()
+    if not vae_is_given and not file.has(ldm.VAE_PREFIX):
+        raise ModelError(f"{file.path} has no VAE: give one, as vae (--vae)")
+    if not file.has(ldm.TEXT_PREFIX):
+        raise ModelError(f"{file.path} has no text encoder (no {ldm.TEXT_PREFIX}…): give a file of a whole model")
+
+
+def _refuse_other_unet(path: Path, config: UNetConfig) -> None:
+    """Raise :class:`ModelError` that names the model of a U-Net whose shape is none of Stable Diffusion 1.x's."""
+    if config.cross_attention_dim == 1024:
+        raise ModelError(f"{path} is of Stable Diffusion 2.x; {SUPPORTED}")
+    if config.out_channels == 4 and config.in_channels not in (4, 9):
+        known = {8: ", as InstructPix2Pix's", 5: ", as depth2img's", 7: ", as an upscaler's"}
+        raise ModelError(
+            f"{path}: its U-Net takes {config.in_channels} channels{known.get(config.in_channels, '')}, and only 4 "
+            "and, for inpainting, 9 are supported"
+        )
 
 
 def save_single_file(model: Model, path: Path, dtype: torch.dtype | None = None) -> None:
@@ -97,19 +134,51 @@ def save_single_file(model: Model, path: Path, dtype: torch.dtype | None = None)
     ):
         for key, tensor in component.state_dict().items():
             tensors[originals[key]] = _to_conv(originals[key], tensor.to("cpu", dtype or tensor.dtype))
-    configs = {"unet": unet.config, "vae": vae.config, "text_encoder": text.config, "schedule": model.schedule.config}
+    schedule = model.schedule.config
+    tensors |= {
+        key: torch.zeros(0)
+        for key, is_so in zip(
+            MARKER_KEYS, (schedule.prediction_type == "v_prediction", schedule.rescale_betas_zero_snr), strict=True
+        )
+        if is_so
+    }
+    configs = {"unet": unet.config, "vae": vae.config, "text_encoder": text.config, "schedule": schedule}
     metadata: dict[str, Any] = {name: dataclasses.asdict(config) for name, config in configs.items()}
     metadata["recommended"] = dict(model.recommended)
     if model.world is not None:
         metadata["world"] = model.world
-    write_tensors(path, tensors, {_METADATA_KEY: json.dumps(metadata)})
+    prediction = "v" if schedule.prediction_type == "v_prediction" else "epsilon"
+    write_tensors(path, tensors, {_METADATA_KEY: json.dumps(metadata), "modelspec.prediction_type": prediction})
 
 
 def open_vae_file(path: Path, dtype: torch.dtype | None, allow_pickle: bool = False) -> VAE:
-    """Read a VAE that is a single file of its own, with or without the prefix that its keys have in a model's file."""
-    file = _LDMFile(open_tensors(path, allow_pickle), lambda key: f"{ldm.VAE_PREFIX}{key.removeprefix(ldm.VAE_PREFIX)}")
+    """Read the VAE of a single file: a VAE's own, in the original layout or diffusers', or a whole model's.
+
+    A VAE's own file has its keys with or without the prefix that they have in a model's. Raises :class:`ModelError`
+    that names what the file is, or the first tensor that does not fit or is left over.
+    """
+    tensors = open_tensors(path, allow_pickle)
+    is_model = any(name.startswith(ldm.UNET_PREFIX) for name in tensors.shapes)
+    if any(name.startswith("encoder.down_blocks.") for name in tensors.shapes):
+        keys = ldm.diffusers_vae_keys(VAE.map_names(tensors.shapes))
+    else:
+        start = "" if is_model else ldm.VAE_PREFIX
+        keys = {name: ldm.normalize_key(f"{start}{name.removeprefix(start)}") for name in tensors.shapes}
+    file = _LDMFile(tensors, keys)
+    if not is_model:
+        refuse_unsupported_file(path, tensors.shapes)
+        if not file.has(f"{ldm.VAE_PREFIX}decoder.") or not file.has(f"{ldm.VAE_PREFIX}encoder."):
+            what = describe_network_file(tensors.shapes)
+            raise ModelError(f"{path} is no VAE{f': it is {what}' if what else ' of Stable Diffusion 1.x'}")
+    elif not file.has(ldm.VAE_PREFIX):
+        raise ModelError(f"{path} is a model without a VAE: give the file of a VAE")
     vae = file.vae(dtype)
-    if unused := file.unused():
+    if vae.config.latent_channels != 4 and "vae" not in file.metadata:
+        raise ModelError(
+            f"{path} is a VAE of {vae.config.latent_channels} latent channels, as later models have; {SUPPORTED}, "
+            "with 4"
+        )
+    if not is_model and (unused := file.unused()):
         raise ModelError(f"{path} holds {unused[0]!r}{and_more(unused)}, which no VAE of Stable Diffusion 1.x has")
     return vae
 
@@ -117,13 +186,18 @@ def open_vae_file(path: Path, dtype: torch.dtype | None, allow_pickle: bool = Fa
 class _LDMFile:
     """A file in the original code's layout, which remembers the tensors that were loaded from it.
 
-    ``shapes`` are by the keys of :mod:`gobelin.formats.ldm`, which ``normalize`` makes of the file's; ``metadata`` is
+    ``shapes`` are by the keys of :mod:`gobelin.formats.ldm`, to which ``keys`` maps the file's; ``metadata`` is
     Gobelin's own, empty in other tools' files.
     """
 
-    def __init__(self, file: TensorFile, normalize: Callable[[str], str]):
-        self._file = file
-        self._stored = {normalize(name): name for name in file.shapes}
+    def __init__(self, file: TensorFile, keys: Mapping[str, str]):
+        self._file, self.path = file, file.path
+        self._stored = {key: name for name, key in keys.items()}
+        if len(self._stored) < len(keys):
+            twice = next(name for name, key in keys.items() if self._stored[key] != name)
+            raise ModelError(
+                f"{self.path} holds {twice!r} and {self._stored[keys[twice]]!r}, which are the same tensor"
+            )
         self._loaded: set[str] = set()
         self.shapes = {key: file.shapes[stored] for key, stored in self._stored.items()}
         source = f"{file.path}: its metadata under {_METADATA_KEY!r}"
@@ -134,6 +208,20 @@ class _LDMFile:
         if not isinstance(world := self.metadata.get("world"), str | None):
             raise ModelError(f"{source}: world is {world!r}, expected the name of a world of scenes")
 
+    def has(self, start: str) -> bool:
+        """Tell whether some key begins so."""
+        return any(key.startswith(start) for key in self.shapes)
+
+    def name_average(self) -> None:
+        """Give the average (EMA) of the U-Net's weights the shapes of the weights, which the file does not have.
+
+        Without dots, names cannot be taken apart: they are those of Stable Diffusion 1.5's blocks, at any width.
+        """
+        with torch.device("meta"):
+            names = ldm.map_unet_keys(UNet(UNetConfig.sd15()).state_dict().keys(), UNetConfig.sd15().layers_per_block)
+        averages = {original: ldm.map_ema_key(original) for original in names.values()}
+        self.shapes |= {original: self.shapes[key] for original, key in averages.items() if key in self.shapes}
+
     def config(
         self,
         config_class: type[ConfigT],
@@ -143,13 +231,18 @@ class _LDMFile:
         """Build a network's configuration: inferred from the tensors' shapes, overridden by the metadata."""
         try:
             inferred = infer(self.shapes)
-        except (KeyError, IndexError, StopIteration, ValueError, UsageError) as error:
-            raise ModelError(f"{self._file.path} is not laid out as a Stable Diffusion 1.x file: {error!r}") from error
+        except KeyError as error:
+            raise ModelError(
+                f"{self.path} is not laid out as a Stable Diffusion 1.x file: it lacks {error.args[0]!r}"
+            ) from error
+        except (IndexError, StopIteration, ValueError, UsageError) as error:
+            raise ModelError(f"{self.path} is not laid out as a Stable Diffusion 1.x file: {error!r}") from error
         return config_from_json(config_class, {**inferred, **self.metadata.get(component, {})}, self._file.path)
 
-    def vae(self, dtype: torch.dtype | None) -> VAE:
-        """Load the VAE."""
-        config = self.config(VAEConfig, "vae", ldm.infer_vae_config)
+    def vae(self, dtype: torch.dtype | None, scaling_factor: float | None = None) -> VAE:
+        """Load the VAE; ``scaling_factor`` None is Stable Diffusion 1.x's, where the metadata has none."""
+        scaling = {} if scaling_factor is None else {"scaling_factor": scaling_factor}
+        config = self.config(VAEConfig, "vae", lambda shapes: ldm.infer_vae_config(shapes) | scaling)
         return self.load(VAE, config, lambda keys: ldm.map_vae_keys(keys, len(config.block_out_channels)), dtype)
 
     def load(
@@ -161,7 +254,7 @@ class _LDMFile:
         ema: bool = False,
     ) -> _ComponentT:
         """Build a network and load its weights, or their moving average; ``map_keys`` maps its keys to the file's."""
-        path = self._file.path
+        path = self.path
         module = component.build_on_meta(config, self._file)
         originals = map_keys(module.state_dict().keys())
         if ema:
@@ -169,23 +262,62 @@ class _LDMFile:
             if missing := [original for original in originals.values() if original not in self._stored]:
                 raise ModelError(f"{path} has no average (EMA) of its U-Net's weights: it lacks {missing[0]!r}")
         stored = {key: self._stored[original] for key, original in originals.items() if original in self._stored}
-        module = module.to(dtype or self._file.float_dtype(stored.values()))
         tensors = self._file.read(stored.values(), dtype)
-        load_into(module, {key: _to_linear(originals[key], tensors[name]) for key, name in stored.items()}, path)
+        for key, scale in self._scales(originals[key] for key in stored):
+            weight = self._stored[key]
+            tensors[weight] = (self._file.read([weight])[weight].float() * scale).to(dtype or torch.float32)
+        load_into(module, {key: _to_linear(originals[key], tensors[name]) for key, name in stored.items()}, path, dtype)
         self._loaded.update(originals.values())
         return module.eval()
 
+    def _scales(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield, for each weight that is stored scaled, its key and its scale, in float32.
+
+        ComfyUI's layouts of float8 (``comfy/utils.py``, ``convert_old_quants``): the weight is ``weight · scale``.
+        Raises :class:`ModelError` for weights that were quantized in another way.
+        """
+        for key in keys:
+            start = key.removesuffix("weight")
+            for name in (f"{start}scale_weight", f"{start}weight_scale"):
+                if name in self._stored:
+                    scale = self._file.read([self._stored[name]])[self._stored[name]].float()
+                    if scale.numel() not in (1, self.shapes[key][0]) or not torch.isfinite(scale).all():
+                        raise ModelError(f"{self.path}: {self._stored[name]!r} is no scale of its weight")
+                    self._loaded.add(name)
+                    yield key, scale.reshape(-1, *[1] * (len(self.shapes[key]) - 1))
+            if (quant := f"{start}comfy_quant") in self._stored:
+                stored = self._stored[quant]
+                kind = parse_json(
+                    bytes(self._file.read([stored])[stored].to(torch.uint8).flatten().tolist()).decode(
+                        "utf-8", "replace"
+                    ),
+                    f"{self.path}: {stored}",
+                ).get("format")
+                if kind not in ("float8_e4m3fn", "float8_e5m2"):
+                    raise ModelError(f"{self.path}: {stored!r} says {str(kind)[:100]!r}, and only float8 is read")
+                self._loaded.add(quant)
+
     def unused(self, replaced: tuple[str, ...] = ()) -> list[str]:
-        """List the keys that no network loaded, except training's leftovers and keys with ``replaced`` prefixes."""
-        keys = sorted(self._stored.keys() - self._loaded)
-        return [key for key in keys if not ldm.IGNORED_KEYS.match(key) and not key.startswith(replaced)]
+        """List the tensors that no network loaded and no image depends on, but those with ``replaced`` prefixes.
 
-
-def _with_text_model(name: str) -> str:
-    """Insert ``text_model.`` into a key of the text encoder where a file leaves it out."""
-    short = name.removeprefix(ldm.TEXT_PREFIX)
-    bare = name.startswith(ldm.TEXT_PREFIX) and not short.startswith("text_model.")
-    return f"{ldm.TEXT_PREFIX}text_model.{short}" if bare else name
+        Known leftovers of training are not among them. Raises :class:`ModelError` for what an image might depend on: a
+        tensor with the prefix of a network, and a marker, which is one number or none, of unknown meaning.
+        """
+        left = [
+            key
+            for key in sorted(self._stored.keys() - self._loaded - set(MARKER_KEYS))
+            if not ldm.IGNORED_KEYS.match(key) and not key.startswith(replaced)
+        ]
+        networks = (ldm.UNET_PREFIX, ldm.VAE_PREFIX, ldm.TEXT_PREFIX)
+        if lost := [self._stored[key] for key in left if key.startswith(networks)]:
+            raise ModelError(
+                f"{self.path} holds {lost[0]!r}{and_more(lost)}, which no part of Stable Diffusion 1.x has"
+            )
+        if markers := [self._stored[key] for key in left if prod(self.shapes[key]) <= 1]:
+            raise ModelError(
+                f"{self.path} holds the marker {markers[0]!r}, whose meaning is unknown here and might change images"
+            )
+        return [self._stored[key] for key in left]
 
 
 def _infer_text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

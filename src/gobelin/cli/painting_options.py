@@ -16,6 +16,7 @@ from gobelin.errors import UsageError
 from gobelin.painting import Painting, PaintingStep, Result
 from gobelin.pipeline import SHIPPED, Pipeline
 from gobelin.plan import LEARNED_WORDS, LORAS, NOT_REPEATABLE
+from gobelin.schedule import PredictionType
 from gobelin.settings import Settings
 from gobelin.validation import refuse_unknown, validated
 
@@ -38,12 +39,15 @@ class ModelOptions:
     allow_pickle: bool = False
     """Open .ckpt, .bin and .pt files too; only tensors are read from them."""
     ema: bool = False
-    """Take the average (EMA) of the U-Net's weights from a single file that has both."""
+    """Take the average (EMA) of the U-Net's weights from a single file that has it."""
+    prediction_type: PredictionType | None = None
+    """What the U-Net predicts, where the model does not say so, or wrongly: the noise, or the velocity."""
+    zero_terminal_snr: bool = False
+    """The U-Net was trained with zero terminal SNR, where the model does not say so."""
 
     def files(self) -> dict[str, Any]:
         """Return the options as :func:`gobelin.checkpoint.open_model` takes them."""
-        names = ("vae", "tokenizer", "variant", "allow_pickle", "ema")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)

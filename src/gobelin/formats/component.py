@@ -1,14 +1,15 @@
 """Components of a diffusers folder: one network each, with its ``config.json`` and its weights."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.files import read_json, write_json
+from gobelin.formats.files import read_json, refuse_broken_link, write_json
 from gobelin.formats.weights import ShardedFile, TensorFile, load_into, open_tensors, write_tensors
 
 DIFFUSERS_VERSION = "0.35.0"  # the version whose folder layout is written
@@ -58,7 +59,7 @@ class Component(nn.Module, Generic[ConfigT]):
         variant: str | None = None,
         allow_pickle: bool = False,
     ) -> Self:
-        """Read ``config.json`` and the weights beside it, whole or in shards; ``dtype`` None keeps the file's own.
+        """Read ``config.json`` and the weights beside it, whole or in shards; ``dtype`` None keeps each tensor's own.
 
         ``variant`` ("fp16") picks the files of that name where the folder has some; ``allow_pickle`` allows ``.bin``
         files, from which only tensors are read. Raises :class:`ModelError` where weights and configuration do not fit.
@@ -67,8 +68,10 @@ class Component(nn.Module, Generic[ConfigT]):
         source = folder / "config.json"
         config = config_from_json(cls.config_class, read_json(source), source)
         weights = cls._open_weights(folder, variant, allow_pickle)
-        module = cls.build_on_meta(config, weights).to(dtype or weights.float_dtype())
-        load_into(module, cls.rename(weights.read(dtype=dtype)), weights.path)
+        module = cls.build_on_meta(config, weights)
+        keys = cls.map_names(weights.shapes)
+        tensors = weights.read(keys, dtype)
+        load_into(module, {key: tensors[name] for name, key in keys.items()}, weights.path, dtype)
         return module.eval()
 
     @classmethod
@@ -102,6 +105,8 @@ class Component(nn.Module, Generic[ConfigT]):
             for name, suffix in names:
                 whole = folder / f"{name}{middle}.{suffix}"
                 index = folder / f"{name}.{suffix}.index{middle}.json"
+                for file in (whole, index):
+                    refuse_broken_link(file)
                 if whole.is_file():
                     return open_tensors(whole, allow_pickle)
                 if index.is_file():
@@ -126,9 +131,12 @@ class Component(nn.Module, Generic[ConfigT]):
         }
 
     @classmethod
-    def rename(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename the tensors of a file to this network's state-dict keys; subclasses know other writers' names."""
-        return tensors
+    def map_names(cls, names: Iterable[str]) -> dict[str, str]:
+        """Map the names of a file's tensors to this network's state-dict keys; subclasses know other writers' names.
+
+        Names that are left out are of tensors that no image depends on.
+        """
+        return {name: name for name in names}
 
     @property
     def device(self) -> torch.device:

@@ -9,8 +9,15 @@ from pathlib import Path
 from gobelin.errors import ModelError
 
 
+def refuse_broken_link(file: Path) -> None:
+    """Raise :class:`ModelError` for a link to a file that is not there, such as the Hub's cache may hold."""
+    if file.is_symlink() and not file.exists():
+        raise ModelError(f"{file} is a link to {file.readlink()}, which is not there: get that file again")
+
+
 def read_json(file: Path) -> dict:
     """Read the object in a JSON file; raises :class:`ModelError` that names the file where there is none."""
+    refuse_broken_link(file)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

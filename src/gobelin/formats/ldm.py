@@ -5,18 +5,20 @@ Keys are mapped forward only, from Gobelin's (which are diffusers') to CompVis',
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
-_EMA_PREFIX = "model_ema."
-# Keys beside the weights: the schedule's tables, training's leftovers, parts that painting never uses.
+EMA_PREFIX = "model_ema."
+# Keys that change no image: the schedule's tables, training's leftovers, what CLIP has beside its text encoder.
 IGNORED_KEYS = re.compile(
-    r"(betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights"
-    r"|model_ema\..*|first_stage_model\.loss\..*|loss\..*"
-    r"|cond_stage_model\.(logit_scale|text_projection|transformer\.(text_model\.)?embeddings\.position_ids))$"
+    r"(betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|denoiser\.sigmas"
+    r"|(first_stage_model\.)?(model_ema|loss)\..*"
+    r"|cond_stage_model\.(transformer\.)?(text_model\.)?"
+    r"(logit_scale|text_projection(\.weight)?|visual_projection\.weight|vision_model\..*|embeddings\.position_ids)"
+    r"|.*\.(scale_input|input_scale)|(model\.diffusion_model\.|cond_stage_model\.transformer\.)?scaled_fp8)$"
 )
 
 _RESNET = {
@@ -28,6 +30,20 @@ _RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+# What the VAE's attention is called in files of converters that knew diffusers' newer or older names, but not LDM's.
+_VAE_ATTENTION_ALIASES = {**_VAE_ATTENTION, "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+
+
+def normalize_key(name: str) -> str:
+    """Return LDM's key for a key of a single file, whose text encoder and VAE may have other tools' names.
+
+    ``text_model.`` is put where it is left out, and the VAE's attention has one of three sets of names.
+    """
+    if name.startswith(TEXT_PREFIX):
+        return f"{TEXT_PREFIX}text_model.{name.removeprefix(TEXT_PREFIX).removeprefix('text_model.')}"
+    start, attention, rest = name.partition(".mid.attn_1.")
+    layer, _, kind = rest.rpartition(".")
+    return f"{start}{attention}{_VAE_ATTENTION_ALIASES.get(layer, layer)}.{kind}" if attention else name
 
 
 def map_unet_keys(keys: Collection[str], layers: int) -> dict[str, str]:
@@ -96,6 +112,12 @@ def map_vae_keys(keys: Collection[str], levels: int) -> dict[str, str]:
     return {key: VAE_PREFIX + _rewrite(table, key) for key in keys}
 
 
+def diffusers_vae_keys(keys: Mapping[str, str]) -> dict[str, str]:
+    """Map the names in a file of diffusers' VAE to LDM's keys; ``keys`` are their state-dict keys."""
+    originals = map_vae_keys(keys.values(), len(_indices(keys, r"encoder\.down_blocks\.(\d+)\.")))
+    return {name: originals[key] for name, key in keys.items()}
+
+
 def map_text_keys(keys: Collection[str]) -> dict[str, str]:
     """Map a text encoder's state-dict keys to LDM's, with their prefix."""
     return {key: TEXT_PREFIX + key for key in keys}
@@ -103,7 +125,7 @@ def map_text_keys(keys: Collection[str]) -> dict[str, str]:
 
 def map_ema_key(original: str) -> str:
     """Map an LDM key of the U-Net to that of its exponential moving average (EMA): no dot but the first."""
-    return _EMA_PREFIX + original.removeprefix("model.").replace(".", "")
+    return EMA_PREFIX + original.removeprefix("model.").replace(".", "")
 
 
 def is_vae_attention_weight(original: str) -> bool:
@@ -142,8 +164,8 @@ def infer_vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "layers_per_block": len(_indices(shapes, VAE_PREFIX + r"encoder\.down\.0\.block\.(\d+)\.")),
         "in_channels": shapes[f"{VAE_PREFIX}encoder.conv_in.weight"][1],
         "out_channels": shapes[f"{VAE_PREFIX}decoder.conv_out.weight"][0],
-        "latent_channels": shapes[f"{VAE_PREFIX}post_quant_conv.weight"][0],
-        "mid_block_add_attention": f"{VAE_PREFIX}encoder.mid.attn_1.q.weight" in shapes,
+        "latent_channels": shapes[f"{VAE_PREFIX}decoder.conv_in.weight"][1],
+        "mid_block_add_attention": any(name.startswith(f"{VAE_PREFIX}encoder.mid.attn_1.") for name in shapes),
     }
 
 
@@ -160,7 +182,7 @@ def infer_text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _indices(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> list[int]:
+def _indices(shapes: Iterable[str], pattern: str) -> list[int]:
     """List, sorted, the distinct numbers that a pattern's group finds in the keys."""
     return sorted({int(found[1]) for name in shapes if (found := re.match(pattern, name))})
 

@@ -38,7 +38,9 @@ _STORAGE_DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,  # bytes, of which _rebuild_tensor_v3 makes numbers of later dtypes
 }
+_LATER_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 # What trainers leave beside the weights: replaced by an empty object, never imported.
 _IGNORED_CLASSES = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode", "torch.device", "torch.Size")
 
@@ -104,6 +106,12 @@ def _walk_tensors(found: dict[Any, Any]) -> Iterator[tuple[str, _StoredTensor]]:
     return walk(found, "", 3)  # weights nest two levels deep at most: AUTOMATIC1111's textual inversions
 
 
+def is_archive(path: Path) -> bool:
+    """Recognise a ZIP archive, which ``torch.save`` writes since PyTorch 1.6, by its first four bytes."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def is_pickle(path: Path) -> bool:
     """Recognise a pickle, or the archive that ``torch.save`` puts one into, by the first nine bytes of a file.
 
@@ -131,8 +139,7 @@ def _archive_members(path: Path) -> dict[str, tuple[int, int]]:
                 places[info.filename.partition("/")[2]] = (start, info.file_size)
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise ModelError(
-            f"{path} is not a whole archive of torch.save's ({error}); files of PyTorch before 1.6 are not read: save "
-            "it again, as .safetensors"
+            f"{path} is not a whole archive of torch.save's ({error}): copy or download it again"
         ) from error
     return places
 
@@ -140,7 +147,7 @@ def _archive_members(path: Path) -> dict[str, tuple[int, int]]:
 def _unpickle(path: Path, members: dict[str, tuple[int, int]]) -> dict[Any, Any]:
     """Run the pickle of an archive with the restricted unpickler; tensors become their places."""
     if "data.pkl" not in members:
-        raise ModelError(f"{path} is an archive, but not one of torch.save's: it has no data.pkl")
+        raise ModelError(f"{path} is an archive, but not one of torch.save's (it has no data.pkl): unpack it first")
     start, length = members["data.pkl"]
     if length > _MAX_PICKLE_BYTES:
         raise ModelError(f"{path}: its pickle is {length:,} bytes long, more than weights need ({_MAX_PICKLE_BYTES:,})")
@@ -199,6 +206,10 @@ class _RestrictedUnpickler(pickle._Unpickler):
             return _OrderedDict()
         if full == "torch._utils._rebuild_tensor_v2":
             return _RebuildTensor()
+        if full == "torch._utils._rebuild_tensor_v3":
+            return _RebuildLaterTensor()
+        if module == "torch" and name in _LATER_DTYPES:
+            return _LATER_DTYPES[name]
         if full == "torch._utils._rebuild_parameter":
             return _RebuildParameter()
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
@@ -246,6 +257,20 @@ class _RebuildTensor:
         if last >= stored.numbers or prod(size) > max(stored.numbers, 1):
             raise ValueError(f"a tensor of {size} in a storage of {stored.numbers} numbers")
         return _StoredTensor(stored.member, stored.dtype, stored.numbers, offset, tuple(size), tuple(stride))
+
+
+class _RebuildLaterTensor:
+    """Stand-in for ``torch._utils._rebuild_tensor_v3``, whose storage is bytes and whose dtype comes last."""
+
+    __slots__ = ()
+
+    def __call__(
+        self, stored: _StoredTensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any
+    ) -> _StoredTensor:
+        dtype = more[2] if len(more) > 2 else None  # after requires_grad and hooks
+        if not isinstance(stored, _StoredTensor) or dtype not in _LATER_DTYPES.values():
+            raise ValueError("a tensor of no known dtype")
+        return _RebuildTensor()(stored._replace(dtype=dtype), offset, size, stride)  # a byte a number
 
 
 class _RebuildParameter:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gobelin.errors import ModelError
 from gobelin.formats.files import read_json, replacing
 from gobelin.formats.tensor_file import SafetensorsFile, TensorFile
-from gobelin.formats.torch_pickle import PickleFile, is_pickle
+from gobelin.formats.torch_pickle import PickleFile, is_archive, is_pickle
 
 _LONGEST_FILE_NAME = 255  # bytes, of most file systems; longer names would be an OSError
 
@@ -53,6 +53,11 @@ def open_tensors(path: Path, allow_pickle: bool = False) -> TensorFile:
     read from them. Raises :class:`ModelError` that says what the file is.
     """
     if path.is_file() and is_pickle(path):
+        if not is_archive(path):
+            raise ModelError(
+                f"{path} is a pickle of PyTorch before 1.6, or of another program, which is not read: save it again, "
+                "as .safetensors"
+            )
         if not allow_pickle:
             raise ModelError(
                 f"{path} is a pickle, a format that can hold programs: give its .safetensors, or allow it with "
@@ -80,11 +85,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise ModelError(f"{file} could not be written: {error}") from error
 
 
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, dtype: torch.dtype | None = None) -> None:
     """Load a state dict into ``module``, which may be on the meta device, strict both ways.
 
-    The tensors become the module's own, cast to the dtypes of the parameters that they replace. Raises
-    :class:`ModelError` that names ``source`` and the first key that is missing, left over, of another shape, or holds
+    The tensors become the module's own, cast to ``dtype`` or each as it is (None). Raises :class:`ModelError` that
+    names ``source`` and the first key that is missing, left over, of another shape, no floating-point numbers, or holds
     NaN or infinity; the module is then as it was.
     """
     expected = module.state_dict()
@@ -98,9 +103,18 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
             raise ModelError(
                 f"{source}: {name!r} is {list(tensor.shape)}, but the configuration says {list(parameter.shape)}"
             )
+        if not tensor.is_floating_point():
+            raise ModelError(
+                f"{source}: {name!r} is of {_dtype_name(tensor.dtype)}: weights quantized to whole numbers are not read"
+            )
         if not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise ModelError(f"{source}: {name!r} holds NaN or infinity: the file is damaged, or its training was")
-    module.load_state_dict({name: tensors[name].to(p.dtype) for name, p in expected.items()}, assign=True)
+    module.load_state_dict({name: tensors[name].to(dtype or tensors[name].dtype) for name in expected}, assign=True)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype without its module."""
+    return str(dtype).removeprefix("torch.")
 
 
 def and_more(names: list[str]) -> str:

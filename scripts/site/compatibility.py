@@ -1,0 +1,104 @@
+"""Write ``docs/compatibility.md``: ``python scripts/site/compatibility.py``, which opens every kind of file once.
+
+The kinds are those of ``tests/checkpoint/file_kinds.py``, which the tests hold.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tests.checkpoint.file_kinds import (  # noqa: E402
+    FOREIGN_FILES,
+    FOREIGN_TENSORS,
+    KINDS,
+    PRECISIONS,
+    Files,
+    Kind,
+    copy_tokenizer,
+    dtypes_of,
+    rounded,
+)
+from tests.oracles import differences, small_pipeline  # noqa: E402
+
+from gobelin.errors import ModelError  # noqa: E402
+from gobelin.pipeline import Pipeline  # noqa: E402
+from gobelin.tokenizer import Tokenizer  # noqa: E402
+
+HEADER = """# Which files open
+
+This page is made by `scripts/site/compatibility.py` from the kinds that `tests/checkpoint/test_compatibility.py` holds:
+files of a small model of Stable Diffusion 1.x's kind with random weights, under the names and in the layouts that the
+program in the last column writes.
+
+## Models that open
+
+Each cell is the largest difference of any network's output from diffusers' with the same weights, as a share of the
+largest number. Precisions are those in which the file is stored; all compute in float32.
+
+"""
+REFUSED = """
+## Files that are refused
+
+Each with the sentence that says what it is. Nothing of them is loaded.
+
+"""
+
+
+def main() -> None:
+    """Open every kind in every precision, and write the page."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        words = Path(name) / "words"
+        Tokenizer.train(["a red circle left of a blue square"], vocab_size=560, max_length=16).save_pretrained(words)
+
+        def make_oracle(in_channels: int = 4) -> Any:
+            return small_pipeline(words, in_channels)
+
+        rows = [f"| kind | {' | '.join(PRECISIONS)} | source |", f"|---|{'---|' * len(PRECISIONS)}---|"]
+        for kind_name, kind in KINDS.items():
+            cells = {dtype: _difference(kind, dtype, words, make_oracle) for dtype in dtypes_of(kind)}
+            listed = " | ".join(f"{cells[dtype]:.1e}" if dtype in cells else "–" for dtype in PRECISIONS)
+            rows.append(f"| {kind_name} | {listed} | {kind.source} |")
+            print(rows[-1])
+        refused = ["| kind | sentence |", "|---|---|"]
+        file = Path(name) / "FILE.safetensors"
+        for kind_name, (content, _) in FOREIGN_FILES.items():
+            file.write_bytes(content)
+            refused.append(f"| {kind_name} | {_sentence(file)} |")
+        for kind_name, (tensor, _) in FOREIGN_TENSORS.items():
+            save_file({tensor: torch.ones(2)}, file)
+            refused.append(f"| {kind_name} | {_sentence(file)} |")
+    page = HEADER + "\n".join(rows) + "\n" + REFUSED + "\n".join(refused) + "\n"
+    (ROOT / "docs" / "compatibility.md").write_text(page, encoding="utf-8")
+
+
+def _difference(kind: Kind, dtype: str, words: Path, make_oracle: Callable[..., Any]) -> float:
+    """Open a kind in a precision; returns the largest difference of any network from the oracle's."""
+    with tempfile.TemporaryDirectory() as name:
+        files = Files(oracle=make_oracle(kind.channels), make_oracle=make_oracle, words=words, folder=Path(name))
+        copy_tokenizer(files)
+        path = kind.write(files, PRECISIONS[dtype])
+        options = {key: files.folder / "vae.safetensors" if key == "vae" else one for key, one in kind.options.items()}
+        pipe = Pipeline.from_pretrained(path, "cpu", **options)
+        oracle = rounded(files.oracle, make_oracle, PRECISIONS[dtype], kind.scaled)
+        return max(differences(pipe, oracle).values())
+
+
+def _sentence(file: Path) -> str:
+    """Open what is refused; returns the sentence, with the file's name alone."""
+    try:
+        Pipeline.from_pretrained(file, "cpu", allow_pickle=True)
+    except ModelError as error:
+        return str(error).replace(str(file), "`FILE`").replace("|", "\\|")
+    raise AssertionError(f"{file} opened")
+
+
+if __name__ == "__main__":
+    main()
