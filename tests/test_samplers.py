@@ -28,7 +28,8 @@ from torch import Tensor
 
 from gobelin.cli.main import main
 from gobelin.errors import UsageError
-from gobelin.formats.png import parse_a1111_parameters, read_png_settings
+from gobelin.formats.generation_info.a1111 import parse_a1111_parameters
+from gobelin.formats.png import read_png_settings
 from gobelin.pipeline import Pipeline
 from gobelin.samplers import (
     SAMPLERS,

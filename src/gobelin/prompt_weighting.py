@@ -22,10 +22,14 @@ _ESCAPED = {r"\(": "\ue000", r"\)": "\ue001"}  # what stands for them while brac
 
 # What other tools do with a prompt over time, or before it is read; none of it is words to draw.
 _SCHEDULES = (
-    (re.compile(r"\[[^\[\]]*:\s*\d*\.?\d+\s*\]"), "AUTOMATIC1111's prompt editing", ("a1111", "comfyui")),
-    (re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"), "AUTOMATIC1111's alternating words", ("a1111", "comfyui")),
+    (
+        re.compile(r"\[[^\[\]]*:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s*+\]"),
+        "AUTOMATIC1111's prompt editing",
+        ("a1111", "comfyui"),
+    ),
+    (re.compile(r"\[[^\[\]|]*+\|[^\[\]]*+\]"), "AUTOMATIC1111's alternating words", ("a1111", "comfyui")),
     (re.compile(r"\bAND\b"), "AUTOMATIC1111's AND, which composes prompts", ("a1111",)),
-    (re.compile(r"\{[^{}]*\|[^{}]*\}"), "a choice of ComfyUI's dynamic prompts", ("a1111", "comfyui")),
+    (re.compile(r"\{[^{}|]*+\|[^{}]*+\}"), "a choice of ComfyUI's dynamic prompts", ("a1111", "comfyui")),
     (re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), "an added network", ("a1111", "comfyui")),
 )
 

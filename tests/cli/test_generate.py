@@ -156,7 +156,7 @@ def test_an_image_is_repeated_from_itself_and_what_is_given_besides_holds(gobeli
         (["--init-image", "{large}"], "give the size to paint, such as width 84 and height 64"),
         (["--mask", "{p}"], "mask is given without an image"),
         (["--strength", "0.5"], "strength is given without an image"),
-        (["--from", "{p}"], "p.png does not say how it was made: give a PNG that"),
+        (["--from", "{p}"], "p.png does not say how it was made: give an image that"),
         (["--from", "nowhere.png"], "there is no image at nowhere.png"),
         (["--out", "{p}"], "which is a file: give a folder to write to"),
         (["--lora", "x.safetensors:y"], "--lora has 'x.safetensors:y'"),

@@ -9,10 +9,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gobelin.errors import DataError
+from gobelin.formats.generation_info import read_generation_info
+from gobelin.formats.generation_info.a1111 import format_a1111_parameters, parse_a1111_parameters
 from gobelin.formats.png import (
-    format_a1111_parameters,
-    parse_a1111_parameters,
-    read_generation_info,
     read_png_settings,
     write_png,
 )
@@ -130,7 +129,7 @@ def with_text(picture: Image.Image, file: Path, **texts: str) -> Path:
 def test_ours_are_remembered_first(picture: Image.Image, tmp_path: Path) -> None:
     write_png(tmp_path / "x.png", picture, SETTINGS)
     found = read_generation_info(tmp_path / "x.png", SAMPLERS)
-    assert (found.settings, found.source, found.missing) == (SETTINGS, "gobelin", [])
+    assert (found.settings, found.source, found.missing) == (SETTINGS, "Gobelin", [])
 
 
 def test_automatic1111s_text_is_read(picture: Image.Image, tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_comfyuis_graph_is_read(picture: Image.Image, tmp_path: Path) -> None:
         "height": 512,
         "model": "v1-5-pruned-emaonly",
     }
-    assert found.missing[1:] == ["a LoraLoader"]
+    assert found.missing[1:] == ["a LoraLoader (lora_name: style.safetensors)"]
 
 
 @given(st.text(max_size=80))

@@ -17,7 +17,8 @@ from gobelin.cli.painting_options import (
     settings_of_image,
 )
 from gobelin.errors import UsageError
-from gobelin.formats.png import read_generation_info, write_png
+from gobelin.formats.generation_info import GOBELIN, read_generation_info
+from gobelin.formats.png import write_png
 from gobelin.images import open_image, open_mask
 from gobelin.inpainting import digest
 from gobelin.look.word_sheets import word_sheet
@@ -42,7 +43,8 @@ class Generate(PaintingOptions):
     prompts: Positional[tuple[str, ...]] = ()
     """One prompt or several, each in quotes; they stand before options that take several values."""
     from_: Annotated[Path | None, arg(name="from")] = None
-    """PNG by Gobelin, AUTOMATIC1111 or ComfyUI: paint with its prompt and settings; other options override them."""
+    """Image by Gobelin, AUTOMATIC1111, ComfyUI, Fooocus, SwarmUI, InvokeAI, Draw Things or Easy Diffusion: paint with
+    its prompt and settings; other options override them."""
     maps: bool = False
     """Also write a sheet beside each image: the heat map of every word."""
 
@@ -80,7 +82,7 @@ def _to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any], dict[st
             raise UsageError('no prompt given: put what to paint first, as in gobelin generate "a red circle"')
         return options.prompts, given, None
     found = read_generation_info(options.from_, SAMPLERS)
-    ours = found.source == "gobelin"
+    ours = found.source == GOBELIN
     recorded = settings_of_image(found.settings, options.from_, options.model) if ours else dict(found.settings)
     prompts = options.prompts or (recorded.get("prompt", ""),)
     for prompt in () if ours else prompts:

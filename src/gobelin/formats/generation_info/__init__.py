@@ -1,0 +1,125 @@
+"""Settings that programs stored in their images, read by one function; a program is one file, or an entry of one."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from gobelin.errors import DataError, ModelError
+from gobelin.formats.files import parse_json
+from gobelin.formats.generation_info.a1111 import is_a1111_text, parse_a1111_parameters
+from gobelin.formats.generation_info.comfyui import is_comfyui_graph, parse_comfyui_graph
+from gobelin.formats.generation_info.draft import GOBELIN, GenerationInfo, shown
+from gobelin.formats.generation_info.image_texts import MAX_TEXT, PARAMETERS, XMP_COMMENT, read_image_texts
+from gobelin.formats.generation_info.other_programs import (
+    parse_draw_things,
+    parse_dream,
+    parse_easy_diffusion,
+    parse_fooocus,
+    parse_invokeai,
+    parse_sd_metadata,
+    parse_swarmui,
+)
+
+__all__ = ["GOBELIN", "GOBELIN_KEY", "GenerationInfo", "read_generation_info"]
+
+GOBELIN_KEY = "gobelin"
+"""Keyword of Gobelin's own text chunk."""
+
+_NOVELAI = "its text says that NovelAI made it, whose prompts and models Gobelin does not have: describe it in words"
+_UNKNOWN = (
+    "its {where} is text of a program that Gobelin does not know, {text!r}: give its prompt and settings yourself"
+)
+# Programs by names that their JSON has: the first whose every name is there.
+_BY_NAMES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], Collection[str]], GenerationInfo]], ...] = (
+    (("sui_image_params",), parse_swarmui),
+    (("metadata_scheme",), parse_fooocus),
+    (("base_model", "prompt"), parse_fooocus),
+    (("performance", "prompt"), parse_fooocus),
+    (("num_inference_steps", "prompt"), parse_easy_diffusion),
+    (("Stable Diffusion model", "Prompt"), parse_easy_diffusion),
+    (("positive_prompt", "app_version"), parse_invokeai),
+    (("c", "uc"), parse_draw_things),
+)
+
+
+def read_generation_info(file: Path, samplers: Collection[str]) -> GenerationInfo:
+    """Read the settings that a program stored in an image: a PNG, JPEG, WebP, or another that Pillow opens.
+
+    The programs are Gobelin, AUTOMATIC1111 with Forge and SD.Next, ComfyUI, Fooocus, SwarmUI, InvokeAI, Draw Things,
+    Easy Diffusion, and Civitai's generator. ``samplers`` are the names that Gobelin has. Raises :class:`DataError` for
+    an image without such settings, with those of another program, or with broken ones.
+    """
+    texts = read_image_texts(file)
+    try:
+        found = _read(texts, samplers)
+    except (DataError, ModelError) as error:
+        raise DataError(f"{file}: {error}") from error
+    if found is None:
+        raise DataError(
+            f"{file} does not say how it was made: give an image that Gobelin, AUTOMATIC1111, ComfyUI or another "
+            "program saved, unedited"
+        )
+    found.missing.extend(f"{name}: {shown(texts[name])}" for name in _AFTERWARDS if name in texts)
+    return found
+
+
+def _read(texts: dict[str, str], samplers: Collection[str]) -> GenerationInfo | None:
+    """Read the texts of an image; None where none of them is of a program that paints."""
+    for where, text in texts.items():
+        if len(text) > MAX_TEXT:
+            raise DataError(f"its {where} has {len(text):,} characters: Gobelin reads {MAX_TEXT:,} at most")
+    if GOBELIN_KEY in texts:
+        return GenerationInfo(settings=parse_json(texts[GOBELIN_KEY], "its stored settings"), source=GOBELIN)
+    if any("novelai" in texts.get(name, "").lower() for name in ("Software", "Source", "Title")):
+        raise DataError(_NOVELAI)
+    for key in ("invokeai_metadata", "sd-metadata"):
+        if key in texts:
+            parse = parse_invokeai if key == "invokeai_metadata" else parse_sd_metadata
+            return parse(parse_json(texts[key], f"its {key}"), samplers)
+    if "Dream" in texts:
+        return parse_dream(texts["Dream"], samplers)
+    if {"negative_prompt", "use_stable_diffusion_model", "Negative Prompt"} & texts.keys():
+        return parse_easy_diffusion(dict(texts), samplers)
+    if "prompt" in texts:
+        return _read_graph(texts, samplers)
+    stored = [(where, texts[where].strip()) for where in (PARAMETERS, XMP_COMMENT, "Comment") if where in texts]
+    for _, text in stored:
+        if (found := _read_text(text, texts, samplers)) is not None:
+            return found
+    for where, text in stored:
+        if text and where != "Comment":  # which is a camera's, or an editor's
+            raise DataError(_UNKNOWN.format(shown(text)[:60]))
+    return None
+
+
+def _read_graph(texts: dict[str, str], samplers: Collection[str]) -> GenerationInfo:
+    """Read ComfyUI's graph, or, where that cannot be read, the text that a node of it wrote in AUTOMATIC1111's form."""
+    text = texts.get(PARAMETERS, "")
+    try:
+        if not texts["prompt"].lstrip().startswith(("{", "[")):
+            raise DataError(_UNKNOWN.format(shown(texts["prompt"])[:60]))
+        return parse_comfyui_graph(parse_json(texts["prompt"], "its prompt"), samplers)
+    except (DataError, ModelError):
+        if is_a1111_text(text):
+            return parse_a1111_parameters(text, samplers, by=("ComfyUI", "comfyui"))
+        raise
+
+
+def _read_text(text: str, texts: dict[str, str], samplers: Collection[str]) -> GenerationInfo | None:
+    """Read a text whose program only its content tells; None for one of no program that is known."""
+    if is_a1111_text(text):
+        return parse_a1111_parameters(text, samplers)
+    try:
+        content = parse_json(text, "its text") if text.startswith("{") else {}
+    except ModelError:
+        return None
+    if "novelai" in shown(content.get("Software", "")).lower() or "v4_prompt" in content:
+        raise DataError(_NOVELAI)
+    if content and texts.get("fooocus_scheme") == "fooocus":
+        return parse_fooocus(content, samplers)
+    if is_comfyui_graph(content):
+        return parse_comfyui_graph(content, samplers)
+    for names, parse in _BY_NAMES:
+        if all(name in content for name in names):
+            return parse(content, samplers)
+    return None
