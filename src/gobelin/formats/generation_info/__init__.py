@@ -25,10 +25,11 @@ __all__ = ["GOBELIN", "GOBELIN_KEY", "GenerationInfo", "read_generation_info"]
 GOBELIN_KEY = "gobelin"
 """Keyword of Gobelin's own text chunk."""
 
-_NOVELAI = "its text says that NovelAI made it, whose prompts and models Gobelin does not have: describe it in words"
-_UNKNOWN = (
-    "its {where} is text of a program that Gobelin does not know, {text!r}: give its prompt and settings yourself"
+_NOVELAI = (
+    "its text says that NovelAI made it, whose prompts and models Gobelin does not have: give a prompt of your own"
 )
+_UNKNOWN = "its text is of a program that Gobelin does not know, {!r}: give a prompt and settings of your own"
+_AFTERWARDS = ("postprocessing", "extras")  # chunks of AUTOMATIC1111's second tab, which changes a finished image
 # Programs by names that their JSON has: the first whose every name is there.
 _BY_NAMES: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], Collection[str]], GenerationInfo]], ...] = (
     (("sui_image_params",), parse_swarmui),

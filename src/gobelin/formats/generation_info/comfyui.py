@@ -190,7 +190,7 @@ class _Graph:
 
     def _take_prompt(self, draft: Draft, sampler: Node, name: str, ours: str) -> int | str | None:
         """Take one of the two prompts; returns where its CLIP stops, None for no prompt."""
-        value, side = _inputs(sampler).get(name), name
+        value: Any = _inputs(sampler).get(name)
         for _ in self.nodes:
             linked = self._linked(value)
             if linked is None:
@@ -208,8 +208,7 @@ class _Graph:
             if _kind(node) == "Reroute":
                 value = next(iter(inputs.values()), None)
             elif "positive" in inputs and "negative" in inputs:  # two outputs, in this order
-                side = {0: "positive", 1: "negative"}.get(value[1], "")
-                value = inputs.get(side)
+                value = inputs["positive"] if value[1] == 0 else inputs["negative"] if value[1] == 1 else None
             else:
                 value = next((inputs[one] for one in _CONDITIONING if one in inputs), None)
         draft.say(f"the {name} prompt, which is not plain text")
