@@ -8,7 +8,7 @@ from gobelin.errors import DataError, ModelError
 from gobelin.formats.files import parse_json
 from gobelin.formats.generation_info.a1111 import is_a1111_text, parse_a1111_parameters
 from gobelin.formats.generation_info.comfyui import is_comfyui_graph, parse_comfyui_graph
-from gobelin.formats.generation_info.draft import GOBELIN, GenerationInfo, shown
+from gobelin.formats.generation_info.draft import GOBELIN, GenerationInfo, in_words
 from gobelin.formats.generation_info.image_texts import MAX_TEXT, PARAMETERS, XMP_COMMENT, read_image_texts
 from gobelin.formats.generation_info.other_programs import (
     parse_draw_things,
@@ -60,7 +60,7 @@ def read_generation_info(file: Path, samplers: Collection[str]) -> GenerationInf
             f"{file} does not say how it was made: give an image that Gobelin, AUTOMATIC1111, ComfyUI or another "
             "program saved, unedited"
         )
-    found.missing.extend(f"{name}: {shown(texts[name])}" for name in _AFTERWARDS if name in texts)
+    found.missing.extend(f"{name}: {in_words(texts[name])}" for name in _AFTERWARDS if name in texts)
     return found
 
 
@@ -89,7 +89,7 @@ def _read(texts: dict[str, str], samplers: Collection[str]) -> GenerationInfo | 
             return found
     for where, text in stored:
         if text and where != "Comment":  # which is a camera's, or an editor's
-            raise DataError(_UNKNOWN.format(shown(text)[:60]))
+            raise DataError(_UNKNOWN.format(in_words(text)[:60]))
     return None
 
 
@@ -98,7 +98,7 @@ def _read_graph(texts: dict[str, str], samplers: Collection[str]) -> GenerationI
     text = texts.get(PARAMETERS, "")
     try:
         if not texts["prompt"].lstrip().startswith(("{", "[")):
-            raise DataError(_UNKNOWN.format(shown(texts["prompt"])[:60]))
+            raise DataError(_UNKNOWN.format(in_words(texts["prompt"])[:60]))
         return parse_comfyui_graph(parse_json(texts["prompt"], "its prompt"), samplers)
     except (DataError, ModelError):
         if is_a1111_text(text):
@@ -114,7 +114,7 @@ def _read_text(text: str, texts: dict[str, str], samplers: Collection[str]) -> G
         content = parse_json(text, "its text") if text.startswith("{") else {}
     except ModelError:
         return None
-    if "novelai" in shown(content.get("Software", "")).lower() or "v4_prompt" in content:
+    if "novelai" in in_words(content.get("Software", "")).lower() or "v4_prompt" in content:
         raise DataError(_NOVELAI)
     if content and texts.get("fooocus_scheme") == "fooocus":
         return parse_fooocus(content, samplers)

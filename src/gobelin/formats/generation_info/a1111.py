@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from gobelin.formats.generation_info.draft import EXTRA_NETWORKS, Draft, GenerationInfo, as_number, shown
+from gobelin.formats.generation_info.draft import EXTRA_NETWORKS, Draft, GenerationInfo, as_number, in_words
 from gobelin.prompt_weighting import PromptSyntax
 
 A1111_SAMPLERS = {
@@ -107,7 +107,7 @@ def parse_a1111_parameters(
     draft.settings["negative_prompt"] = negative[0].strip() if negative else ""
     for name, ours in _NUMBERS.items():
         draft.take_number(ours, fields.pop(name, None), name)
-    if found := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", shown(fields.get("Size", ""))):
+    if found := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", in_words(fields.get("Size", ""))):
         draft.settings["width"], draft.settings["height"] = int(found[1]), int(found[2])
     skip = as_number(fields.pop("Clip skip", fields.pop("CLIP skip", "1")), int)
     if skip is not None:
@@ -115,8 +115,8 @@ def parse_a1111_parameters(
     _take_civitai(draft, fields)
     if "Model" in fields:
         draft.take_model(fields.pop("Model"))
-    named = shown(fields.pop("Sampler", ""))
-    said_schedule = shown(fields.pop("Schedule type", fields.pop("Scheduler", "")))
+    named = in_words(fields.pop("Sampler", ""))
+    said_schedule = in_words(fields.pop("Schedule type", fields.pop("Scheduler", "")))
     name = named.removesuffix(" Karras")
     if name:
         draft.take_sampler(A1111_SAMPLERS.get(name, name), "Karras" if name != named else said_schedule)
@@ -183,7 +183,7 @@ def _quote(value: str) -> str:
 def _program_of(fields: dict[str, Any]) -> tuple[str, PromptSyntax]:
     """Find the program whose text it is, and the meaning of its prompts."""
     for name, start, program, weights in _PROGRAMS:
-        if name in fields and (not start or shown(fields[name]).startswith(start)):
+        if name in fields and (not start or in_words(fields[name]).startswith(start)):
             return program, weights
     return "AUTOMATIC1111", "a1111"
 
@@ -200,9 +200,11 @@ def _take_civitai(draft: Draft, fields: dict[str, Any]) -> None:
         if not isinstance(resource, dict):
             draft.say(_CIVITAI, resource)
             continue
-        kind, weight = shown(resource.get("type", "resource")), resource.get("weight")
-        name = resource.get("modelName") or f"version {shown(resource.get('modelVersionId'))} on Civitai"
+        kind, weight = in_words(resource.get("type", "resource")), resource.get("weight")
+        name = resource.get("modelName") or f"version {in_words(resource.get('modelVersionId'))} on Civitai"
         if kind == "checkpoint":
-            fields.setdefault("Model", shown(name))
+            fields.setdefault("Model", in_words(name))
         else:
-            draft.say(f"the {kind} {shown(name)}" + (f" with weight {shown(weight)}" if weight is not None else ""))
+            draft.say(
+                f"the {kind} {in_words(name)}" + (f" with weight {in_words(weight)}" if weight is not None else "")
+            )

@@ -56,13 +56,13 @@ class Draft:
     def say(self, name: str, value: Any = None) -> None:
         """List a thing that Gobelin cannot repeat, with its value unless that is None."""
         if len(self.missing) < _MAX_LISTED:
-            self.missing.append(shortened(name if value is None else f"{name}: {shown(value)}"))
+            self.missing.append(shortened(name if value is None else f"{name}: {in_words(value)}"))
 
     def take_number(self, ours: str, value: Any, named: str) -> None:
         """Take a number for a setting of ours: whole for steps, seed, sizes; what is none is listed as ``no named``."""
         number = as_number(value, float if ours.startswith("guidance") else int)
         if number is None:
-            self.say(f"no {named}" if value is None else f"{named} {shown(value)}, which is no number to use")
+            self.say(f"no {named}" if value is None else f"{named} {in_words(value)}, which is no number to use")
         else:
             self.settings[ours] = number
 
@@ -79,7 +79,7 @@ class Draft:
     def take_model(self, name: Any) -> None:
         """Take the name of a model's file, without folders and suffix."""
         if isinstance(name, str) and name:
-            self.settings["model"] = file_stem(name)
+            self.settings["model"] = model_name(name)
         else:
             self.say("no model")
 
@@ -126,12 +126,12 @@ def is_empty(value: Any) -> bool:
     return any(type(value) is type(empty) and value == empty for empty in _EMPTY)
 
 
-def file_stem(name: str) -> str:
+def model_name(name: str) -> str:
     """Return the name of a file of any system, without folders and without the suffix of a weight file."""
     return re.sub(r"\.(safetensors|ckpt|pt|bin|pth|gguf)$", "", PureWindowsPath(name).name, flags=re.I)
 
 
-def shown(value: Any) -> str:
+def in_words(value: Any) -> str:
     """Format a value for a sentence: text as it is, anything else as JSON, on one line."""
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -143,4 +143,5 @@ def shown(value: Any) -> str:
 def shortened(text: str) -> str:
     """Cut a text to what a sentence can hold, on one line."""
     line = " ".join(text[: 2 * _MAX_SHOWN].split())
+    line = "".join(one if one.isprintable() else "?" for one in line)  # no control sequences of a stranger's
     return line if len(line) <= _MAX_SHOWN else line[: _MAX_SHOWN - 1] + "…"

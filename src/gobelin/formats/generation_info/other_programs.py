@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gobelin.formats.generation_info.a1111 import A1111_SAMPLERS
-from gobelin.formats.generation_info.draft import Draft, GenerationInfo, as_number, is_empty, shown
+from gobelin.formats.generation_info.draft import Draft, GenerationInfo, as_number, is_empty, in_words
 from gobelin.prompt_weighting import PromptSyntax
 
 Values = dict[str, Any]
@@ -185,7 +185,7 @@ _EASY_DIFFUSION = _Program(
     harmless=("Software", "XML:com.adobe.xmp", "exif:UserComment", "Comment"),
 )
 _OWN_WEIGHTS = re.compile(r"[()\[\]]|\+\+|--|\w[+-](?:\s|$)")  # compel's
-_TAG = re.compile(r"<(\w+)[^<>]*>")
+_TAG = re.compile(r"<(\w++)[^<>]*+>")
 _PARTS = ("segment", "object", "region", "refiner", "base", "extend", "video", "clear")  # what follows is theirs
 
 
@@ -196,7 +196,7 @@ def parse_fooocus(content: Values, samplers: Collection[str]) -> GenerationInfo:
         texts = values.get(full)
         if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
             values[ours] = ", ".join(texts)  # as Fooocus itself writes them in AUTOMATIC1111's form
-    if found := re.fullmatch(r"\((\d{1,5}), (\d{1,5})\)", shown(values.get("resolution", ""))):
+    if found := re.fullmatch(r"\((\d{1,5}), (\d{1,5})\)", in_words(values.get("resolution", ""))):
         values["width"], values["height"] = found[1], found[2]
     loras = [name for name in values if name.startswith("lora_combined_")]
     if values.get("loras"):
@@ -277,7 +277,7 @@ def parse_dream(text: str, samplers: Collection[str]) -> GenerationInfo:
 def parse_draw_things(content: Values, samplers: Collection[str]) -> GenerationInfo:
     """Parse Draw Things' JSON of an XMP's UserComment."""
     values = dict(content)
-    if found := re.fullmatch(r"(\d{1,5})x(\d{1,5})", shown(values.get("size", ""))):
+    if found := re.fullmatch(r"(\d{1,5})x(\d{1,5})", in_words(values.get("size", ""))):
         values["width"], values["height"] = found[1], found[2]
     draft = _draft(_DRAW_THINGS, values, samplers)
     second = values.get("v2")
@@ -293,7 +293,7 @@ def parse_easy_diffusion(content: Values, samplers: Collection[str]) -> Generati
     """Parse Easy Diffusion's settings, of text chunks or JSON, by either of its two sets of names."""
     values = {_EASY_DIFFUSION_TEXT.get(name, name): value for name, value in content.items()}
     skip = values.pop("clip_skip", False)
-    values["clip_skip"] = {"true": 1, "false": 0, "none": 0}.get(shown(skip).lower(), skip)
+    values["clip_skip"] = {"true": 1, "false": 0, "none": 0}.get(in_words(skip).lower(), skip)
     return _draft(_EASY_DIFFUSION, values, samplers).finished()
 
 
@@ -315,7 +315,7 @@ def _draft(program: _Program, values: Values, samplers: Collection[str]) -> Draf
     for ours in ("clip_skip", "guidance_rescale"):
         if not is_empty(value := values.get(names.get(ours, ""))):
             draft.take_number(ours, value, names[ours])
-    named, schedule = (shown(values.get(names.get(one, ""), "") or "") for one in ("sampler", "schedule"))
+    named, schedule = (in_words(values.get(names.get(one, ""), "") or "") for one in ("sampler", "schedule"))
     draft.take_sampler(*program.samplers.get(named, (named, schedule)))
     draft.take_model(values.get(names["model"]))
     known = {*names.values(), *program.harmless}
@@ -328,8 +328,8 @@ def _split_invokeai_prompt(text: Any) -> Values:
     """Split a prompt of InvokeAI's first versions: what stands in square brackets is negative."""
     if not isinstance(text, str):
         return {"positive_prompt": text, "negative_prompt": None}
-    negative = " ".join(re.findall(r"\[([^\]]*)\]", text))
-    positive = re.sub(" +", " ", re.sub(r"\[[^\]]*\]", " ", text)) if negative else text
+    negative = " ".join(re.findall(r"\[([^\[\]]*)\]", text))
+    positive = re.sub(" +", " ", re.sub(r"\[[^\[\]]*\]", " ", text)) if negative else text
     return {"positive_prompt": positive, "negative_prompt": negative}
 
 
@@ -347,4 +347,4 @@ def _without_tags(prompt: str, asked: list[str]) -> str:
 def _listed(value: Any) -> list[str]:
     """Return a list that is one, or a text with commas."""
     parts = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else []
-    return [shown(part).strip() for part in parts]
+    return [in_words(part).strip() for part in parts]
