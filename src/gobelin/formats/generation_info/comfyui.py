@@ -44,6 +44,7 @@ _HARMLESS = {
     *("Reroute", _CLIP_SKIP, _ZERO_OUT),
     *_CONSTANTS,
 }
+_SIDES = {0: "positive", 1: "negative"}  # outputs of nodes that pass on both conditionings
 # Inputs that a conditioning goes through, in the order in which they are followed.
 _CONDITIONING = ("conditioning", "conditioning_1", "conditioning_to")
 _PROMPTS = {"positive": "prompt", "negative": "negative_prompt"}
@@ -216,7 +217,7 @@ class _Graph:
             if kind == "Reroute":
                 value = self._rerouted(linked)
             elif "positive" in inputs and "negative" in inputs:
-                value = inputs.get({0: "positive", 1: "negative"}.get(_output(value), ""))
+                value = inputs.get(_SIDES.get(_output(value), ""))
             else:
                 value = next((inputs[one] for one in _CONDITIONING if one in inputs), None)
         draft.say(f"the {name} prompt, which is not plain text")
@@ -225,7 +226,7 @@ class _Graph:
     def _clip_layer(self, link: Any) -> int | str:
         """Return the layer from the end at which CLIP stops; -1, the last, where no node says one."""
         found = self._follow(link, ("clip",), (_CLIP_SKIP,))
-        if found is None or self.kinds[found] != _CLIP_SKIP:
+        if found is None:
             return -1
         layer = self._plain(self.inputs[found].get("stop_at_clip_layer"))
         return layer if isinstance(layer, int) else in_words(layer)
@@ -240,7 +241,7 @@ class _Graph:
     def _take_size(self, draft: Draft, sampler: dict[str, Any]) -> str | None:
         """Take width and height; returns the name of the node with the empty latents."""
         name = self._follow(sampler.get("latent_image"), (), (_EMPTY_LATENTS,))
-        if name is None or self.kinds[name] != _EMPTY_LATENTS:
+        if name is None:
             draft.say("the init image")
             return None
         for one in ("width", "height"):
@@ -261,6 +262,6 @@ class _Graph:
             draft.say(f"a {kind}" + (f" ({said})" if said else ""))
 
 
-def _output(link: Any) -> int | None:
-    """Return the number of the output that a link comes from."""
-    return link[1] if isinstance(link, list) and len(link) == 2 and isinstance(link[1], int) else None
+def _output(link: Any) -> int:
+    """Return the number of the output that a link comes from; -1 for none."""
+    return link[1] if isinstance(link, list) and len(link) == 2 and isinstance(link[1], int) else -1

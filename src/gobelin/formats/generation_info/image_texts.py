@@ -81,7 +81,7 @@ class _UndecodableError(Exception):
 
 
 def _texts(image: Image.Image) -> dict[str, str]:
-    texts = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+    texts = {str(name): str(text) for name, text in image.info.items() if isinstance(text, str)}
     if isinstance(comment := image.info.get("comment"), bytes):
         texts.setdefault("Comment", comment.decode("utf-8", "replace").strip("\0"))
     for name, text in _exif_texts(image).items():

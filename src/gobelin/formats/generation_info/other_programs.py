@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gobelin.formats.generation_info.a1111 import A1111_SAMPLERS
-from gobelin.formats.generation_info.draft import Draft, GenerationInfo, as_number, is_empty, in_words
+from gobelin.formats.generation_info.draft import Draft, GenerationInfo, as_number, in_words, is_empty
 from gobelin.prompt_weighting import PromptSyntax
 
 Values = dict[str, Any]
