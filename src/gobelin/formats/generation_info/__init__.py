@@ -108,15 +108,15 @@ def _read_graph(texts: dict[str, str], samplers: Collection[str]) -> GenerationI
 
 def _read_text(text: str, texts: dict[str, str], samplers: Collection[str]) -> GenerationInfo | None:
     """Read a text whose program only its content tells; None for one of no program that is known."""
-    if is_a1111_text(text):
-        return parse_a1111_parameters(text, samplers)
     try:
         content = parse_json(text, "its text") if text.startswith("{") else {}
     except ModelError:
-        return None
+        content = {}  # AUTOMATIC1111's prompts may begin so
+    if not content:
+        return parse_a1111_parameters(text, samplers) if is_a1111_text(text) else None
     if "novelai" in in_words(content.get("Software", "")).lower() or "v4_prompt" in content:
         raise DataError(_NOVELAI)
-    if content and texts.get("fooocus_scheme") == "fooocus":
+    if texts.get("fooocus_scheme") == "fooocus":
         return parse_fooocus(content, samplers)
     if is_comfyui_graph(content):
         return parse_comfyui_graph(content, samplers)
