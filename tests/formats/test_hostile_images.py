@@ -172,7 +172,7 @@ MANY = 20_000
         json.dumps(
             {
                 str(number): {"class_type": "KSampler", "inputs": {"latent_image": [str(number + 1), 0]}}
-                for number in range(19_000)
+                for number in range(9_900)
             }
         ),
         json.dumps(

@@ -49,7 +49,7 @@ _SIDES = {0: "positive", 1: "negative"}  # outputs of nodes that pass on both co
 _CONDITIONING = ("conditioning", "conditioning_1", "conditioning_to")
 _PROMPTS = {"positive": "prompt", "negative": "negative_prompt"}
 _NUMBERS = {"steps": "steps", "cfg": "guidance"}
-_MAX_NODES = 20_000  # graphs of people have some hundred
+_MAX_NODES = 10_000  # graphs of people have some hundred
 _MAX_INPUTS = 8  # said of a node
 _MAX_FOLLOWED = 1_000  # nodes in a row
 _USUAL = {"denoise": 1, "start_at_step": 0, "add_noise": "enable", "return_with_leftover_noise": "disable"}
@@ -59,7 +59,7 @@ _PICTURES = ("images", "image", "samples", "latent_image", "latent", "pixels", "
 def parse_comfyui_graph(graph: dict[str, Any], samplers: Collection[str]) -> GenerationInfo:
     """Parse ComfyUI's graph: the settings of the sampler that begins the image, and what else leads to the image.
 
-    Raises :class:`DataError` for a graph without a KSampler, and for one of more than 20,000 nodes.
+    Raises :class:`DataError` for a graph without a KSampler, and for one of more than 10,000 nodes.
     """
     return _Graph(graph).read(samplers)
 

@@ -8,6 +8,7 @@ Layouts: EXIF's UserComment as piexif (``helper.py``) and ImageSharp write it; t
 import html
 import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,11 @@ def _exif_texts(image: Image.Image) -> dict[str, str]:
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return {}  # Pillow would decode the pixels to look for it
     try:
-        exif = image.getexif()
-        tags: dict[int, Any] = dict(exif)
-        tags |= dict(exif.get_ifd(_EXIF_IFD))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of EXIF that is cut off
+            exif = image.getexif()
+            tags: dict[int, Any] = dict(exif)
+            tags |= dict(exif.get_ifd(_EXIF_IFD))
     except _BROKEN_EXIF:
         return {}
     texts: dict[str, str] = {}

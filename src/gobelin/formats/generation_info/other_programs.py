@@ -313,9 +313,10 @@ def _draft(program: _Program, values: Values, samplers: Collection[str]) -> Draf
     for ours in ("steps", "guidance", "seed", "width", "height"):
         draft.take_number(ours, values.get(names[ours]), names[ours])
     for ours in ("clip_skip", "guidance_rescale"):
-        if not is_empty(value := values.get(names.get(ours, ""))):
+        if ours in names and not is_empty(value := values.get(names[ours])):
             draft.take_number(ours, value, names[ours])
-    named, schedule = (in_words(values.get(names.get(one, ""), "") or "") for one in ("sampler", "schedule"))
+    named = in_words(values.get(names["sampler"]) or "")
+    schedule = in_words(values.get(names["schedule"]) or "") if "schedule" in names else ""
     draft.take_sampler(*program.samplers.get(named, (named, schedule)))
     draft.take_model(values.get(names["model"]))
     known = {*names.values(), *program.harmless}
