@@ -107,18 +107,25 @@ def parse_a1111_parameters(
     draft.settings["negative_prompt"] = negative[0].strip() if negative else ""
     for name, ours in _NUMBERS.items():
         draft.take_number(ours, fields.pop(name, None), name)
-    if found := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", in_words(fields.get("Size", ""))):
+    size = in_words(fields.get("Size", ""))
+    if found := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size):
         draft.settings["width"], draft.settings["height"] = int(found[1]), int(found[2])
-    skip = as_number(fields.pop("Clip skip", fields.pop("CLIP skip", "1")), int)
-    if skip is not None:
+    elif size:
+        draft.say("Size", size)
+    skipped = fields.pop("Clip skip", fields.pop("CLIP skip", "1"))
+    if (skip := as_number(skipped, int)) is not None:
         draft.settings["clip_skip"] = max(0, int(skip) - 1)
+    else:
+        draft.say("Clip skip", skipped)
     _take_civitai(draft, fields)
     if "Model" in fields:
         draft.take_model(fields.pop("Model"))
     named = in_words(fields.pop("Sampler", ""))
     said_schedule = in_words(fields.pop("Schedule type", fields.pop("Scheduler", "")))
     name = named.removesuffix(" Karras")
-    if name:
+    if not name:
+        draft.say("no Sampler")
+    else:
         draft.take_sampler(A1111_SAMPLERS.get(name, name), "Karras" if name != named else said_schedule)
     for name, value in fields.items():
         if name not in _HARMLESS and value not in _USUAL.get(name, ()):
