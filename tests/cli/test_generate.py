@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,6 +199,23 @@ def test_a_prompt_over_time_of_another_tool_is_refused_unless_read_as_text(gobel
     assert status == 0, err
     assert "was painted by v1-5: give --model to use that one" in err
     assert read_png_settings(tmp_path / "out" / out.strip().rpartition("/")[2])["prompt"] == prompt
+
+
+def test_a_jpeg_of_another_tool_is_painted_and_what_is_missing_is_said(gobelin, refused, tmp_path):
+    text = "a circle\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 4, Size: 64x64, VAE: mse"
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.jpg", exif=exif)
+    status, out, err = gobelin("generate", "--from", tmp_path / "other.jpg", "--out", tmp_path / "out")
+    assert status == 0, err
+    assert "other.jpg cannot be repeated exactly: VAE: mse" in err
+    expected = {"prompt": "a circle", "steps": 2, "sampler": "euler", "guidance": 3, "seed": 4, "width": 64}
+    assert expected.items() <= read_png_settings(Path(out.strip())).items()
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.jpg", comment=b'{"Software": "NovelAI", "prompt": "a cat"}')
+    status, sentence = refused("generate", "--from", tmp_path / "other.jpg", "--out", tmp_path / "none")
+    assert status == 1
+    assert "other.jpg: its text says that NovelAI made it" in sentence
 
 
 def test_an_init_image_is_turned_as_its_exif_says(gobelin, trained, tmp_path):
