@@ -1,6 +1,9 @@
 """The tokenizer against transformers' CLIPTokenizer, over the folder that ours saves."""
 
 import json
+import random
+import re
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.conftest import sentence_of
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
@@ -260,3 +264,216 @@ def test_words_that_are_not_there_are_said(roomy: Tokenizer, key, message: str) 
     with pytest.raises(UsageError, match=message) as raised:
         found.tokens(key)
     assert "\n" not in str(raised.value)
+
+
+NEW = 600  # the first number beyond the vocabulary
+
+
+def as_tokenizer_json(folder: Path, added: list[dict]) -> None:
+    """Put ``tokenizer.json`` in the place of the vocabulary's two files, as transformers 5 saves."""
+    file = folder / "tokenizer.json"
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    theirs.backend_tokenizer.save(str(file))
+    content = json.loads(file.read_text())
+    content["added_tokens"] += added
+    file.write_text(json.dumps(content))
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+
+
+def rewrite_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | fields))
+
+
+def flags(content: str, **said: bool) -> dict:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    return {"content": content, **plain, **said}
+
+
+def decoder(*tokens: dict) -> dict:
+    markers = [flags(BOS, normalized=False, special=True), flags(EOS, normalized=False, special=True)]
+    return {str(NEW - 2 + place): token for place, token in enumerate((*markers, *tokens))}
+
+
+ADDED = {
+    "added_tokens.json": lambda f: rewrite_json(f / "added_tokens.json", **{"<sks-cat>": NEW, "Zxq": NEW + 1}),
+    "special and numbered": lambda f: (
+        rewrite_json(f / "added_tokens.json", **{"<sks-cat>": NEW}),
+        rewrite_json(f / "special_tokens_map.json", additional_special_tokens=["<sks-cat>", "Zxq"]),
+    ),
+    "tokenizer.json": lambda f: as_tokenizer_json(
+        f, [flags("<sks-cat>") | {"id": NEW}, flags("Zxq", normalized=False) | {"id": NEW + 1}]
+    ),
+    "decoder": lambda f: rewrite_json(
+        f / "tokenizer_config.json", added_tokens_decoder=decoder(flags("<sks-cat>"), flags("Zxq"))
+    ),
+    "decoder and others, which do not count": lambda f: (
+        rewrite_json(f / "tokenizer_config.json", added_tokens_decoder=decoder(flags("<sks-cat>"))),
+        rewrite_json(f / "added_tokens.json", Zxq=NEW + 7),
+    ),
+    "decoder beside tokenizer.json": lambda f: (
+        as_tokenizer_json(f, [flags("<sks-cat>", normalized=False) | {"id": NEW}]),
+        rewrite_json(f / "tokenizer_config.json", added_tokens_decoder=decoder(flags("<sks-cat>", lstrip=True))),
+    ),
+    "single words": lambda f: rewrite_json(
+        f / "tokenizer_config.json",
+        added_tokens_decoder=decoder(flags("zxq", single_word=True), flags("<sks-cat>", normalized=False, rstrip=True)),
+    ),
+    "a marker that is normalised": lambda f: rewrite_json(
+        f / "tokenizer_config.json", added_tokens_decoder={str(NEW - 1): flags(EOS, special=True)} | {}
+    ),
+    "special tokens as objects": lambda f: rewrite_json(
+        f / "special_tokens_map.json", bos_token=flags(BOS), eos_token=flags(EOS, lstrip=True), pad_token=EOS
+    ),
+    "objects in the configuration": lambda f: (
+        (f / "special_tokens_map.json").unlink(),
+        rewrite_json(
+            f / "tokenizer_config.json",
+            eos_token=flags(EOS, rstrip=True) | {"__type": "AddedToken"},
+            extra_special_tokens=["zxq"],
+        ),
+    ),
+    "a word of the vocabulary": lambda f: rewrite_json(f / "special_tokens_map.json", mask_token="red</w>"),
+}
+TEXTS = [
+    "<sks-cat>",
+    "a <sks-cat> in red",
+    "red <sks-cat>",
+    "<sks-cat><sks-cat> x",
+    "a<sks-cat>b",
+    "<SKS-CAT>, <Sks-Cat>!",
+    "zxq Zxq ZXQ zxqs rezxq zxq, (zxq) zxq1",
+    f"{BOS} a {EOS} b {EOS.upper()}c",
+    "red</w> square",
+    "  <sks-cat>  \n zxq\t",
+    "",
+]
+
+
+@pytest.fixture(params=ADDED)
+def with_added(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Path:
+    """The folder with tokens added in one of the ways that files have."""
+    copy = tmp_path / "added"
+    shutil.copytree(folder, copy)
+    ADDED[request.param](copy)
+    return copy
+
+
+def test_added_tokens_are_those_of_transformers_wherever_files_have_them(with_added: Path, tmp_path: Path) -> None:
+    theirs, ours = CLIPTokenizer.from_pretrained(with_added), Tokenizer.from_pretrained(with_added)
+    ours.save_pretrained(tmp_path / "again")
+    theirs_again = CLIPTokenizer.from_pretrained(tmp_path / "again")
+    ours_again = Tokenizer.from_pretrained(tmp_path / "again")
+    drawn = random.Random(0)
+    parts = [*" ".join(TEXTS).split(" "), " ", "", "é"]
+    for text in [*TEXTS, *("".join(drawn.choices(parts, k=5)) for _ in range(300))]:
+        expected = theirs(text, padding="max_length", truncation=True).input_ids
+        assert ours(text).tolist() == [expected], text
+        assert theirs_again(text, padding="max_length", truncation=True).input_ids == expected, text
+        assert ours_again(text).tolist() == [expected], text
+    assert ours.vocab == theirs.get_vocab() == ours_again.vocab
+
+
+def test_an_added_token_is_one_word(with_added: Path) -> None:
+    ours = Tokenizer.from_pretrained(with_added)
+    if "<sks-cat>" in ours.vocab:
+        found = ours.words("a red <sks-cat>, and <sks-cat>")
+        assert [span.word for span in found.spans] == ["a", "red", "sks-cat", "and", "sks-cat"]
+        assert found.tokens("<sks-cat>") == found.tokens("sks-cat")
+        assert len(found.tokens("<sks-cat>")) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("added_tokens.json", {"<x>": NEW + 5}, "'<x>' has the number 605, and transformers gives it 600"),
+        ("added_tokens.json", {"red</w>": NEW}, r"'red</w>' has the number 600, and transformers gives it \d+"),
+        ("added_tokens.json", {"<x>": -1}, "the number of an added token is -1"),
+        ("added_tokens.json", {"<x>": 10**30}, "the number of an added token is 10"),
+        ("added_tokens.json", {"<x>": True}, "the number of an added token is True"),
+        ("added_tokens.json", {"x" * 1001: NEW}, "expected text of 1 to 1,000 characters"),
+        ("added_tokens.json", {"": NEW}, "expected text of 1 to"),
+        ("added_tokens.json", {"\ud800": NEW}, "expected text of 1 to"),
+        ("added_tokens.json", {str(one): NEW + one for one in range(10_001)}, "has 10,001 added tokens"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"added_tokens_decoder is \[1\], expected an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": flags("a")}}, "the number of an added token is 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"600": 3}}, "an added token is 3"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"600": flags("a") | {"lstrip": 1}}}, "lstrip of 'a' is 1"),
+        ("tokenizer_config.json", {"extra_special_tokens": 7}, "its added tokens are 7, expected a list"),
+        ("special_tokens_map.json", {"pad_token": "!"}, "pad_token is '!', and a CLIP tokenizer's is"),
+        ("special_tokens_map.json", {"bos_token": {"content": "<s>"}}, "bos_token is '<s>'"),
+    ],
+)
+def test_added_tokens_that_mean_nothing_are_refused(
+    file: str, fields: dict, message: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    rewrite_json(tmp_path / file, **fields)
+    said = sentence_of(lambda: Tokenizer.from_pretrained(tmp_path))
+    assert said is not None
+    assert re.search(message, said)
+    assert str(tmp_path) in said
+
+
+def test_marks_of_byte_order_are_read_and_pointers_of_git_are_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name in ("merges.txt", "vocab.json", "tokenizer_config.json"):
+        file = tmp_path / name
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert torch.equal(Tokenizer.from_pretrained(tmp_path)(CORPUS), Tokenizer.from_pretrained(folder)(CORPUS))
+    for name in ("merges.txt", "vocab.json"):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+            Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("written", ["EasyNegative", "easynegative", "EASYNEGATIVE", "easyNegative,", "(easynegative)"])
+@pytest.mark.parametrize("around", ["a red {} x", "{}", "{} red", "red,{}", "red {}2", "red -{}-"])
+def test_a_word_that_was_learned_is_found_in_any_case(tokenizer: Tokenizer, written: str, around: str) -> None:
+    learning = Tokenizer(tokenizer.vocab, tokenizer.merges, max_length=77)
+    learning.add_word("EasyNegative", [700, 701])
+    text = around.format(written)
+    plain = [token.id for token in tokenizer.tokens(text.replace(written.strip("(),"), " "))]
+    learned = [token.id for token in learning.tokens(text)]
+    assert [one for one in learned if one < 700] == plain
+    assert [one for one in learned if one >= 700] == [700, 701]
+    (span,) = learning.words(text).find("easynegative")
+    assert span.word == written.strip("(),")
+
+
+@pytest.mark.parametrize("text", ["easynegatives", "uneasynegative", "easy negative", "easynegativ", "easynegativé"])
+def test_other_words_are_not_the_learned_one(tokenizer: Tokenizer, text: str) -> None:
+    learning = Tokenizer(tokenizer.vocab, tokenizer.merges, max_length=77)
+    learning.add_word("EasyNegative", [700])
+    learning.add_word("easynegativ\u0065\u0301x", [701])
+    assert [one.id for one in learning.tokens(text)] == [one.id for one in tokenizer.tokens(text)]
+
+
+def test_the_longest_learned_word_counts_and_any_form_of_it(tokenizer: Tokenizer) -> None:
+    learning = Tokenizer(tokenizer.vocab, tokenizer.merges, max_length=77)
+    for number, word in enumerate(("bad-hands", "bad-hands-5", "My Style, v2", "étoile-1", "***", "<cat>", "İx")):
+        learning.add_word(word, [700 + number])
+    for text, ids, words in (
+        ("bad-hands-5 Bad-Hands bad-hands-6", [701, 700, 700], ["bad-hands-5", "Bad-Hands", "bad-hands", "6"]),
+        ("a my  style,\nV2!", [702], ["a", "my  style,\nV2"]),
+        ("e\u0301toile-1", [703], ["e\u0301toile-1"]),
+        ("***, <CAT>", [704, 705], ["***", "CAT"]),
+    ):
+        found = learning.words(text)
+        assert [token.id for token in learning.tokens(text) if token.id >= 700] == ids
+        assert [span.word for span in found.spans] == words
+        assert found.find(words[-1]) == [found.spans[-1]]
+    assert learning.words("my style, v2").has("My style v2")
+    assert not learning.words("my style, v2").has("style")
+    learning.remove_word("My Style, v2")
+    assert [span.word for span in learning.words("my style, v2").spans] == ["my", "style", "v2"]
+
+
+@pytest.mark.parametrize("word", ["", "  ", "red", "RED", BOS, "x" * 1001, "easynegative"])
+def test_words_that_cannot_be_learned_are_refused(tokenizer: Tokenizer, word: str) -> None:
+    learning = Tokenizer(tokenizer.vocab, tokenizer.merges, max_length=77)
+    learning.add_word("EasyNegative", [700])
+    said = sentence_of(lambda: learning.add_word(word, [701]))
+    assert said is not None
+    assert "renaming its file or as token=" in said or "characters" in said

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Int
@@ -20,16 +20,22 @@ from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.files import read_json, write_json, write_text
-from gobelin.validation import validated
+from gobelin.formats.files import read_json, read_text, write_json, write_text
+from gobelin.validation import shown, validated
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 WORD_END = "</w>"
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _BETWEEN_SEPARATORS = re.compile(r"[^\s,;|()\[\]{}<>\"“”„«»，。、；：！？（）「」]+")
+_LETTER, _MARK = r"[^\W\d_]", r"[\u0300-\u036f]"  # marks follow the letter that they change
 UNLIMITED = 10**6  # transformers writes 10³⁰ where no length was set
 MIN_VOCABULARY = 2 * 256 + 2
 MERGES_HEADER = "#version: 0.2"
+MOST_ADDED = 10_000  # tokens, whose table is read in a fraction of a second; trained words are a few
+_LONGEST_ADDED = 1000  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +50,15 @@ class WordSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token of a text: its id, and its characters ``text[start:end]``."""
+    """A token of a text: its id, and its characters ``text[start:end]``.
+
+    ``whole`` says that these are one word, whatever is in them: one that was added.
+    """
 
     id: int
     start: int
     end: int
+    whole: bool = False
 
     def shifted(self, by: int) -> "Token":
         """Return the token with its characters ``by`` places further on."""
@@ -110,19 +120,25 @@ class Words:
                 raise UsageError(f"there is no word number {key}: the prompt has {len(self)}, {there}")
             return [self.spans[key]]
         phrase, occurrence = (key, None) if isinstance(key, str) else key
-        wanted = [text.lower() for text, _, _ in split_words(phrase)]
-        spoken = [span.word.lower() for span in self.spans]
-        starts = [start for start in range(len(self)) if wanted and spoken[start : start + len(wanted)] == wanted]
-        if not starts:
+        wanted = _parts(phrase)
+        found: list[tuple[WordSpan, ...]] = []
+        spoken = [_parts(span.word) for span in self.spans]
+        for start in range(len(self)):
+            parts, end = [], start
+            while end < len(self) and len(parts) < len(wanted):
+                parts, end = parts + spoken[end], end + 1
+            if parts == wanted:
+                found.append(self.spans[start:end])
+        if not found:
             raise UsageError(f"{phrase!r} is not in the prompt, whose words are {there}")
         if occurrence is not None:
-            if not -len(starts) <= occurrence < len(starts):
+            if not -len(found) <= occurrence < len(found):
                 raise UsageError(
-                    f"{phrase!r} occurs {len(starts)} times in the prompt: there is no number {occurrence} of it, "
+                    f"{phrase!r} occurs {len(found)} times in the prompt: there is no number {occurrence} of it, "
                     "the first being 0"
                 )
-            starts = [starts[occurrence]]
-        return [span for start in starts for span in self.spans[start : start + len(wanted)]]
+            found = [found[occurrence]]
+        return [span for spans in found for span in spans]
 
     def has(self, key: Word) -> bool:
         """Tell whether the prompt has a word."""
@@ -159,6 +175,11 @@ def split_words(text: str, borders: Collection[int] = ()) -> Iterator[tuple[str,
                 yield text[start:end], start, end
 
 
+def _parts(phrase: str) -> list[str]:
+    """List the words of a phrase in lower case; one of signs alone, as an added word may be, is itself."""
+    return [text.lower() for text, _, _ in split_words(phrase)] or [phrase.strip().lower()]
+
+
 def _is_spoken(character: str) -> bool:
     """Tell letters, marks and numbers from punctuation and symbols; emoji count as words."""
     return unicodedata.category(character)[0] in "LMN" or unicodedata.category(character) == "So"
@@ -167,18 +188,35 @@ def _is_spoken(character: str) -> bool:
 class Tokenizer:
     """A byte-pair tokenizer of CLIP's kind, loaded from ``vocab.json`` and ``merges.txt`` or trained on texts."""
 
-    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], max_length: int = 77):
-        if missing := [token for token in (BOS, EOS) if token not in vocab]:
-            raise ModelError(f"the vocabulary lacks {missing[0]!r}: it is not a CLIP tokenizer's")
-        self.vocab = vocab
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        max_length: int = 77,
+        added: Sequence[AddedToken] = (),
+    ):
+        """Make the tokenizer of a vocabulary, its merges, and what is ``added`` to it, in that order.
+
+        What is added is found in a text before anything else, as transformers' ``CLIPTokenizer`` finds it, and has the
+        next free ids; ``vocab`` holds it afterwards.
+        """
         self.merges = list(merges)
         self.max_length = max_length
         try:
             self._engine = _engine(models.BPE(vocab, self.merges, end_of_word_suffix=WORD_END, unk_token=EOS))
+            said = [token.content for token in added]
+            plain = [AddedToken(token, special=True) for token in (BOS, EOS) if token in vocab and token not in said]
+            self._engine.add_tokens([*plain, *added])  # of a token that comes twice, the last one's flags count
         except Exception as error:  # the library's own, of no particular type
-            raise ModelError(f"the vocabulary and the merges do not make a tokenizer: {error}") from error
-        self._engine.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS)])
-        self._meanings: dict[int, tuple[int, ...]] = {}
+            what = " ".join(str(error)[:200].split())
+            raise ModelError(f"the vocabulary and the merges do not make a tokenizer: {what}") from error
+        self._added = self._engine.get_added_tokens_decoder()
+        self._own = vocab
+        self.vocab = vocab | {token.content: number for number, token in self._added.items()}
+        _refuse_other_kinds(self.vocab)
+        self._learned: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, str] = {}
+        self._find_learned()
 
     @property
     def eos(self) -> int:
@@ -210,58 +248,111 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read ``vocab.json``, ``merges.txt`` and, for the length, ``tokenizer_config.json``.
+        """Read a tokenizer's folder as transformers' ``CLIPTokenizer`` does (``tokenization_utils_base.py``).
 
-        Without the first two, ``tokenizer.json`` is read, which is all that newer transformers write.
+        The vocabulary and the merges are those of ``tokenizer.json`` where there is one, and of ``vocab.json`` and
+        ``merges.txt`` where not; added tokens stand in ``tokenizer_config.json``, or in ``special_tokens_map.json``,
+        ``added_tokens.json`` and ``tokenizer.json``. Raises :class:`ModelError` that names the file and what is wrong.
         """
         folder = Path(folder)
         config = folder / "tokenizer_config.json"
-        length = read_json(config).get("model_max_length", 77) if config.is_file() else 77
+        said = read_json(config) if config.is_file() else {}
+        length = said.get("model_max_length", 77)
         if not isinstance(length, int) or length < 3:
             raise ModelError(f"{config}: model_max_length is {length!r}, expected 3 tokens or more")
         length = length if length < UNLIMITED else 77
-        if not (folder / "merges.txt").exists() and (folder / "tokenizer.json").exists():
-            return cls(*_from_tokenizer_json(folder / "tokenizer.json"), length)
-        merges_file = folder / "merges.txt"
+        if (folder / "tokenizer.json").is_file():
+            source = str(folder / "tokenizer.json")
+            vocab, merges = _from_tokenizer_json(folder / "tokenizer.json")
+        else:
+            source = f"{folder / 'vocab.json'} with merges.txt"
+            merges = _read_merges(folder / "merges.txt")
+            vocab = read_json(folder / "vocab.json")
+        added, ids = _read_added(folder, said)
         try:
-            lines = merges_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{merges_file} cannot be read: {error}") from error
-        lines = [line for line in lines if line.strip() and not line.startswith("#version")]
-        if bad := [line for line in lines if len(line.split()) != 2]:
-            raise ModelError(f"{merges_file}: {bad[0]!r} is not a pair of symbols")
-        merges = [(left, right) for left, right in map(str.split, lines)]
-        return cls(read_json(folder / "vocab.json"), merges, length)
+            _refuse_other_kinds({*vocab, *ids})
+            tokenizer = cls(vocab, merges, length, added)
+        except ModelError as error:
+            raise ModelError(f"{source}: {error}") from error
+        for content, (number, where) in ids.items():
+            if tokenizer.vocab[content] != number:
+                raise ModelError(
+                    f"{where}: {shown(content)} has the number {number}, and transformers gives it "
+                    f"{tokenizer.vocab[content]}: which row of the text encoder was trained for it cannot be told"
+                )
+        return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that transformers' ``CLIPTokenizer`` reads."""
-        if self._meanings:
+        if self._learned:
             raise UsageError("words were added to this tokenizer, which its files have no place for: save without them")
         folder = Path(folder)
-        write_json(folder / "vocab.json", self.vocab)
+        write_json(folder / "vocab.json", self._own)
         lines = [MERGES_HEADER, *(" ".join(pair) for pair in self.merges)]
         write_text(folder / "merges.txt", "\n".join(lines) + "\n")
-        special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-        write_json(folder / "special_tokens_map.json", special)
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length}
-        write_json(folder / "tokenizer_config.json", {**config, **special})
+        write_json(folder / "special_tokens_map.json", _SPECIAL)
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, **_SPECIAL}
+        plain = [AddedToken(token, special=True) for token in (BOS, EOS)]
+        if any(token not in plain for token in self._added.values()):
+            config["added_tokens_decoder"] = {
+                str(number): {"content": token.content, **{flag: getattr(token, flag) for flag in _FLAGS}}
+                for number, token in sorted(self._added.items())
+            }
+            beyond = {token: number for token, number in self.vocab.items() if token not in self._own}
+            write_json(folder / "added_tokens.json", beyond)  # for programs that read no configuration
+        write_json(folder / "tokenizer_config.json", config)
 
-    def add_word(self, word: str, token_ids: Sequence[int]) -> None:
+    def add_word(self, word: str, token_ids: Sequence[int], file_name: str | None = None) -> None:
         """From now on ``word``, wherever it stands in a text, is these tokens; they are all of that word.
 
-        Raises :class:`UsageError` for a word that the tokenizer has already.
+        Case does not matter, as in AUTOMATIC1111's web UI, which compares the tokens of lower case
+        (``modules/textual_inversion/textual_inversion.py``); letters beside the word make it another one.
+        ``file_name`` is what ComfyUI calls it. Raises :class:`UsageError` for a word that the tokenizer has already.
         """
         self.refuse_known(word)
-        self._engine.add_special_tokens([AddedToken(word, single_word=True, normalized=False)])
-        spoken = self._engine.token_to_id(word)
-        assert spoken is not None
-        self._meanings[spoken] = tuple(token_ids)
+        self._learned[_folded(word)] = tuple(token_ids)
+        self._files[_folded(file_name or word)] = word
+        self._find_learned()
+
+    def remove_word(self, word: str) -> None:
+        """Take a word out again that :meth:`add_word` added."""
+        del self._learned[_folded(word)]
+        self._files = {name: one for name, one in self._files.items() if one != word}
+        self._find_learned()
+
+    @property
+    def first_free(self) -> int:
+        """The number after those of all tokens and added words."""
+        return 1 + max(max(self.vocab.values()), *(max(ids) for ids in self._learned.values()), -1)
 
     def refuse_known(self, word: str) -> None:
         """Raise :class:`UsageError` for a word that cannot be added."""
+        if len(word) > _LONGEST_ADDED:
+            raise UsageError(f"a word of {len(word):,} characters was to be added: give {_LONGEST_ADDED:,} at most")
         known = any(self._engine.token_to_id(one) is not None for one in (word, f"{word.lower()}{WORD_END}"))
-        if not word.strip() or known:
-            raise UsageError(f"{word!r} is a token already, or nothing: give another word for what is added")
+        if not word.strip() or known or _folded(word) in self._learned:
+            raise UsageError(
+                f"{word!r} is a token already, or nothing: give what is added another word, by renaming its file or as "
+                "token="
+            )
+
+    def find_by_file(self, name: str) -> str:
+        """Find the added word that ComfyUI calls ``embedding:NAME``: by its file's name, or its own.
+
+        Folders and a file's suffix are left out, and case does not matter. Raises :class:`UsageError` for none.
+        """
+        stem = re.split(r"[\\/]", name)[-1]
+        for suffix in ("", ".safetensors", ".pt", ".bin"):
+            key = _folded(stem.removesuffix(suffix))
+            if key in self._files:
+                return self._files[key]
+            if key in self._learned:
+                return stem.removesuffix(suffix)
+        there = shown(", ".join(self._files.values())) if self._files else "none"
+        raise UsageError(
+            f"the prompt has {shown(f'embedding:{name}')}, and no such embedding is loaded (loaded: {there}): give its "
+            "file to load_textual_inversion (--inversion)"
+        )
 
     def __call__(self, texts: str | Sequence[str]) -> Int[Tensor, "batch length"]:
         """Token ids, each text cut or padded to ``max_length``: BOS, the text, EOS, and EOS as padding."""
@@ -276,11 +367,37 @@ class Tokenizer:
 
     def tokens(self, text: str) -> list[Token]:
         """The tokens of a text, without BOS and EOS, however many there are."""
-        encoding = self._engine.encode(text)
+        tokens: list[Token] = []
+        start = 0
+        for found in self._pattern.finditer(text) if self._pattern else ():
+            tokens += self._plain_tokens(text, start, found.start())
+            start = found.end()
+            ids = self._by_length[(found.lastindex or 0) - 1]
+            tokens += [Token(id=one, start=found.start(), end=start, whole=True) for one in ids]
+        return tokens + self._plain_tokens(text, start, len(text))
+
+    def _find_learned(self) -> None:
+        """Compile what finds the added words in a text, the longest first, one group each.
+
+        A word that begins or ends with a letter is none beside other letters, as CLIP's pieces are of letters alone.
+        """
+        groups = []
+        words = sorted(self._learned, key=len, reverse=True)
+        for word in words:
+            forms = {word, unicodedata.normalize("NFD", word)}
+            body = "|".join(r"\s+".join(map(re.escape, form.split(" "))) for form in forms)
+            before = rf"(?<!{_LETTER})" if word[0].isalpha() else ""
+            after = rf"(?!{_LETTER}|{_MARK})" if word[-1].isalpha() else ""
+            groups.append(f"{before}({body}){after}")
+        self._by_length = [self._learned[word] for word in words]
+        self._pattern = re.compile("|".join(groups), re.IGNORECASE) if groups else None
+
+    def _plain_tokens(self, text: str, start: int, end: int) -> list[Token]:
+        """The tokens of ``text[start:end]``, in which no added word is."""
+        encoding = self._engine.encode(text[start:end])
         return [
-            Token(id=token_id, start=start, end=end)
-            for spoken, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            for token_id in self._meanings.get(spoken, (spoken,))
+            Token(id=number, start=start + first, end=start + last, whole=number in self._added)
+            for number, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
 
     def words(self, text: str) -> Words:
@@ -304,7 +421,8 @@ class Tokenizer:
             kinds.append("eos")
             kinds.extend("padding" for _ in range(self.max_length - 2 - len(chunk)))
         spans, first = [], 0
-        for word, start, end in split_words(text, borders):
+        whole = sorted({(token.start, token.end) for token, _ in placed if token.whole})
+        for word, start, end in _split_around(text, borders, whole):
             while first < len(placed) and placed[first][0].end <= start:
                 first += 1
             last = first
@@ -315,16 +433,149 @@ class Tokenizer:
         return Words(text=text, spans=tuple(spans), kinds=tuple(kinds))
 
 
+def _split_around(
+    text: str, borders: Collection[int], whole: Sequence[tuple[int, int]]
+) -> Iterator[tuple[str, int, int]]:
+    """Split a text as :func:`split_words` does, but for what is ``whole``, which is a word each."""
+    after = 0
+    for start, end in (*whole, (len(text), len(text))):
+        for word, first, last in split_words(text[after:start], [border - after for border in borders]):
+            yield word, after + first, after + last
+        after = end
+        if start < end:
+            word = text[start:end].strip()
+            spoken = [place for place, character in enumerate(word) if _is_spoken(character)] or [0, len(word) - 1]
+            first = start + text[start:end].index(word)
+            yield word[spoken[0] : spoken[-1] + 1], first + spoken[0], first + spoken[-1] + 1
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether a text has no half characters, which JSON can spell."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _folded(word: str) -> str:
+    """Fold a word's case, spaces and Unicode form, as CLIP's normaliser does."""
+    return " ".join(unicodedata.normalize("NFC", word).lower().split())
+
+
+def _refuse_other_kinds(vocab: Collection[str]) -> None:
+    """Raise :class:`ModelError` for a vocabulary without the tokens that begin and end a text."""
+    if missing := [token for token in (BOS, EOS) if token not in vocab]:
+        raise ModelError(f"the vocabulary lacks {missing[0]!r}: it is not a CLIP tokenizer's")
+
+
 def _from_tokenizer_json(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a file of the ``tokenizers`` library."""
-    content = read_json(file)
+    """Read vocabulary and merges of a file of the ``tokenizers`` library."""
+    model = read_json(file).get("model")
     try:
-        model, added = content["model"], content.get("added_tokens", [])
+        if not isinstance(model, dict) or not isinstance(model["vocab"], dict):
+            raise ValueError("no vocabulary")
         pairs = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
-        vocab = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
-        return vocab, [(left, right) for left, right in pairs]
+        return model["vocab"], [(left, right) for left, right in pairs]
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{file} is not a byte-pair tokenizer's: {error!r}") from error
+
+
+def _read_merges(file: Path) -> list[tuple[str, str]]:
+    """Read the pairs of ``merges.txt``."""
+    try:
+        lines = read_text(file).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    if bad := [pair for pair in pairs if len(pair) != 2]:
+        raise ModelError(f"{file}: {shown(' '.join(bad[0]))} is not a pair of symbols")
+    return [(left, right) for left, right in pairs]
+
+
+def _read_added(folder: Path, config: dict[str, Any]) -> tuple[list[AddedToken], dict[str, tuple[int, Path]]]:
+    """Read a folder's added tokens, in the order in which transformers adds them, and the numbers that files give.
+
+    ``added_tokens_decoder`` in the configuration is all of them where it stands there; without, they are those of
+    ``special_tokens_map.json``, ``added_tokens.json`` and ``tokenizer.json`` (``tokenization_utils_base.py``,
+    ``_from_pretrained``).
+    """
+    source = folder / "tokenizer_config.json"
+    given = {name: _added_token(config[name], source) for name in _NAMED_TOKENS if config.get(name) is not None}
+    extra = _added_list(config.get("extra_special_tokens") or config.get("additional_special_tokens"), source)
+    late: list[AddedToken] = []  # which transformers takes for special after added_tokens.json is read
+    numbered: dict[int, tuple[AddedToken, Path]] = {}
+    if "added_tokens_decoder" in config:
+        for number, token in _entries(config["added_tokens_decoder"], source):
+            numbered[_number(number, source)] = _added_token(token, source), source
+    else:
+        if (file := folder / "special_tokens_map.json").is_file():
+            content = read_json(file)
+            special = {name: content[name] for name in _NAMED_TOKENS if content.get(name) is not None}
+            given |= {name: _added_token(token, file, special=True) for name, token in special.items()}
+            extra += _added_list(content.get("extra_special_tokens"), file)
+            late = [] if extra else _added_list(content.get("additional_special_tokens"), file)
+        if (file := folder / "added_tokens.json").is_file():
+            known = [token.content for token in (*given.values(), *extra)]
+            for word, number in read_json(file).items():
+                numbered[_number(number, file)] = _added_token({"content": word}, file, special=word in known), file
+        if (file := folder / "tokenizer.json").is_file():
+            for token in _listed(read_json(file).get("added_tokens"), file):
+                number = token.get("id") if isinstance(token, dict) else None
+                numbered[_number(number, file)] = _added_token(token, file), file
+    if (count := len(numbered) + len(extra) + len(late)) > MOST_ADDED:
+        raise ModelError(f"{folder} has {count:,} added tokens: expected {MOST_ADDED:,} at most")
+    added = [token for _, (token, _) in sorted(numbered.items())]
+    by_content = {token.content: token for token in added}
+    named = {name: AddedToken(token, special=True) for name, token in _SPECIAL.items()}
+    named |= {name: by_content.get(token.content, token) for name, token in given.items()}
+    for name, expected in _SPECIAL.items():
+        if name != "unk_token" and named[name].content != expected:
+            raise ModelError(f"{folder}: {name} is {named[name].content!r}, and a CLIP tokenizer's is {expected!r}")
+    special = [*(named[name] for name in _NAMED_TOKENS if name in named), *extra, *late]
+    added += [token for token in special if token.content not in by_content]
+    return added, {token.content: (number, file) for number, (token, file) in numbered.items()}
+
+
+def _added_list(tokens: object, file: Path) -> list[AddedToken]:
+    """Read a list of special tokens."""
+    return [_added_token(token, file) for token in _listed(tokens, file)]
+
+
+def _listed(tokens: object, file: Path) -> list[Any]:
+    """Return the tokens of a list, or of an object that names them; none of nothing."""
+    tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens or []
+    if not isinstance(tokens, list):
+        raise ModelError(f"{file}: its added tokens are {shown(tokens)}, expected a list")
+    return tokens
+
+
+def _entries(table: object, file: Path) -> list[tuple[str, Any]]:
+    """Return the entries of an object."""
+    if not isinstance(table, dict):
+        raise ModelError(f"{file}: added_tokens_decoder is {shown(table)}, expected an object")
+    return list(table.items())
+
+
+def _number(given: object, file: Path) -> int:
+    """Read a token's number; an object's key is text."""
+    number = int(given) if isinstance(given, str) and re.fullmatch(r"[0-9]{1,9}", given) else given
+    if type(number) is not int or not 0 <= number < 10**9:
+        raise ModelError(f"{file}: the number of an added token is {shown(given)}, expected a whole number")
+    return number
+
+
+def _added_token(given: object, file: Path, special: bool | None = None) -> AddedToken:
+    """Make a token of what a file says of it: its text alone, which makes it special, or an object with flags.
+
+    ``special`` takes the place of that flag.
+    """
+    said = given if isinstance(given, dict) else {"content": given, "special": True}
+    content, flags = said.get("content"), {name: said[name] for name in _FLAGS if name in said}
+    flags |= {} if special is None else {"special": special}
+    if not isinstance(content, str) or not 0 < len(content) <= _LONGEST_ADDED or not _is_unicode(content):
+        raise ModelError(
+            f"{file}: an added token is {shown(content)}, expected text of 1 to {_LONGEST_ADDED:,} characters"
+        )
+    if bad := [name for name, flag in flags.items() if not isinstance(flag, bool)]:
+        raise ModelError(f"{file}: {bad[0]} of {content!r} is {shown(flags[bad[0]])}, expected true or false")
+    return AddedToken(content, **flags)
 
 
 def _engine(model: models.BPE) -> Engine:

@@ -20,7 +20,7 @@ def model(oracle_folder) -> Model:
     ("changes", "message"),
     [
         ({"max_position_embeddings": 15}, "gives more tokens than the text encoder has places"),
-        ({"vocab_size": 8}, "has tokens that the text encoder does not know"),
+        ({"vocab_size": 8}, "has '.*', and the text encoder, which knows 8 tokens"),
         ({"hidden_size": 32}, "expects text embeddings of another width"),
     ],
 )

@@ -12,6 +12,7 @@ from gobelin.settings import Settings
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet
 from gobelin.vae import VAE
+from gobelin.validation import shown
 
 NETWORKS = ("unet", "vae", "text_encoder")  # of a model, by the names of their folders
 RECOMMENDED = Settings(sampler="dpmpp_2m", steps=25, guidance=7.5, guidance_rescale=0.0)
@@ -56,14 +57,16 @@ class Model:
 
     def __post_init__(self) -> None:
         text, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
+        beyond = next((word for word, number in self.tokenizer.vocab.items() if number >= text.vocab_size), None)
         for fits, problem in (
             (
                 self.tokenizer.max_length <= text.max_position_embeddings,
                 "the tokenizer gives more tokens than the text encoder has places",
             ),
             (
-                max(self.tokenizer.vocab.values()) < text.vocab_size,
-                "the tokenizer has tokens that the text encoder does not know",
+                beyond is None,
+                f"the tokenizer has {shown(beyond)}, and the text encoder, which knows {text.vocab_size:,} tokens, has "
+                "none for it",
             ),
             (text.hidden_size == unet.cross_attention_dim, "the U-Net expects text embeddings of another width"),
             (

@@ -8,6 +8,19 @@ from pathlib import Path
 
 from gobelin.errors import ModelError
 
+_LFS_POINTER = "version https://git-lfs"
+
+
+def read_text(file: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises :class:`ModelError` for what Git leaves in the place of a large file, and the errors of reading otherwise.
+    """
+    text = file.read_text(encoding="utf-8-sig")
+    if text.startswith(_LFS_POINTER):
+        raise ModelError(f"{file} is a Git LFS pointer, which stands for the file itself: fetch that with git lfs pull")
+    return text
+
 
 def refuse_broken_link(file: Path) -> None:
     """Raise :class:`ModelError` for a link to a file that is not there, such as the Hub's cache may hold."""
@@ -19,7 +32,7 @@ def read_json(file: Path) -> dict:
     """Read the object in a JSON file; raises :class:`ModelError` that names the file where there is none."""
     refuse_broken_link(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except FileNotFoundError:
         raise ModelError(f"no file at {file}: is this a model folder?") from None
     except (OSError, ValueError) as error:
