@@ -83,6 +83,8 @@ def _quick_gelu(hidden: Tensor) -> Tensor:
 _BESIDE_TEXT = re.compile(
     r"(vision_model\.|visual_projection\.|text_projection\.|logit_scale$|(text_model\.)?embeddings\.position_ids$)"
 )
+# Of the text encoders that other families have, or have beside one of 768.
+_FAMILY_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
 _ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": F.gelu}
 
 
@@ -215,14 +217,23 @@ class TextEncoder(Component[TextEncoderConfig]):
         """
         table, config = self.text_model.embeddings.token_embedding, self.config
         if vectors.shape[-1] != config.hidden_size:
+            of = _FAMILY_BY_WIDTH.get(vectors.shape[-1], "another model")
             raise UsageError(
                 f"the vectors are {vectors.shape[-1]} wide, and this text encoder's {config.hidden_size}: they were "
-                "made for another model"
+                f"made for {of}"
             )
         grown = torch.cat([table.weight, vectors.to(table.weight)])
         self.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(grown, freeze=False)
         self.config = replace(config, vocab_size=len(grown))
         return list(range(config.vocab_size, len(grown)))
+
+    def keep_vectors(self, count: int) -> None:
+        """Keep the first ``count`` token embeddings, and drop those after them."""
+        table = self.text_model.embeddings.token_embedding
+        if count < len(table.weight):
+            kept = table.weight.detach()[:count].clone()
+            self.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(kept, freeze=False)
+            self.config = replace(self.config, vocab_size=count)
 
     def init_(self) -> Self:
         """Draw initial weights for training from scratch (CLIP's code, ``CLIP.initialize_parameters``)."""

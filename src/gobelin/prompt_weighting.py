@@ -5,9 +5,10 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gobelin.errors import UsageError
+from gobelin.validation import shown
 
 PromptSyntax = Literal["a1111", "comfyui", "none"]
 """The tool in whose meaning a prompt's weights are read; "none" reads brackets as text."""
@@ -20,17 +21,56 @@ MAX_CHARACTERS = 100_000  # read in a fraction of a second; a prompt of 64 chunk
 MAX_NESTED = 100  # brackets within each other: the reader of ComfyUI's meaning calls itself for each
 _ESCAPED = {r"\(": "\ue000", r"\)": "\ue001"}  # what stands for them while brackets are looked for
 
-# What other tools do with a prompt over time, or before it is read; none of it is words to draw.
+_IN_WORDS = "write what to draw in plain words, or give weights='none' to draw it as text"
+_TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
+
+
+class _Foreign(NamedTuple):
+    """What other tools do with a prompt over time, or before it is read, and not draw as words."""
+
+    pattern: re.Pattern[str]
+    what: str
+    where: tuple[PromptSyntax, ...] = ("a1111", "comfyui")
+    remedy: str = _IN_WORDS
+
+
+# Tags are AUTOMATIC1111's (``modules/extra_networks.py``, which takes every <word:…> out of the prompt) and SwarmUI's
+# (``docs/Features/Prompt Syntax.md``).
 _SCHEDULES = (
-    (
-        re.compile(r"\[[^\[\]]*:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s*+\]"),
-        "AUTOMATIC1111's prompt editing",
-        ("a1111", "comfyui"),
+    _Foreign(re.compile(r"\[[^\[\]]*:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s*+\]"), "AUTOMATIC1111's prompt editing"),
+    _Foreign(re.compile(r"\[[^\[\]|]*+\|[^\[\]]*+\]"), "AUTOMATIC1111's alternating words"),
+    _Foreign(re.compile(r"\bAND\b"), "AUTOMATIC1111's AND, which composes prompts", ("a1111",)),
+    _Foreign(re.compile(r"\{[^{}|]*+\|[^{}]*+\}"), "a choice of ComfyUI's dynamic prompts"),
+    _Foreign(
+        _TAG,
+        "a LoRA to load",
+        remedy="load it with load_lora (--lora FILE, or --lora-dir with the folder that it is in) and leave this out",
     ),
-    (re.compile(r"\[[^\[\]|]*+\|[^\[\]]*+\]"), "AUTOMATIC1111's alternating words", ("a1111", "comfyui")),
-    (re.compile(r"\bAND\b"), "AUTOMATIC1111's AND, which composes prompts", ("a1111",)),
-    (re.compile(r"\{[^{}|]*+\|[^{}]*+\}"), "a choice of ComfyUI's dynamic prompts", ("a1111", "comfyui")),
-    (re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), "an added network", ("a1111", "comfyui")),
+    _Foreign(
+        re.compile(r"<lyco:[^<>]*>", re.IGNORECASE),
+        "a LyCORIS network to load",
+        remedy="if it is a plain LoRA, load it with load_lora (--lora FILE), and leave this out",
+    ),
+    _Foreign(
+        re.compile(r"<hypernet:[^<>]*>", re.IGNORECASE),
+        "a hypernetwork to load",
+        remedy="leave it out, as no hypernetworks are read",
+    ),
+    _Foreign(
+        re.compile(r"<embed(?:ding)?:[^<>]*>", re.IGNORECASE),
+        "an embedding as SwarmUI writes it",
+        remedy="load its file with load_textual_inversion (--inversion), and write its name alone",
+    ),
+    _Foreign(
+        re.compile(r"<(?!(?:lora|lyco|hypernet|embed|embedding):)\w+:[^<>]*>", re.IGNORECASE),
+        "a tag of another program",
+    ),
+    _Foreign(
+        re.compile(r"(?<!\w)embedding:[^\s,()\[\]<>]+", re.IGNORECASE),
+        "an embedding as ComfyUI writes it",
+        ("a1111",),
+        "load its file with load_textual_inversion (--inversion), and write its name alone or give weights='comfyui'",
+    ),
 )
 
 
@@ -42,6 +82,47 @@ class WeightedText:
     weight: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraTag:
+    """A LoRA that a prompt asks for: the name of its file without the suffix, and its weight, 1 being as trained."""
+
+    name: str
+    weight: float
+
+
+def extract_lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
+    """Take AUTOMATIC1111's ``<lora:name:0.8>`` out of a prompt: the prompt without them, and what they ask for.
+
+    A tag without a number has weight 1 (``extensions-builtin/Lora/extra_networks_lora.py``). A second number, of the
+    U-Net, has to be the first, of the text encoder, as a LoRA has one weight here. Raises :class:`UsageError` for tags
+    with other numbers, named arguments, no name, and for a LoRA that is named twice.
+    """
+    if len(prompt) > MAX_CHARACTERS:
+        raise UsageError(f"the prompt is {len(prompt):,} characters long: give {MAX_CHARACTERS:,} at most")
+    tags: dict[str, LoraTag] = {}
+    for found in _TAG.finditer(prompt):
+        said = shown(found.group())
+        name, *numbers = (part.strip() for part in found[1].split(":"))
+        if named := [part for part in (name, *numbers) if "=" in part]:
+            raise UsageError(
+                f"the prompt has {said}, and {shown(named[0])} is not done in a tag: give one weight alone"
+            )
+        weights = [float(number) for number in numbers if _is_number(number)]
+        if not name or len(weights) < len(numbers) or len(weights) > 2 or not all(map(math.isfinite, weights)):
+            raise UsageError(f"the prompt has {said}: give a LoRA's name and a number, as in <lora:style:0.8>")
+        if len(set(weights)) > 1:
+            raise UsageError(
+                f"the prompt has {said}, with one weight for the text encoder and another for the U-Net: give the same "
+                "for both, as in <lora:style:0.8>"
+            )
+        if name in tags:
+            raise UsageError(
+                f"the prompt names the LoRA {shown(name)} twice: give it once, with the weight it should have"
+            )
+        tags[name] = LoraTag(name=name, weight=weights[0] if weights else 1.0)
+    return (_TAG.sub("", prompt).strip() if tags else prompt), tuple(tags.values())
+
+
 def parse_weights(prompt: str, syntax: PromptSyntax = "a1111") -> list[WeightedText]:
     """Parse a prompt into parts of one weight each; joined, they are the prompt without its brackets.
 
@@ -49,8 +130,8 @@ def parse_weights(prompt: str, syntax: PromptSyntax = "a1111") -> list[WeightedT
     is 1.3 times as much as what is around it, ``[x]`` 1.1 times less, and a bracket that is not closed counts to the
     end; in ComfyUI's ``(x:1.3)`` is 1.3 wherever it stands, and such a bracket is one. Raises :class:`UsageError` for a
     weight that is not a number from 0 to 100, for brackets more than 100 deep, for text that is no Unicode, and for
-    what other tools schedule over time (``[from:to:when]``, ``[a|b]``, ``AND``) or load (``<lora:name:1>``), which
-    would be drawn as words.
+    what other tools schedule over time (``[from:to:when]``, ``[a|b]``, ``AND``) or load (``<lora:name:1>``,
+    ``<embed:name>``, in AUTOMATIC1111's meaning ``embedding:name``), which would be drawn as words.
     """
     if len(prompt) > MAX_CHARACTERS:
         raise UsageError(f"the prompt is {len(prompt):,} characters long: give {MAX_CHARACTERS:,} at most")
@@ -85,22 +166,18 @@ def schedules(prompt: str, syntax: PromptSyntax) -> list[tuple[str, str]]:
     """Find what other tools would not draw as words: each (text, what it is there); none with syntax "none"."""
     plain = prompt.replace(r"\[", "  ").replace(r"\]", "  ")
     return [
-        (found.group(), what)
-        for pattern, what, where in _SCHEDULES
-        if syntax in where
-        for found in pattern.finditer(plain)
+        (found.group(), foreign.what)
+        for foreign in _SCHEDULES
+        if syntax in foreign.where
+        for found in foreign.pattern.finditer(plain)
     ]
 
 
 def refuse_schedules(prompt: str, syntax: PromptSyntax) -> None:
     """Raise :class:`UsageError` for the first of :func:`schedules`."""
     for text, what in schedules(prompt, syntax):
-        remedy = (
-            "load it with load_lora (--lora) and leave this out"
-            if "network" in what
-            else ("write what to draw in plain words, or give weights='none' to draw it as text")
-        )
-        raise UsageError(f"the prompt has {text!r}, {what}, which Gobelin does not do in a prompt: {remedy}")
+        remedy = next(foreign.remedy for foreign in _SCHEDULES if foreign.what == what)
+        raise UsageError(f"the prompt has {shown(text)}, {what}, which Gobelin does not do in a prompt: {remedy}")
 
 
 def _in_round(text: str, weight: float, depth: int) -> Iterator[tuple[str, float]]:

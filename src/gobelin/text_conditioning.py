@@ -7,7 +7,7 @@ so that an image does not depend on its neighbours.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ CHUNKED_LENGTH = 77
 """Only models with CLIP's text length are ever shown longer prompts, in several chunks."""
 MAX_CHUNKS = 64  # 4,800 tokens; cross-attention's cost grows with them
 _BREAK = re.compile(r"(\s*\bBREAK\b\s*)")
+_EMBEDDING = re.compile(r"(?<!\w)embedding:\s*([^\s<\[]*)", re.IGNORECASE)
 _COMMA_REACH = 20  # tokens: how far back AUTOMATIC1111 looks for a comma to end a chunk after
 _LONG_WORD = 8  # tokens: words as long, between spaces, may be cut between ComfyUI's chunks
 _Weighed = tuple[Token, float]
@@ -70,9 +71,12 @@ def _whole_mask(text: TextConditioning) -> TextMask:
 def chunk_prompt(tokenizer: Tokenizer, prompt: str, syntax: PromptSyntax = "a1111") -> Chunks:
     """Split a prompt's tokens into chunks, each with its own BOS, EOS and padding; a model of another length has one.
 
-    In AUTOMATIC1111's meaning ``BREAK`` begins a new one. Raises :class:`UsageError` for more than 64 of them.
+    In AUTOMATIC1111's meaning ``BREAK`` begins a new one, and in ComfyUI's ``embedding:NAME`` is the embedding of that
+    file. Raises :class:`UsageError` for more than 64 of them, and for an embedding that is not loaded.
     """
     parts = parse_weights(prompt, syntax)
+    if syntax == "comfyui":
+        parts = [replace(part, text=_name_embeddings(part.text, tokenizer)) for part in parts]
     text = "".join(part.text for part in parts)
     in_chunks = tokenizer.max_length == CHUNKED_LENGTH
     sections: list[list[_Weighed]] = [[]]
@@ -136,6 +140,20 @@ def batch_texts(embeddings: Sequence[Float[Tensor, "_ width"]]) -> TextCondition
     )
 
 
+def _name_embeddings(text: str, tokenizer: Tokenizer) -> str:
+    """Put words that were learned in the place of ComfyUI's ``embedding:NAME``, which may end in a file's suffix.
+
+    As in ``sd1_clip.py`` (``SDTokenizer._try_get_embedding``) the name goes on to the next space, ``<`` or ``[``, and
+    commas around it are none of it; what is not loaded, ComfyUI leaves out with a warning, and here is refused.
+    """
+
+    def named(found: re.Match[str]) -> str:
+        name = found[1].strip(",")
+        return tokenizer.find_by_file(name) + "," * (len(found[1]) - len(found[1].rstrip(",")))
+
+    return _EMBEDDING.sub(named, text)
+
+
 def _padded(weights: Sequence[float], length: int) -> list[float]:
     return [1.0, *weights, *[1.0] * (length - 1 - len(weights))]
 
@@ -156,6 +174,8 @@ def _break(tokens: list[_Weighed], room: int, text: str, syntax: PromptSyntax) -
         spoken = [text[token.start : token.end] for token, _ in tokens[: room + 1]]
         commas = [place for place in range(room) if spoken[place] == ","]
         near = commas and spoken[room] != "," and room - commas[-1] <= _COMMA_REACH
+        if start := _start_of_word(tokens, room):
+            return start
         return commas[-1] + 1 if near else room
     if syntax == "comfyui":
         start = end = room
@@ -167,7 +187,20 @@ def _break(tokens: list[_Weighed], room: int, text: str, syntax: PromptSyntax) -
     return room
 
 
+def _start_of_word(tokens: list[_Weighed], room: int) -> int:
+    """Find where an added word begins that would be cut; 0 where none is, or only that is in the chunk.
+
+    AUTOMATIC1111 puts such a word into the next chunk (``sd_hijack_clip.py``, ``tokenize_line``).
+    """
+    cut, _ = tokens[room]
+    start = room
+    while start and cut.whole and tokens[start - 1][0].start == cut.start:
+        start -= 1
+    return start if start < room else 0
+
+
 def _go_together(tokens: list[_Weighed], place: int, text: str) -> bool:
     """Tell whether nothing stands between a token and the one before it, in a part of one weight."""
     (before, weight), (token, own) = tokens[place - 1 : place + 1]
-    return weight == own and not text[before.end : token.start]
+    together = before.start == token.start if before.whole or token.whole else not text[before.end : token.start]
+    return weight == own and together
