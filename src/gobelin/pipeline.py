@@ -12,6 +12,7 @@ from annotated_types import Interval
 from PIL import Image
 from torch import nn
 
+from gobelin.adapters.learned_words import LearnedWords
 from gobelin.adapters.lora import Loras
 from gobelin.checkpoint import Model, open_model
 from gobelin.checkpoint.diffusers_folder import save_folder
@@ -68,7 +69,8 @@ class Pipeline:
         for network in (model.unet, model.vae, model.text_encoder):
             network.eval()
         self.model = model
-        self.loras = Loras({"unet": model.unet, "text_encoder": model.text_encoder})
+        self._learned = LearnedWords(model.tokenizer, model.text_encoder)
+        self.loras = Loras({"unet": model.unet, "text_encoder": model.text_encoder}, self._learned)
         self.learned_words: list[str] = []
 
     @classmethod
@@ -227,22 +229,23 @@ class Pipeline:
     def load_lora(
         self, path: str | Path, weight: float = 1.0, name: str | None = None, allow_pickle: bool = False
     ) -> str:
-        """Load a LoRA of kohya's, diffusers' or PEFT's layout, ``weight`` times as strong as it was trained.
+        """Load a LoRA of kohya's, diffusers', PEFT's or ComfyUI's layout, ``weight`` times as strong as it was trained.
 
-        Returns its name in ``loras``, where its weight can be changed and it can be taken out. Raises
-        :class:`ModelError` that names what of the file does not fit this model.
+        Returns its name in ``loras``, where its weight can be changed and it can be taken out. Embeddings in it are
+        words as long as it is loaded. Raises :class:`ModelError` that names what of the file does not fit this model.
         """
         return self.loras.add(Path(path), weight, name, allow_pickle)
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> str:
         """Load a textual inversion; returns its word, ``token`` or the file's own, to be used in prompts.
 
-        Raises :class:`ModelError` for a file that is none, and :class:`UsageError` for vectors of another width.
+        Case does not matter in prompts; in ComfyUI's meaning ``embedding:`` and the file's name are the word too.
+        Raises :class:`ModelError` for a file that is none, and :class:`UsageError` for vectors of another width and a
+        word that there is already.
         """
         named, vectors = read_textual_inversion(Path(path), allow_pickle)
         word = token or named
-        self.tokenizer.refuse_known(word)
-        self.tokenizer.add_word(word, self.text_encoder.add_vectors(vectors))
+        self._learned.add({word: vectors}, Path(path), Path(path).stem)
         self.learned_words.append(word)
         return word
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.lora_layouts import _layer_names
+from gobelin.formats.lora_layouts import layer_names
 from gobelin.pipeline import Pipeline
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -264,7 +264,7 @@ def test_no_two_layers_share_a_name():
     with torch.device("meta"):
         unet = UNet(UNetConfig.sd15())
     modules = [name for name, module in unet.named_modules() if hasattr(module, "weight")]
-    names = [name for module in modules for name in set(_layer_names("unet", module))]
+    names = [name for found in layer_names("unet", modules).values() for name in found]
     assert len(set(names)) == len(names)
 
 

@@ -2,22 +2,24 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from gobelin.adapters.learned_words import LearnedWords
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.lora_layouts import LoraDelta, read_lora
 
 
 @dataclass(frozen=True, kw_only=True)
 class _LoadedLora:
-    """A LoRA's deltas by network and module, and its weight."""
+    """A LoRA's deltas by network and module, its weight, and the words that came with it."""
 
     deltas: dict[str, dict[str, LoraDelta]]
     weight: float
+    words: list[str] = field(default_factory=list)
 
 
 def _check_weight(weight: float) -> None:
@@ -31,10 +33,12 @@ class Loras:
     """The LoRAs of a model, which change its ``networks`` ("unet", "text_encoder").
 
     Each changed layer gets the weight W + Σ weight · ΔW and its own W is kept aside, so that removing a LoRA restores
-    the layer bit for bit. Layers stay ordinary ones: tracing and controls need to know nothing of LoRAs.
+    the layer bit for bit. Layers stay ordinary ones: tracing and controls need to know nothing of LoRAs. Embeddings
+    that come with a LoRA are words as long as it is loaded, whatever its weight.
     """
 
     networks: Mapping[str, nn.Module]
+    learned: LearnedWords
     _loaded: dict[str, _LoadedLora] = field(default_factory=dict)
     _originals: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
@@ -52,26 +56,27 @@ class Loras:
             network: [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
             for network, module in self.networks.items()
         }
-        deltas = read_lora(path, layers, allow_pickle)
-        for network, of_network in deltas.items():
+        file = read_lora(path, layers, allow_pickle)
+        for network, of_network in file.deltas.items():
             for module, delta in of_network.items():
-                self._check_shape(path, network, module, delta)
-        self._loaded[name] = _LoadedLora(deltas=deltas, weight=weight)
-        self._apply(deltas)
+                self._check_shape(path, network, module, delta, file.family)
+        self.learned.add(file.embeddings, path)
+        self._loaded[name] = _LoadedLora(deltas=file.deltas, weight=weight, words=list(file.embeddings))
+        self._apply(file.deltas)
         return name
 
     def set_weight(self, name: str, weight: float) -> None:
         """Set the weight of a loaded LoRA: 0 is without it, 1 as it was trained."""
         _check_weight(weight)
-        deltas = self._find(name).deltas
-        self._loaded[name] = _LoadedLora(deltas=deltas, weight=weight)
-        self._apply(deltas)
+        self._loaded[name] = replace(self._find(name), weight=weight)
+        self._apply(self._loaded[name].deltas)
 
     def remove(self, name: str) -> None:
-        """Remove a loaded LoRA."""
-        deltas = self._find(name).deltas
+        """Remove a loaded LoRA, and the words that came with it."""
+        lora = self._find(name)
         del self._loaded[name]
-        self._apply(deltas)
+        self._apply(lora.deltas)
+        self.learned.remove(lora.words)
 
     def require_fuse(self, fuse_loras: bool) -> None:
         """Raise :class:`UsageError` if LoRAs are loaded and ``fuse_loras`` does not ask to save the model with them.
@@ -107,13 +112,13 @@ class Loras:
             raise UsageError(f"no LoRA {name!r} is loaded: the loaded ones are {', '.join(self._loaded) or 'none'}")
         return self._loaded[name]
 
-    def _check_shape(self, path: Path, network: str, module: str, delta: LoraDelta) -> None:
+    def _check_shape(self, path: Path, network: str, module: str, delta: LoraDelta, family: str | None) -> None:
         """Raise :class:`ModelError` for a delta that is not of its layer's shape; a linear layer counts as 1×1."""
         weight = self._layer(network, module).weight
         given, expected = (shape + (1,) * (4 - len(shape)) for shape in (delta.shape(), tuple(weight.shape)))
         if given != expected:
             raise ModelError(
-                f"{path} is for another model: {module} is {list(weight.shape)} here, and the LoRA has "
+                f"{path} is for {family or 'another model'}: {module} is {list(weight.shape)} here, and the LoRA has "
                 f"{list(delta.up.shape)} times {list(delta.down.shape)} for it"
             )
 

@@ -41,13 +41,14 @@ class EditOptions(PaintingOptions):
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     options = parse(EditOptions, "edit", arguments)
-    settings = EditSettings(**options.settings)
-    pipeline = options.open()
-    result = pipeline.edit(options.prompt, options.to, **settings)
+    (prompt, to), given, tags = options.take_tags([options.prompt, options.to], options.settings)
+    settings = EditSettings(**given)
+    pipeline = options.open(tags)
+    result = pipeline.edit(prompt, to, **settings)
     kept = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "clip_skip", "weights", "tile")
     same = {name: result.settings[1][name] for name in ("seed", "height", "width")}
-    plain = pipeline(options.to, **Settings(**{name: settings[name] for name in kept}, **same))
-    shown = [(options.prompt, result.images[0]), (options.to, result.images[1])]
+    plain = pipeline(to, **Settings(**{name: settings[name] for name in kept}, **same))
+    shown = [(prompt, result.images[0]), (to, result.images[1])]
     if settings.init_image is not None:
         result = replace(result, images=result.images[1:], settings=result.settings[1:])
     paths = result.save(options.out)

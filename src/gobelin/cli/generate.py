@@ -22,7 +22,7 @@ from gobelin.formats.png import write_png
 from gobelin.images import open_image, open_mask
 from gobelin.inpainting import digest
 from gobelin.look.word_sheets import word_sheet
-from gobelin.prompt_weighting import refuse_schedules
+from gobelin.prompt_weighting import LoraTag, refuse_schedules
 from gobelin.samplers import SAMPLERS
 from gobelin.settings import Settings
 
@@ -38,6 +38,7 @@ class Generate(PaintingOptions):
       gobelin generate "a blue ring" --init-image image.png --strength 0.6 --mask mask.png
       gobelin generate --from image.png --steps 50
       gobelin generate "a castle" --model model.safetensors --lora style.safetensors:0.7 --sampler dpmpp_2m_karras
+      gobelin generate "a castle <lora:style:0.7>" --model model.safetensors --lora-dir loras
     """
 
     prompts: Positional[tuple[str, ...]] = ()
@@ -52,7 +53,7 @@ class Generate(PaintingOptions):
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     options = parse(Generate, "generate", arguments)
-    prompts, settings, needed = _to_paint(options)
+    prompts, settings, needed, tags = _to_paint(options)
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
         listed = ", ".join(map(repr, prompts))
         print(
@@ -60,7 +61,7 @@ def run(arguments: Sequence[str]) -> None:
             file=sys.stderr,
         )
     checked = Settings(**settings, trace="sharp" if options.maps else False)
-    pipeline = options.open()
+    pipeline = options.open(tags)
     if needed is not None:
         assert options.from_ is not None
         refuse_other_additions(needed, pipeline, options.from_)
@@ -74,28 +75,33 @@ def run(arguments: Sequence[str]) -> None:
             print(sheet)
 
 
-def _to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any], dict[str, Any] | None]:
-    """Put together prompts and settings, as given and as an image says; for one of Gobelin's, what it needs loaded."""
+def _to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any], dict[str, Any] | None, list[LoraTag]]:
+    """Put together prompts and settings, as given and as an image says; for one of Gobelin's, what it needs loaded.
+
+    Last come the LoRAs that prompts ask for.
+    """
     given = options.settings
     if options.from_ is None:
         if not options.prompts:
             raise UsageError('no prompt given: put what to paint first, as in gobelin generate "a red circle"')
-        return options.prompts, given, None
+        prompts, given, tags = options.take_tags(options.prompts, given)
+        return prompts, given, None, tags
     found = read_generation_info(options.from_, SAMPLERS)
     ours = found.source == GOBELIN
     recorded = settings_of_image(found.settings, options.from_, options.model) if ours else dict(found.settings)
     prompts = options.prompts or (recorded.get("prompt", ""),)
+    prompts, settings, tags = options.take_tags(prompts, {**recorded, **given})
     for prompt in () if ours else prompts:
         refuse_schedules(prompt, given.get("weights", recorded["weights"]))
     for missing in found.missing:
         print(f"gobelin: {options.from_} cannot be repeated exactly: {missing}", file=sys.stderr)
-    model = recorded.pop("model", "")
+    model = recorded.get("model", "")
     if model and options.model is None:
         print(f"gobelin: {options.from_} was painted by {model}: give --model to use that one", file=sys.stderr)
-    needed = {name: recorded.pop(name) for name in ADDED if name in recorded}
-    recorded.pop("prompt", None)
+    needed = {name: recorded[name] for name in ADDED if name in recorded}
+    settings = {name: value for name, value in settings.items() if name not in (*ADDED, "prompt", "model")}
     _refuse_other_images(recorded, given, options.from_)
-    return prompts, {**recorded, **given}, needed if ours else None
+    return prompts, settings, needed if ours else None, tags
 
 
 def _refuse_other_images(recorded: dict[str, Any], given: dict[str, Any], file: Path) -> None:

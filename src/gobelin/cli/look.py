@@ -84,7 +84,8 @@ def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     options = parse(Look, "look", arguments)
     prompt, settings, needed = _to_paint(options)
-    pipeline = options.open()
+    (prompt,), settings, tags = options.take_tags([prompt], settings)
+    pipeline = options.open(tags)
     if needed is not None:
         refuse_other_additions(needed, pipeline, Path(options.source))
     checked = Settings(**settings)

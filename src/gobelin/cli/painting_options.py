@@ -17,8 +17,9 @@ from gobelin.painting import Painting, PaintingStep, Result
 from gobelin.pipeline import SHIPPED, Pipeline
 from gobelin.plan import LEARNED_WORDS, LORAS, NOT_REPEATABLE
 from gobelin.schedule import PredictionType
+from gobelin.prompt_weighting import LoraTag, extract_lora_tags
 from gobelin.settings import Settings
-from gobelin.validation import refuse_unknown, validated
+from gobelin.validation import nearest, refuse_unknown, shown, validated
 
 ADDED = (LORAS, LEARNED_WORDS)
 """Keys of an image's settings that name LoRAs and learned words, which have to be loaded."""
@@ -60,22 +61,67 @@ class PipelineOptions(ModelOptions):
     """Diffusers folder, .safetensors or .ckpt file, or Hub name; without it, the model that comes with Gobelin."""
     lora: tuple[str, ...] = ()
     """LoRAs to load: FILE, or FILE:WEIGHT."""
+    lora_dir: Path | None = None
+    """Folder in which LoRAs are that prompts ask for as AUTOMATIC1111 writes it: <lora:NAME:WEIGHT>."""
     inversion: tuple[Path, ...] = ()
-    """Textual inversions to load; each file's name is its word, unless the file names one."""
+    """Textual inversions to load; each file's name is its word, unless the file names one. Case does not matter."""
     device: str | None = None
     """Device: cpu, cuda or mps; without it, or with auto, the fastest there is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision to compute in."""
 
-    def open(self) -> Pipeline:
-        """Open the model, and load what is added to it."""
+    def open(self, tags: Sequence[LoraTag] = ()) -> Pipeline:
+        """Open the model, and load what is added to it, ``tags`` of prompts from :attr:`lora_dir` included."""
+        tagged = [(self._find_lora(tag.name), tag.weight) for tag in tags]
         pipeline = Pipeline.from_pretrained(self.model, self.device, getattr(torch, self.dtype), **self.files())
         for given in self.lora:
             file, weight = _file_and_weight(given)
             pipeline.load_lora(file, weight, allow_pickle=self.allow_pickle)
+        for file, weight in tagged:
+            pipeline.load_lora(file, weight)
         for file in self.inversion:
             pipeline.load_textual_inversion(file, allow_pickle=self.allow_pickle)
         return pipeline
+
+    def take_tags(
+        self, prompts: Sequence[str], settings: dict[str, Any]
+    ) -> tuple[list[str], dict[str, Any], list[LoraTag]]:
+        """Take the tags of LoRAs out of prompts and settings: both without them, and the LoRAs that are to be loaded.
+
+        Without ``--lora-dir`` all stays as it is, and so it does where weights are "none". Raises :class:`UsageError`
+        for prompts that ask for different LoRAs, which are the whole model's.
+        """
+        if self.lora_dir is None or settings.get("weights") == "none":
+            return list(prompts), settings, []
+        taken = [extract_lora_tags(prompt) for prompt in prompts]
+        negative, wanted = extract_lora_tags(settings.get("negative_prompt") or "")
+        for prompt, (_, tags) in zip(prompts, taken, strict=True):
+            if set(tags) != set(taken[0][1]):
+                raise UsageError(
+                    f"the prompts {shown(prompts[0])} and {shown(prompt)} ask for different LoRAs, which change the "
+                    "whole model: give each the same tags, or paint them one after the other"
+                )
+        tags = list(dict.fromkeys((*(taken[0][1] if taken else ()), *wanted)))
+        if len({tag.name for tag in tags}) < len(tags):
+            raise UsageError("prompt and negative prompt ask for one LoRA at different weights: give it once")
+        settings = {**settings, "negative_prompt": negative} if wanted else settings
+        return [prompt for prompt, _ in taken], settings, [tag for tag in tags if tag.weight]
+
+    def _find_lora(self, name: str) -> Path:
+        """Find a LoRA's file by its name without suffix, anywhere in the folder: as it is written, or in any case."""
+        assert self.lora_dir is not None
+        if not self.lora_dir.is_dir():
+            raise UsageError(f"--lora-dir is {self.lora_dir}, which is no folder: give the one that LoRAs are in")
+        files = sorted(self.lora_dir.rglob("*.safetensors"))
+        found = [file for file in files if file.stem == name]
+        found = found or [file for file in files if file.stem.lower() == name.lower()]
+        if len(found) > 1:
+            several = ", ".join(str(file.relative_to(self.lora_dir)) for file in found)
+            raise UsageError(f"the LoRA {shown(name)} is in {self.lora_dir} several times: {shown(several)}; keep one")
+        if not found:
+            there = nearest(name, [file.stem for file in files]) if files else "there is none"
+            raise UsageError(f"there is no {shown(f'{name}.safetensors')} in {self.lora_dir}: {there}")
+        return found[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,14 @@
-"""LoRA files (Hu et al. 2021, arXiv 2106.09685) in the layouts of kohya's sd-scripts, of diffusers and of PEFT.
+"""LoRA files (Hu et al. 2021, arXiv 2106.09685) in the layouts of kohya's sd-scripts, of diffusers, PEFT and ComfyUI.
 
 A file holds two matrices ``down`` (A) and ``up`` (B) of a small rank for each layer that it changes, and perhaps an
 ``alpha``: the layer's weight gains ΔW = up · down · alpha / rank. Names are mapped forward from Gobelin's module names,
-as kohya's, in which dots became underscores, cannot be mapped back.
+as kohya's, in which dots became underscores, cannot be mapped back. Which names mean a layer is taken from ComfyUI's
+``comfy/lora.py`` (``model_lora_keys_unet``, ``model_lora_keys_clip``).
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from torch import Tensor
 
 from gobelin.errors import ModelError
 from gobelin.formats.files import parse_json
+from gobelin.formats.ldm import UNET_PREFIX, map_unet_keys
 from gobelin.formats.tensor_file import TensorFile
+from gobelin.formats.textual_inversion import checked_vectors, find_vectors
 from gobelin.formats.weights import and_more, open_tensors
+from gobelin.validation import shown
 
 _PEFT_METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
-_KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_KOHYA_PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}  # the second as for two encoders
+_BUNDLED = "bundle_emb."  # embeddings that come with a LoRA (AUTOMATIC1111's ``extensions-builtin/Lora/networks.py``)
 
 _ROLES = re.compile(
     r"(?P<base>.*?)(?:"
@@ -31,7 +36,40 @@ _ROLES = re.compile(
     r"|\.(?P<alpha>alpha)"
     r")$"
 )
-_OTHER_KINDS = {"hada_w": "a LoHa", "lokr_w": "a LoKr", "dora_scale": "a DoRA", "lora_magnitude": "a DoRA"}
+# Parts of names, and the kind of a file that has them, as LyCORIS, PEFT (``prefix`` in ``tuners/*/model.py``) and
+# cloneofsimo's lora name them.
+_OTHER_KINDS = (
+    (re.compile(r"[._]hada_[wt]"), "a LoHa"),
+    (re.compile(r"[._]lokr_[wt]"), "a LoKr"),
+    (re.compile(r"\.dora_scale$|lora_magnitude"), "a DoRA"),
+    (re.compile(r"\.diff(_b)?$"), "a file of full differences of weights"),
+    (re.compile(r"\.[wb]_norm$"), "a file of differences of norms"),
+    (re.compile(r"\.on_input$|[._]ia3_"), "an IA3"),
+    (re.compile(r"\.[ab][12]\.weight$|[._]glora_"), "a GLoRA"),
+    (re.compile(r"[._]boft_"), "a BOFT"),
+    (re.compile(r"[._]oft_|^oft_"), "an OFT"),
+    (re.compile(r"[._]vera_lambda_"), "a VeRA"),
+    (re.compile(r"lora_embedding_[AB]"), "a LoRA of the token embeddings"),
+    (re.compile(r"(lora_[AB](\.\w+)?|lora_up|lora_down)\.bias$"), "a LoRA with biases"),
+    (re.compile(r"^(unet|text_encoder):\d+:(up|down)$"), "a LoRA whose layers have numbers and no names"),
+)
+# Beginnings of names, and of what kohya's metadata says (``library/train_util.py``, ``sai_model_spec.py``), by family.
+_FAMILY_MARKS = {
+    "Flux": ("lora_unet_double_blocks_", "lora_unet_single_blocks_", "transformer.single_transformer_blocks."),
+    "Stable Diffusion 3": ("lora_unet_joint_blocks_", "transformer.transformer_blocks.", "lora_transformer_"),
+    "Stable Diffusion XL": ("lora_te2_", "text_encoder_2.", "lora_unet_label_emb", "lora_unet_add_embedding"),
+}
+_FAMILY_VERSIONS = {
+    "sdxl": "Stable Diffusion XL",
+    "stable-diffusion-xl": "Stable Diffusion XL",
+    "sd_v2": "Stable Diffusion 2.x",
+    "stable-diffusion-v2": "Stable Diffusion 2.x",
+    "sd3": "Stable Diffusion 3",
+    "stable-diffusion-3": "Stable Diffusion 3",
+    "flux": "Flux",
+}
+_CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:lora_down|lora_A.*|down|lora\.down)\.weight$")
+_FAMILY_CONTEXTS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}  # widths of text embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,43 +98,59 @@ class LoraDelta:
         return product.reshape(len(up), *down.shape[1:])
 
 
-def read_lora(
-    path: Path, modules: Mapping[str, Iterable[str]], allow_pickle: bool = False
-) -> dict[str, dict[str, LoraDelta]]:
-    """Read a LoRA file: its deltas by network ("unet", "text_encoder") and module, of the ``modules`` of each network.
+@dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """A LoRA file's content: deltas by network ("unet", "text_encoder") and module, and embeddings by word.
+
+    ``family`` names the family of models it was made for, where that is known to be another one.
+    """
+
+    deltas: dict[str, dict[str, LoraDelta]]
+    embeddings: dict[str, Tensor]
+    family: str | None
+
+
+def read_lora(path: Path, modules: Mapping[str, Iterable[str]], allow_pickle: bool = False) -> LoraFile:
+    """Read a LoRA file for the ``modules`` of each network.
 
     Raises :class:`ModelError` that names the first tensor that belongs to no module, lacks its counterpart, or is of
-    another kind of adapter; and for a file without tensors.
+    another kind of adapter, the family that a file is of, and for a file without tensors.
     """
     file = open_tensors(path, allow_pickle)
-    for mark, kind in _OTHER_KINDS.items():
-        if found := [name for name in file.shapes if mark in name]:
-            raise ModelError(f"{path} is {kind} ({found[0]}), and only plain LoRAs can be added")
+    bundled = [name for name in file.shapes if name.startswith(_BUNDLED)]
+    names = [name for name in file.shapes if not name.startswith(_BUNDLED)]
+    family = _find_family(file)
+    for mark, kind in _OTHER_KINDS:
+        if found := [name for name in names if mark.search(name)]:
+            raise ModelError(f"{path} is {kind} ({shown(found[0])}), and only plain LoRAs can be added")
     places = {
         name: (network, module)
-        for network, names in modules.items()
-        for module in names
-        for name in _layer_names(network, module)
+        for network, layers in modules.items()
+        for module, its_names in layer_names(network, list(layers)).items()
+        for name in its_names
     }
     roles: dict[tuple[str, str], dict[str, str]] = {}
     unknown = []
-    for name in file.shapes:
+    for name in names:
         role = _ROLES.match(name)
         base = (role["base"] + (role["processor"] or "")) if role else name
         if role is None or base not in places:
             unknown.append(name)
             continue
         kind = role["kohya"] or {"A": "down", "B": "up"}.get(role["peft"] or "") or role["diffusers"] or "alpha"
-        roles.setdefault(places[base], {})[kind] = name
+        if (other := roles.setdefault(places[base], {}).setdefault(kind, name)) != name:
+            raise ModelError(f"{path} holds {shown(other)} and {shown(name)}, which are for one layer")
+    if unknown and family:
+        raise ModelError(f"{path} is a LoRA of {family}, and this model is of Stable Diffusion 1.x")
     if unknown:
         what = "no layer of this model" if roles else "no layer of this model, like all others in this file"
-        raise ModelError(f"{path} holds {unknown[0]!r}{and_more(unknown)}, which belongs to {what}")
+        raise ModelError(f"{path} holds {shown(unknown[0])}{and_more(unknown)}, which belongs to {what}")
     for found in roles.values():
         if missing := {"down", "up"} - found.keys():
             raise ModelError(f"{path} lacks the {min(missing)} that goes with {min(found.values())!r}")
-    if not roles:
+    if not roles and not bundled:
         raise ModelError(f"{path} is not a LoRA: it holds no tensors")
-    tensors, settings = file.read(), _peft_settings(file)
+    tensors, settings = file.read(names), _peft_settings(file)
     deltas: dict[str, dict[str, LoraDelta]] = {}
     for (network, module), found in roles.items():
         here = {kind: tensors[name] for kind, name in found.items()}
@@ -108,7 +162,33 @@ def read_lora(
             mid=here.get("mid"),
             scale=_scale(path, len(here["down"]), alpha, network, module, settings),
         )
-    return deltas
+    return LoraFile(deltas=deltas, embeddings=_read_bundled(file, bundled), family=family)
+
+
+def _read_bundled(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read the embeddings that come with a LoRA: ``bundle_emb.WORD.`` and what an embedding's own file would have."""
+    by_word: dict[str, list[str]] = {}
+    for name in names:
+        word, _, key = name.removeprefix(_BUNDLED).partition(".")
+        by_word.setdefault(word, []).append(key)
+    embeddings = {}
+    for word, keys in by_word.items():
+        name = f"{_BUNDLED}{word}.{find_vectors(keys, file.path)}"
+        embeddings[word] = checked_vectors(file.read([name])[name], name, file.path)
+    return embeddings
+
+
+def _find_family(file: TensorFile) -> str | None:
+    """Find the family of models that a file was made for, by names, metadata and widths; None for 1.x, or unknown."""
+    for family, marks in _FAMILY_MARKS.items():
+        if any(name.startswith(marks) for name in file.shapes):
+            return family
+    for said in (file.metadata.get("ss_base_model_version", ""), file.metadata.get("modelspec.architecture", "")):
+        for start, family in _FAMILY_VERSIONS.items():
+            if said.lower().startswith(start):
+                return family
+    widths = {shape[1] for name, shape in file.shapes.items() if len(shape) > 1 and _CONTEXT.search(name)}
+    return next((family for width, family in _FAMILY_CONTEXTS.items() if widths == {width}), None)
 
 
 def _check_matrices(path: Path, names: Mapping[str, str], here: Mapping[str, Tensor]) -> None:
@@ -126,13 +206,31 @@ def _check_matrices(path: Path, names: Mapping[str, str], here: Mapping[str, Ten
         raise ModelError(f"{path} holds tensors whose shapes have no common rank: {shapes}")
 
 
-def _layer_names(network: str, module: str) -> list[str]:
-    """List the names of a layer in every layout, up to the role of the tensor."""
+def layer_names(network: str, modules: Collection[str]) -> dict[str, list[str]]:
+    """List the names of each layer of a network in every layout, up to the role of the tensor."""
+    originals: dict[str, str] = {}
+    if network == "unet" and (blocks := [name for name in modules if name.startswith("down_blocks.0.resnets.")]):
+        layers = 1 + max(int(name.split(".")[3]) for name in blocks)
+        mapped = map_unet_keys([f"{module}.weight" for module in modules], layers)
+        originals = {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in mapped.items()}
+    return {module: _names_of_layer(network, module, originals.get(module)) for module in modules}
+
+
+def _names_of_layer(network: str, module: str, original: str | None) -> list[str]:
+    """List the names of one layer; ``original`` is the one in the original code, with its prefix."""
     names = [module] if network == "unet" else [module, module.removeprefix("text_model.")]
-    dotted = [f"{prefix}{name}" for name in names for prefix in (f"{network}.", "", "base_model.model.")]
+    prefixes = (f"{network}.", "", "base_model.model.", f"{network}.base_model.model.")
+    dotted = [f"{prefix}{name}" for name in names for prefix in prefixes]
     if found := re.fullmatch(r"(.*\.attn[12])\.(to_[qkv]|to_out)(?:\.0)?", module):
         dotted += [f"{prefix}{found[1]}.processor.{found[2]}_lora" for prefix in (f"{network}.", "")]
-    return [_KOHYA_PREFIXES[network] + module.replace(".", "_"), *dotted]
+    for prefix in _KOHYA_PREFIXES[network]:
+        dotted += [prefix + module.replace(".", "_"), f"{prefix[:-1]}.{module}"]
+    if network == "unet":
+        dotted.append(f"lycoris_{module.replace('.', '_')}")  # SimpleTuner's
+    if original is not None:
+        plain = original.removeprefix(UNET_PREFIX)
+        dotted += [f"diffusion_model.{plain}", f"lora_unet_{plain.replace('.', '_')}"]
+    return list(dict.fromkeys(dotted))
 
 
 def _peft_settings(file: TensorFile) -> dict[str, Any]:

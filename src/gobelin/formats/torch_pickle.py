@@ -169,6 +169,11 @@ def _unpickle(path: Path, members: dict[str, tuple[int, int]]) -> dict[Any, Any]
 _SET_OPCODES = (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)
 
 
+def _load_empty_set(unpickler: Any) -> None:
+    """Stand-in for the opcode of an empty set: an object that nothing can be added to."""
+    unpickler.append(_IgnoredObject())
+
+
 def _refuse_tuple_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
     """Wrap an opcode that fills dictionaries to refuse tuples as keys; ``keys`` is the keys' place on the stack."""
     original = pickle._Unpickler.dispatch[opcode[0]]
@@ -191,6 +196,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar = {
         **{code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _SET_OPCODES},
+        pickle.EMPTY_SET[0]: _load_empty_set,
         pickle.SETITEM[0]: _refuse_tuple_keys(pickle.SETITEM, slice(-2, -1)),
         pickle.SETITEMS[0]: _refuse_tuple_keys(pickle.SETITEMS, slice(0, None, 2)),
         pickle.DICT[0]: _refuse_tuple_keys(pickle.DICT, slice(0, None, 2)),
@@ -214,6 +220,8 @@ class _RestrictedUnpickler(pickle._Unpickler):
             return _RebuildParameter()
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
+        if full in ("__builtin__.set", "builtins.set"):
+            return _EmptySet()
         if full == "torch.nn.modules.container.ParameterDict":
             return _ParameterDict
         if full.startswith(_IGNORED_CLASSES):
@@ -239,6 +247,17 @@ class _OrderedDict:
         if any(filling):
             raise ValueError("a dictionary filled while it is made")
         return {}
+
+
+class _EmptySet:
+    """Stand-in for ``set``, which every ``torch.nn.Module`` holds an empty one of: nothing is ever in it."""
+
+    __slots__ = ()
+
+    def __call__(self, *filling: Any) -> "_IgnoredObject":
+        if any(filling):
+            raise ValueError("a set that is not empty")
+        return _IgnoredObject()
 
 
 class _RebuildTensor:
