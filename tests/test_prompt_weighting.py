@@ -5,9 +5,10 @@ import re
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tests.conftest import sentence_of
 
 from gobelin.errors import UsageError
-from gobelin.prompt_weighting import PromptSyntax, parse_weights, schedules
+from gobelin.prompt_weighting import LoraTag, PromptSyntax, extract_lora_tags, parse_weights, schedules
 
 # What AUTOMATIC1111's `parse_prompt_attention` documents of itself.
 A1111 = {
@@ -103,7 +104,13 @@ def test_weights_without_measure_are_refused(prompt: str) -> None:
         ("a cat AND a dog", "AND", ("a1111",)),
         ("a {red|blue} cat", "{red|blue}", ("a1111", "comfyui")),
         ("a cat <lora:style:0.8>", "<lora:style:0.8>", ("a1111", "comfyui")),
+        ("a cat <LoRA:style>", "<LoRA:style>", ("a1111", "comfyui")),
         ("<lyco:x:1><hypernet:y:1>", "<lyco:x:1>", ("a1111", "comfyui")),
+        ("<hypernet:y:1>", "<hypernet:y:1>", ("a1111", "comfyui")),
+        ("a <embed:EasyNegative> b", "<embed:EasyNegative>", ("a1111", "comfyui")),
+        ("a <embedding:x>", "<embedding:x>", ("a1111", "comfyui")),
+        ("a <random:red, blue> cat", "<random:red, blue>", ("a1111", "comfyui")),
+        ("a cat, (embedding:EasyNegative:1.2)", "embedding:EasyNegative:1.2", ("a1111",)),
     ],
 )
 @pytest.mark.parametrize("syntax", ["a1111", "comfyui", "none"])
@@ -129,6 +136,8 @@ def test_what_other_tools_schedule_is_refused(
         "a cat: 3 dogs",
         "(cat:1.2) | dog",
         "<3 lora",
+        "<cat-toy>, <a cat: red>",
+        "an embedding: words",
         "{red}",
         "16:9 [wide]",
     ],
@@ -136,3 +145,59 @@ def test_what_other_tools_schedule_is_refused(
 def test_what_only_looks_like_a_schedule_is_read(prompt: str) -> None:
     assert schedules(prompt, "a1111") == []
     assert parse_weights(prompt, "a1111")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain", "tags"),
+    [
+        ("a cat <lora:style:0.8>", "a cat", [("style", 0.8)]),
+        ("a cat <lora:style>", "a cat", [("style", 1.0)]),
+        ("<lora:My Style_v2.1:-.5>a cat", "a cat", [("My Style_v2.1", -0.5)]),
+        ("a <lora:a:1> cat<lora:b:2.0:2>s", "a  cats", [("a", 1.0), ("b", 2.0)]),
+        ("(a cat <lora:a:0>:1.2)", "(a cat :1.2)", [("a", 0.0)]),
+        ("<LORA:a:1e-1>", "", [("a", 0.1)]),
+        (" a cat <lyco:a:1> <3 ", " a cat <lyco:a:1> <3 ", []),
+    ],
+)
+def test_tags_of_loras_are_taken_out(prompt: str, plain: str, tags: list[tuple[str, float]]) -> None:
+    expected = tuple(LoraTag(name=name, weight=weight) for name, weight in tags)
+    assert extract_lora_tags(prompt) == (plain, expected)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("<lora:a:0.5:0.7>", "one weight for the text encoder and another for the U-Net"),
+        ("<lora:a:1:lbw=OUTALL>", "whose 'lbw=OUTALL' is not done here"),
+        ("<lora:a:te=0.5>", "whose 'te=0.5' is not done here"),
+        ("<lora:a:x>", "give a LoRA's name and a number"),
+        ("<lora:a:>", "give a LoRA's name and a number"),
+        ("<lora:>", "give a LoRA's name and a number"),
+        ("<lora::1>", "give a LoRA's name and a number"),
+        ("<lora:a:nan>", "give a LoRA's name and a number"),
+        ("<lora:a:1e999>", "give a LoRA's name and a number"),
+        ("<lora:a:1:1:4>", "give a LoRA's name and a number"),
+        ("<lora:a:1> <lora:a:1>", "names the LoRA 'a' twice"),
+        ("<lora:" + "a" * 50_000 + ":x>", "give a LoRA's name and a number"),
+        ("<lora:" + ":" * 50_000 + ">", "give a LoRA's name and a number"),
+        ("<lora:a:1>" * 20_000, "characters long"),
+    ],
+)
+def test_tags_without_a_meaning_are_refused(prompt: str, message: str) -> None:
+    said = sentence_of(lambda: extract_lora_tags(prompt))
+    assert said is not None
+    assert message in said
+
+
+@given(st.text(alphabet="<>lorahypernetlyco:=.01 ab", max_size=60))
+def test_any_text_with_tags_is_read_or_refused_in_a_sentence(prompt: str) -> None:
+    if sentence_of(lambda: extract_lora_tags(prompt)) is None:
+        plain, tags = extract_lora_tags(prompt)
+        assert extract_lora_tags(plain) == (plain, ()) or tags
+    sentence_of(lambda: parse_weights(prompt))
+
+
+def test_pages_of_brackets_are_looked_through_at_once() -> None:
+    for prompt in ("<" * 100_000, "<lora:" * 16_000, "embedding:" * 10_000, "<a:" * 30_000, "[" * 90_000):
+        sentence_of(lambda prompt=prompt: parse_weights(prompt))
+        sentence_of(lambda prompt=prompt: extract_lora_tags(prompt))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.conftest import fill_
+from tests.conftest import fill_, sentence_of
 
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.errors import ModelError, UsageError
@@ -173,6 +173,88 @@ def test_learned_words_stand_alone_and_are_not_saved(oracle_folder, tmp_path: Pa
     with pytest.raises(UsageError, match="this model has learned words loaded"):
         pipe.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model" / "model_index.json").exists()
+
+
+def learning(words: dict[str, int], names: dict[str, str] | None = None) -> Tokenizer:
+    """A tokenizer with words of so many vectors each, and what their files are called."""
+    tokenizer = Tokenizer.train(["a red ring, and a blue square"] * 5, vocab_size=540, max_length=77)
+    free = len(tokenizer.vocab)
+    for word, count in words.items():
+        tokenizer.add_word(word, range(free, free + count), (names or {}).get(word))
+        free += count
+    return tokenizer
+
+
+@pytest.mark.parametrize("called", ["EasyNegative", "easynegative", "EasyNegative.pt", "sub/EasyNegative.safetensors"])
+@pytest.mark.parametrize(
+    ("prompt", "same"),
+    [
+        ("embedding:{}", "EasyNegative"),
+        ("a red embedding:{}", "a red EasyNegative"),
+        ("embedding:{} ring", "EasyNegative ring"),
+        ("a (embedding:{}:1.3), ring", "a (EasyNegative:1.3), ring"),
+        ("a ((embedding:{})) ring", "a ((EasyNegative)) ring"),
+        ("embedding:{}, red", "EasyNegative, red"),
+        ("red, embedding: {},, ring", "red, EasyNegative,, ring"),
+        ("embedding:{} embedding:{}", "EasyNegative EasyNegative"),
+        ("embedding:{}<3", "EasyNegative<3"),
+    ],
+)
+def test_comfyuis_embedding_is_its_vectors_and_nothing_else(prompt: str, same: str, called: str) -> None:
+    tokenizer = learning({"EasyNegative": 3})
+    found, expected = (chunk_prompt(tokenizer, text, "comfyui") for text in (prompt.replace("{}", called), same))
+    assert torch.equal(found.token_ids, expected.token_ids)
+    assert torch.equal(found.weights, expected.weights)
+    assert found.words == expected.words
+    assert {span.word for span in found.words.find("easynegative")} == {"EasyNegative"}
+    assert len(found.words.tokens("EasyNegative")) == 3 * same.count("EasyNegative")
+
+
+def test_comfyui_calls_an_embedding_by_its_file() -> None:
+    tokenizer = learning({"<cat-toy>": 2}, {"<cat-toy>": "red"})
+    found = chunk_prompt(tokenizer, "a red embedding:red, ring", "comfyui")
+    assert [span.word for span in found.words.spans] == ["a", "red", "cat-toy", "ring"]
+    assert found.words.tokens("cat-toy") == (3, 4)
+    assert chunk_prompt(tokenizer, "embedding:<cat-toy>", "none").words.has("embedding")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a embedding:other", "embedding:other"),
+        ("embedding:easynegative.", "embedding:easynegative."),
+        ("embedding:easynegative:1.2", "embedding:easynegative:1.2"),
+        ("embedding:easynegative,red", "embedding:easynegative,red"),
+        ("embedding:", "embedding:"),
+        ("a,embedding:x", "embedding:x"),
+        ("embedding:" + "x" * 50_000, "embedding:xxx"),
+        ("embedding:" + "../" * 9_000 + "x", "embedding:../"),
+    ],
+)
+def test_an_embedding_that_is_not_loaded_is_refused(prompt: str, name: str) -> None:
+    said = sentence_of(lambda: chunk_prompt(learning({"EasyNegative": 3}), prompt, "comfyui"))
+    assert said is not None
+    assert name in said
+    assert "(loaded: 'EasyNegative'): give its file to load_textual_inversion (--inversion)" in said
+
+
+def test_in_a1111s_meaning_comfyuis_embedding_is_refused_with_a_hint() -> None:
+    said = sentence_of(lambda: chunk_prompt(learning({"EasyNegative": 3}), "a embedding:EasyNegative", "a1111"))
+    assert said is not None
+    assert "write its name alone or give weights='comfyui'" in said
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfyui"])
+def test_a_learned_word_is_not_cut_between_chunks(syntax: str) -> None:
+    tokenizer = learning({"EasyNegative": 6})
+    for before in (70, 72, 74, 75):
+        chunks = chunk_prompt(tokenizer, f"{'a ' * before}easynegative, red", syntax)
+        assert chunks.words.tokens("easynegative") == tuple(range(78, 84)), before
+        assert chunks.words.tokens("red") == (85,)
+    fits = chunk_prompt(tokenizer, f"{'a ' * 69}easynegative, red", syntax)
+    assert fits.words.tokens("easynegative") == tuple(range(70, 76))
+    longer = chunk_prompt(learning({"long": 100}), "long red", syntax)
+    assert longer.words.tokens("long") == (*range(1, 76), *range(78, 103))
 
 
 def test_prompts_of_other_lengths_are_batched_behind_a_mask() -> None:

@@ -216,20 +216,16 @@ class TextEncoder(Component[TextEncoderConfig]):
         Raises :class:`UsageError` for vectors of another width.
         """
         table, config = self.text_model.embeddings.token_embedding, self.config
-        self.refuse_other_width(vectors)
+        if vectors.shape[-1] != config.hidden_size:
+            of = _FAMILY_BY_WIDTH.get(vectors.shape[-1], "another model")
+            raise UsageError(
+                f"the vectors are {vectors.shape[-1]} wide, and this text encoder's {config.hidden_size}: they were "
+                f"made for {of}"
+            )
         grown = torch.cat([table.weight, vectors.to(table.weight)])
         self.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(grown, freeze=False)
         self.config = replace(config, vocab_size=len(grown))
         return list(range(config.vocab_size, len(grown)))
-
-    def refuse_other_width(self, vectors: Float[Tensor, "count width"]) -> None:
-        """Raise :class:`UsageError` for vectors of another width than this encoder's, with whose they may be."""
-        if vectors.shape[-1] != self.config.hidden_size:
-            of = _FAMILY_BY_WIDTH.get(vectors.shape[-1], "another model")
-            raise UsageError(
-                f"the vectors are {vectors.shape[-1]} wide, and this text encoder's {self.config.hidden_size}: they "
-                f"were made for {of}"
-            )
 
     def keep_vectors(self, count: int) -> None:
         """Keep the first ``count`` token embeddings, and drop those after them."""

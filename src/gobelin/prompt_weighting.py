@@ -104,9 +104,7 @@ def extract_lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
         said = shown(found.group())
         name, *numbers = (part.strip() for part in found[1].split(":"))
         if named := [part for part in (name, *numbers) if "=" in part]:
-            raise UsageError(
-                f"the prompt has {said}, and {shown(named[0])} is not done in a tag: give one weight alone"
-            )
+            raise UsageError(f"the prompt has {said}, whose {shown(named[0])} is not done here: give one weight alone")
         weights = [float(number) for number in numbers if _is_number(number)]
         if not name or len(weights) < len(numbers) or len(weights) > 2 or not all(map(math.isfinite, weights)):
             raise UsageError(f"the prompt has {said}: give a LoRA's name and a number, as in <lora:style:0.8>")

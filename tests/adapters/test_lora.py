@@ -9,11 +9,13 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from tests.conftest import sentence_of
 from tests.oracles import differences
 from torch import Tensor
 
 from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.errors import ModelError, UsageError
+from gobelin.formats import ldm
 from gobelin.formats.lora_layouts import layer_names
 from gobelin.pipeline import Pipeline
 
@@ -312,3 +314,217 @@ def test_a_weight_that_is_no_number_is_refused(oracle_folder: Path, tmp_path: Pa
     pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
     with pytest.raises(UsageError, match="the weight of a LoRA is nan: give a number"):
         pipe.load_lora(tmp_path / "x.safetensors", float("nan"))
+
+
+def renamed(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The adapter as diffusers saves it, under the names of another program."""
+    unet_names = original_names(tensors)
+    found = {}
+    for name, tensor in tensors.items():
+        network, _, rest = name.partition(".")
+        module, role = rest.rsplit(".lora_", 1)
+        way = "lora_down" if role.startswith("A") else "lora_up"
+        text = module if module.startswith("text_model.") else f"text_model.{module}"
+        flat, flat_text, original = module.replace(".", "_"), text.replace(".", "_"), unet_names.get(module, "")
+        base = {
+            "onetrainer": {"unet": f"lora_unet_{flat}", "text_encoder": f"lora_te1_{flat_text}"},
+            "original": {"unet": f"lora_unet_{original.replace('.', '_')}", "text_encoder": f"lora_te_{flat_text}"},
+            "comfyui": {"unet": f"diffusion_model.{original}", "text_encoder": f"lora_te_{flat_text}"},
+            "lycoris": {"unet": f"lycoris_{flat}", "text_encoder": f"lora_te_{flat_text}"},
+            "dots": {"unet": f"lora_unet.{module}", "text_encoder": f"lora_te.{text}"},
+            "peft": {
+                "unet": f"unet.base_model.model.{module}",
+                "text_encoder": f"text_encoder.base_model.model.{text}",
+            },
+        }[layout][network]
+        found[f"{base}.lora_{role}" if layout == "peft" else f"{base}.{way}.weight"] = tensor
+        if layout != "peft":
+            found[f"{base}.alpha"] = torch.tensor(8.0)
+    return found
+
+
+def original_names(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The names of CompVis' code, which diffusers' own converter takes apart (the oracle of a model's tests)."""
+    modules = {name.removeprefix("unet.").rsplit(".lora_", 1)[0] for name in tensors if name.startswith("unet.")}
+    mapped = ldm.map_unet_keys([f"{module}.weight" for module in modules], layers=2)
+    return {
+        key.removesuffix(".weight"): name.removeprefix(ldm.UNET_PREFIX).removesuffix(".weight")
+        for key, name in mapped.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["onetrainer", "original", "comfyui", "lycoris", "dots"])
+def test_names_of_other_programs_are_the_same_layers(layout, full, oracle_folder, tmp_path):
+    _, tensors = full
+    save_file(kohya(tensors), tmp_path / "plain.safetensors")
+    save_file(renamed(tensors, layout), tmp_path / "other.safetensors")
+    plain, other = (Pipeline.from_pretrained(oracle_folder, "cpu") for _ in range(2))
+    plain.load_lora(tmp_path / "plain.safetensors")
+    other.load_lora(tmp_path / "other.safetensors")
+    for network in ("unet", "text_encoder"):
+        theirs = getattr(plain, network).state_dict()
+        assert all(torch.equal(one, theirs[name]) for name, one in getattr(other, network).state_dict().items())
+
+
+def test_peft_with_the_networks_name_before_it(full, oracle_folder, tmp_path):
+    _, tensors = full
+    save_file(tensors, tmp_path / "plain.safetensors")
+    save_file(renamed(tensors, "peft"), tmp_path / "other.safetensors")
+    plain, other = (Pipeline.from_pretrained(oracle_folder, "cpu") for _ in range(2))
+    plain.load_lora(tmp_path / "plain.safetensors")
+    other.load_lora(tmp_path / "other.safetensors")
+    theirs = plain.unet.state_dict()
+    assert all(torch.equal(one, theirs[name]) for name, one in other.unet.state_dict().items())
+
+
+PAIR = {"lora_down.weight": torch.ones(2, 64), "lora_up.weight": torch.ones(64, 2)}
+LAYER = {f"lora_unet_mid_block_attentions_0_proj_in.{role}": one for role, one in PAIR.items()}
+TEXT_LAYER = "text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora_unet_conv_in.diff", "is a file of full differences of weights"),
+        ("lora_unet_conv_in.diff_b", "is a file of full differences of weights"),
+        ("lora_unet_mid_block_resnets_0_norm1.w_norm", "is a file of differences of norms"),
+        ("lora_unet_mid_block_attentions_0_proj_in.on_input", "is an IA3"),
+        ("base_model.model.mid_block.attentions.0.proj_in.ia3_l", "is an IA3"),
+        ("lora_unet_mid_block_attentions_0_proj_in.a1.weight", "is a GLoRA"),
+        ("base_model.model.mid_block.attentions.0.proj_in.glora_A", "is a GLoRA"),
+        ("oft_unet_mid_block_attentions_0_proj_in.oft_blocks", "is an OFT"),
+        ("lora_unet_mid_block_attentions_0_proj_in.oft_diag", "is an OFT"),
+        ("base_model.model.mid_block.attentions.0.proj_in.boft_R", "is a BOFT"),
+        ("base_model.model.mid_block.attentions.0.proj_in.vera_lambda_b", "is a VeRA"),
+        ("unet.mid_block.attentions.0.proj_in.lora_B.bias", "is a LoRA with biases"),
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_up.bias", "is a LoRA with biases"),
+        ("text_encoder.text_model.embeddings.token_embedding.lora_embedding_A", "is a LoRA of the token embeddings"),
+        ("unet:0:up", "is a LoRA whose layers have numbers and no names"),
+        ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "is a LoKr"),
+        (f"lora_te2_{TEXT_LAYER}.lora_up.weight", "is a LoRA of Stable Diffusion XL"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_9_attn2_to_k.alpha", "belongs to no layer of this model"),
+        ("lora_unet_double_blocks_0_img_attn_proj.lora_up.weight", "is a LoRA of Flux"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "is a LoRA of Flux"),
+        ("lora_unet_joint_blocks_0_x_block_attn_proj.alpha", "is a LoRA of Stable Diffusion 3"),
+        ("x" * 50_000, "belongs to no layer of this model"),
+    ],
+)
+def test_other_kinds_and_families_are_refused_by_name(
+    name: str, message: str, oracle_folder: Path, tmp_path: Path
+) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    save_file({**LAYER, name: torch.ones(1)}, tmp_path / "x.safetensors")
+    said = sentence_of(lambda: pipe.load_lora(tmp_path / "x.safetensors"))
+    assert said is not None
+    assert message in said
+    assert pipe.loras.weights == {}
+
+
+@pytest.mark.parametrize(
+    ("version", "family"),
+    [
+        ("sdxl_base_v1-0", "Stable Diffusion XL"),
+        ("sd_v2_768_v", "Stable Diffusion 2.x"),
+        ("flux1", "Flux"),
+        ("sd3m", "Stable Diffusion 3"),
+    ],
+)
+def test_metadata_names_the_family_of_what_does_not_fit(
+    version: str, family: str, oracle_folder: Path, tmp_path: Path
+) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    said = {"ss_base_model_version": version}
+    save_file({**LAYER, "lora_unet_x.alpha": torch.ones(1)}, tmp_path / "x.safetensors", said)
+    with pytest.raises(ModelError, match=f"is a LoRA of {family}"):
+        pipe.load_lora(tmp_path / "x.safetensors")
+    save_file({**LAYER, next(iter(LAYER)): torch.ones(2, 32)}, tmp_path / "x.safetensors", said)
+    with pytest.raises(ModelError, match=f"is for {family}"):
+        pipe.load_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("width", "family"), [(1024, "Stable Diffusion 2.x"), (2048, "Stable Diffusion XL")])
+def test_widths_of_text_embeddings_name_the_family(
+    width: int, family: str, oracle_folder: Path, tmp_path: Path
+) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    base = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{base}.lora_down.weight": torch.ones(2, width), f"{base}.lora_up.weight": torch.ones(64, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=f"is for {family}"):
+        pipe.load_lora(tmp_path / "x.safetensors")
+
+
+def test_two_names_of_one_layer_are_refused(oracle_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    twice = {f"unet.mid_block.attentions.0.proj_in.{role}": one.clone() for role, one in PAIR.items()}
+    save_file({**LAYER, **twice}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="which are for one layer"):
+        pipe.load_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("key", ["string_to_param.*", "emb_params", "clip_l", "<cat-toy>"])
+def test_embeddings_in_a_lora_are_words_as_long_as_it_is_loaded(key: str, oracle_folder: Path, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 64)
+    pipe, other = (Pipeline.from_pretrained(oracle_folder, "cpu") for _ in range(2))
+    save_file({**LAYER, f"bundle_emb.My-Cat.{key}": vectors}, tmp_path / "x.safetensors")
+    save_file(LAYER, tmp_path / "alone.safetensors")
+    save_file({"emb_params": vectors}, tmp_path / "my-cat.safetensors")
+    before = {name: one.clone() for name, one in pipe.text_encoder.state_dict().items()}
+    own = pipe.text_encoder.config
+    pipe.load_lora(tmp_path / "x.safetensors", weight=0.5)
+    other.load_lora(tmp_path / "alone.safetensors", weight=0.5)
+    other.load_textual_inversion(tmp_path / "my-cat.safetensors")
+    one, two = (model("a red my-cat", seed=0, steps=1, trace=True) for model in (pipe, other))
+    assert torch.equal(one.latents, two.latents)
+    assert one.heatmaps[0].words.tokens("my-cat") == (3, 4)
+    assert one.settings[0]["loras"] == {"x": 0.5}
+    assert "learned_words" not in one.settings[0]
+    pipe.loras.set_weight("x", 0)
+    assert pipe.words("my-cat").tokens("my-cat") == (1, 2)
+    pipe.loras.remove("x")
+    assert pipe.text_encoder.config == own
+    assert all(torch.equal(one, before[name]) for name, one in pipe.text_encoder.state_dict().items())
+    assert len(pipe.words("my-cat").tokens("my-cat")) > 2
+    pipe.save_pretrained(tmp_path / "again")
+    pipe.load_lora(tmp_path / "x.safetensors")
+    pipe.load_lora(tmp_path / "alone.safetensors")
+
+
+def test_words_that_came_later_keep_their_vectors_when_a_lora_goes(oracle_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    save_file({**LAYER, "bundle_emb.first.emb_params": torch.ones(2, 64)}, tmp_path / "x.safetensors")
+    save_file({"emb_params": torch.full((1, 64), 0.5)}, tmp_path / "second.safetensors")
+    pipe.load_lora(tmp_path / "x.safetensors", weight=0.0)
+    pipe.load_textual_inversion(tmp_path / "second.safetensors")
+    before = pipe.encode_text(["a second red"]).embeddings
+    pipe.loras.remove("x")
+    assert torch.equal(pipe.encode_text(["a second red"]).embeddings, before)
+    assert pipe.learned_words == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("bundled", "message"),
+    [
+        ({"new.string_to_param.*": torch.ones(1, 32)}, "the vectors are 32 wide"),
+        ({"new.emb_params": torch.ones(1, 64), "NEW.emb_params": torch.ones(1, 64)}, "'NEW' is a token already"),
+        ({"red.string_to_param.*": torch.ones(1, 64)}, "'red' is a token already"),
+        ({"x.clip_l": torch.ones(1, 64), "x.clip_g": torch.ones(1, 64)}, "is an embedding of Stable Diffusion XL"),
+        ({"x.string_to_param.*": torch.full((1, 64), torch.inf)}, "holds NaN or infinity"),
+        ({"x.a": torch.ones(1, 64), "x.b": torch.ones(1, 64)}, "it holds 2 tensors"),
+        ({"": torch.ones(1, 64)}, "or nothing"),
+        ({"x" * 5000 + ".a": torch.ones(1, 64)}, "characters was to be added"),
+    ],
+)
+def test_embeddings_in_a_lora_that_cannot_be_words_are_refused(
+    bundled: dict[str, Tensor], message: str, oracle_folder: Path, tmp_path: Path
+) -> None:
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    save_file({**LAYER, **{f"bundle_emb.{key}": one for key, one in bundled.items()}}, tmp_path / "x.safetensors")
+    before = pipe.unet.mid_block.attentions[0].proj_in.weight.clone()
+    said = sentence_of(lambda: pipe.load_lora(tmp_path / "x.safetensors"))
+    assert said is not None
+    assert message in said
+    assert "x.safetensors" in said
+    assert torch.equal(pipe.unet.mid_block.attentions[0].proj_in.weight, before)
+    assert pipe.text_encoder.config.vocab_size == len(pipe.tokenizer.vocab)
+    assert pipe.loras.weights == {}

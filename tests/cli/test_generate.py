@@ -1,6 +1,7 @@
 """``gobelin generate``, as a user meets it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,14 @@ def painted(gobelin, out, *arguments):
     status, printed, err = gobelin("generate", *arguments, "--out", out)
     assert status == 0, err
     return out / printed.split("\n")[0].split("/")[-1]
+
+
+def save_lora(file, model):
+    """Save a LoRA of one layer of a model."""
+    width = load_file(next((model / "unet").glob("*.safetensors")))["mid_block.attentions.0.proj_in.weight"].shape[0]
+    name = "lora_unet_mid_block_attentions_0_proj_in.lora_"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{name}down.weight": torch.ones(2, width), f"{name}up.weight": torch.ones(width, 2)}, file)
 
 
 def test_generate_paints_images_that_carry_their_settings(gobelin, trained, tmp_path):
@@ -271,9 +280,7 @@ def test_an_image_of_another_model_asks_for_it_and_what_is_given_besides_holds(g
 
 def test_an_image_with_a_lora_asks_for_it(gobelin, trained, tmp_path):
     lora = tmp_path / "style.safetensors"
-    width = load_file(next((trained / "unet").glob("*.safetensors")))["mid_block.attentions.0.proj_in.weight"].shape[0]
-    name = "lora_unet_mid_block_attentions_0_proj_in.lora_"
-    save_file({f"{name}down.weight": torch.ones(2, width), f"{name}up.weight": torch.ones(width, 2)}, lora)
+    save_lora(lora, trained)
     model = ("--model", trained, "--steps", 2)
     first = painted(gobelin, tmp_path / "a", "a red circle", *model, "--lora", f"{lora}:0.5")
     for given in ((), ("--lora", lora)):
@@ -305,3 +312,85 @@ def test_an_image_with_odd_settings_gets_one_sentence(gobelin, change, message, 
     assert status == 2
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.fixture
+def loras(trained, tmp_path):
+    """A folder of LoRAs: "style" in a folder of it, "Upper", and "twice" in two."""
+    folder = tmp_path / "loras"
+    for file in ("deep/er/style", "Upper", "a/twice", "b/twice", "c/TWO", "c/two"):
+        save_lora(folder / f"{file}.safetensors", trained)
+    return folder
+
+
+def test_loras_that_a_prompt_asks_for_are_those_of_the_folder(gobelin, trained, loras, tmp_path):
+    options = ("--model", trained, "--seed", 1, "--steps", 2, "--negative-prompt")
+    tagged = painted(
+        *(gobelin, tmp_path / "a", "a red circle<lora:style:0.5>", *options, "blue <lora:upper:-1>"),
+        *("--lora-dir", loras),
+    )
+    given = ("--lora", f"{loras}/deep/er/style.safetensors:0.5", f"{loras}/Upper.safetensors:-1")
+    plain = painted(gobelin, tmp_path / "b", "a red circle", *options, "blue", *given)
+    settings = read_png_settings(tagged)
+    assert settings == read_png_settings(plain)
+    assert settings["loras"] == {"style": 0.5, "Upper": -1.0}
+    assert (settings["prompt"], settings["negative_prompt"]) == ("a red circle", "blue")
+    assert tagged.name == "a-red-circle-1.png"
+    assert np.array_equal(np.asarray(Image.open(tagged)), np.asarray(Image.open(plain)))
+    again = painted(gobelin, tmp_path / "c", "--from", tagged, "--model", trained, *given)
+    assert np.array_equal(np.asarray(Image.open(tagged)), np.asarray(Image.open(again)))
+
+
+def test_a_lora_of_no_weight_is_not_loaded_and_several_prompts_may_have_the_same(gobelin, trained, loras, tmp_path):
+    options = ("--model", trained, "--seed", 1, "--steps", 1, "--lora-dir", loras, "--out", tmp_path / "out")
+    prompts = ("a red circle <lora:style:0.5> <lora:none:0>", "<lora:none:0><lora:style:.50> a blue ring")
+    status, out, err = gobelin("generate", *prompts, *options)
+    assert status == 0, err
+    assert [read_png_settings(Path(file))["loras"] for file in out.split()] == [{"style": 0.5}] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a <lora:stile:1>"], r"there is no 'stile.safetensors' in .*: did you mean 'style'\?"),
+        (["a <lora:../style:1>"], "there is no '../style.safetensors' in"),
+        (["a <lora:twice:1>"], r"the LoRA 'twice' is in .* several times: 'a/twice.safetensors, b/twice.safetensors'"),
+        (["a <lora:Two:1>"], r"the LoRA 'Two' is in .* several times"),
+        (["a <lora:style:1>", "b"], "ask for different LoRAs, which change the whole model"),
+        (["a <lora:style:1>", "b <lora:style:0.9>"], "ask for different LoRAs"),
+        (["a <lora:style:1>", "--negative-prompt", "b <lora:style:0.9>"], "ask for one LoRA at different weights"),
+        (["a <lora:style:1:0.5>"], "one weight for the text encoder and another for the U-Net"),
+        (["a <lyco:style:1>"], "a LyCORIS network to load"),
+        (["a <hypernet:style:1>"], "a hypernetwork to load"),
+    ],
+)
+def test_loras_that_cannot_be_found_or_meant_are_refused(refused, trained, loras, tmp_path, prompts, message):
+    arguments = ("--model", trained, "--steps", 1, "--out", tmp_path / "out", "--lora-dir", loras)
+    status, said = refused("generate", *prompts, *arguments)
+    assert status == 2
+    assert re.search(message, said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_its_folder_a_lora_in_a_prompt_is_refused_with_a_hint(refused, trained, loras, tmp_path):
+    given = ("--model", trained, "--steps", 1, "--out", tmp_path / "out")
+    _, said = refused("generate", "a <lora:style:1>", *given)
+    assert "load it with load_lora (--lora FILE, or --lora-dir with the folder that it is in)" in said
+    _, said = refused("generate", "a <lora:style:1>", *given, "--lora-dir", tmp_path / "nowhere")
+    assert "--lora-dir is" in said
+    assert "which is no folder" in said
+    _, said = refused("generate", "a <lora:style:1>", *given, "--lora-dir", tmp_path / "nowhere", "--lora", "x:0.5")
+    assert "no folder" in said
+
+
+def test_looking_and_editing_take_the_same_tags(gobelin, trained, loras, tmp_path):
+    options = ("--model", trained, "--seed", 1, "--steps", 2, "--lora-dir", loras, "--out", tmp_path / "out")
+    status, out, err = gobelin("look", "a red circle <lora:style:0.5>", *options)
+    assert status == 0, err
+    assert read_png_settings(Path(out.split()[0]))["loras"] == {"style": 0.5}
+    tag = "<lora:style:0.5>"
+    status, out, err = gobelin("edit", f"a red circle {tag}", "--to", f"a blue circle {tag}", *options)
+    assert status == 0, err
+    assert {read_png_settings(Path(file))["prompt"] for file in out.split()[:2]} == {"a red circle", "a blue circle"}
+    status, _, err = gobelin("edit", f"a red circle {tag}", "--to", "a blue circle", *options)
+    assert "ask for different LoRAs" in err

@@ -29,14 +29,15 @@ class LearnedWords:
 
         Raises :class:`UsageError` for a word that is known and for vectors of another width; nothing is then added.
         """
+        added: list[str] = []
         try:
             for word, vectors in vectors_by_word.items():
                 self.tokenizer.refuse_known(word)
-                self.text_encoder.refuse_other_width(vectors)
+                self.tokenizer.add_word(word, self.text_encoder.add_vectors(vectors), file_name)
+                added.append(word)
         except UsageError as error:
+            self.remove(added)
             raise UsageError(f"{source}: {error}") from error
-        for word, vectors in vectors_by_word.items():
-            self.tokenizer.add_word(word, self.text_encoder.add_vectors(vectors), file_name)
 
     def remove(self, words: list[str]) -> None:
         """Remove words; the text encoder is as it was before where none is left that came after them."""

@@ -167,13 +167,13 @@ def read_lora(path: Path, modules: Mapping[str, Iterable[str]], allow_pickle: bo
 
 def _read_bundled(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
     """Read the embeddings that come with a LoRA: ``bundle_emb.WORD.`` and what an embedding's own file would have."""
-    by_word: dict[str, list[str]] = {}
+    by_word: dict[str, dict[str, str]] = {}
     for name in names:
         word, _, key = name.removeprefix(_BUNDLED).partition(".")
-        by_word.setdefault(word, []).append(key)
+        by_word.setdefault(word, {})[key] = name
     embeddings = {}
     for word, keys in by_word.items():
-        name = f"{_BUNDLED}{word}.{find_vectors(keys, file.path)}"
+        name = keys[find_vectors(keys, file.path)]
         embeddings[word] = checked_vectors(file.read([name])[name], name, file.path)
     return embeddings
 
