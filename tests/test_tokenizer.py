@@ -477,3 +477,41 @@ def test_words_that_cannot_be_learned_are_refused(tokenizer: Tokenizer, word: st
     said = sentence_of(lambda: learning.add_word(word, [701]))
     assert said is not None
     assert "renaming its file or as token=" in said or "characters" in said
+
+
+odd = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["x" * 2000, "\ud800", EOS, "red</w>", "600", str(NEW)]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*flags(""), "600", "x"]), inner),
+    max_leaves=4,
+)
+
+
+@given(
+    data=st.data(),
+    file=st.sampled_from(["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"]),
+)
+def test_odd_values_in_any_file_are_read_or_refused_in_a_sentence(
+    data: st.DataObject, file: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    copy = tmp_path_factory.mktemp("odd") / "tokenizer"
+    shutil.copytree(folder, copy)
+    names = [
+        "added_tokens_decoder",
+        "extra_special_tokens",
+        "eos_token",
+        "pad_token",
+        "mask_token",
+        "additional_special_tokens",
+    ]
+    names = {"added_tokens.json": ["<x>", "red</w>", ""], "tokenizer.json": ["added_tokens", "model"]}.get(file, names)
+    if file == "tokenizer.json":
+        as_tokenizer_json(copy, [])
+    value = data.draw(odd | st.dictionaries(st.sampled_from(["599", "600", "601", "-1"]), odd, max_size=2))
+    rewrite_json(copy / file, **{data.draw(st.sampled_from(names)): value})
+    said = sentence_of(lambda: Tokenizer.from_pretrained(copy).tokens("a red <x> x"))
+    assert said is None or str(copy) in said

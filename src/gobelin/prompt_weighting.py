@@ -26,7 +26,7 @@ _TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 
 
 class _Foreign(NamedTuple):
-    """What other tools do with a prompt over time, or before it is read, and not draw as words."""
+    """A part of a prompt that other tools act on, over time or before it is read, and do not draw as words."""
 
     pattern: re.Pattern[str]
     what: str
