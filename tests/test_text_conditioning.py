@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from tests.conftest import fill_, sentence_of
 
@@ -173,6 +174,32 @@ def test_learned_words_stand_alone_and_are_not_saved(oracle_folder, tmp_path: Pa
     with pytest.raises(UsageError, match="this model has learned words loaded"):
         pipe.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model" / "model_index.json").exists()
+    with pytest.raises(UsageError, match="words were added to this tokenizer"):
+        pipe.save_single_file(tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_model_whose_tokenizer_learned_a_word_is_diffusers_and_saved_again_too(make_oracle, tmp_path: Path) -> None:
+    theirs = make_oracle()
+    theirs.tokenizer.add_tokens(["<sks-cat>", "Zxq"])
+    theirs.text_encoder.resize_token_embeddings(len(theirs.tokenizer))
+    theirs.save_pretrained(tmp_path / "model")
+    pipe = Pipeline.from_pretrained(tmp_path / "model", "cpu")
+    pipe.save_pretrained(tmp_path / "again")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "again", safety_checker=None)
+    for prompt in ("a red <sks-cat>", "<sks-cat>, zxq ZXQ", "a<SKS-CAT>b"):
+        expected = theirs.encode_prompt(prompt, "cpu", 1, False)[0]
+        assert torch.equal(again.encode_prompt(prompt, "cpu", 1, False)[0], expected)
+        torch.testing.assert_close(pipe.encode_text([prompt]).embeddings, expected, rtol=1e-4, atol=1e-5)
+    assert pipe("a <sks-cat>", steps=1, trace=True).heatmaps[0].words.tokens("sks-cat") == (2,)
+
+
+def test_a_word_without_a_row_in_the_text_encoder_is_refused(make_oracle, tmp_path: Path) -> None:
+    theirs = make_oracle()
+    theirs.tokenizer.add_tokens(["<sks-cat>"])
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="the tokenizer has '<sks-cat>', and the text encoder, which knows [0-9]+ tokens"):
+        Pipeline.from_pretrained(tmp_path, "cpu")
 
 
 def learning(words: dict[str, int], names: dict[str, str] | None = None) -> Tokenizer:

@@ -284,8 +284,7 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that transformers' ``CLIPTokenizer`` reads."""
-        if self._learned:
-            raise UsageError("words were added to this tokenizer, which its files have no place for: save without them")
+        self.refuse_learned()
         folder = Path(folder)
         write_json(folder / "vocab.json", self._own)
         lines = [MERGES_HEADER, *(" ".join(pair) for pair in self.merges)]
@@ -319,6 +318,11 @@ class Tokenizer:
         del self._learned[_folded(word)]
         self._files = {name: one for name, one in self._files.items() if one != word}
         self._find_learned()
+
+    def refuse_learned(self) -> None:
+        """Raise :class:`UsageError` where :meth:`add_word` has added words, which a model's files have no place for."""
+        if self._learned:
+            raise UsageError("words were added to this tokenizer, which its files have no place for: save without them")
 
     @property
     def first_free(self) -> int:
