@@ -239,13 +239,16 @@ class Pipeline:
     def load_textual_inversion(self, path: str | Path, token: str | None = None, allow_pickle: bool = False) -> str:
         """Load a textual inversion; returns its word, ``token`` or the file's own, to be used in prompts.
 
-        Case does not matter in prompts; in ComfyUI's meaning ``embedding:`` and the file's name are the word too.
+        Without ``token`` the file's name is the word too, unless it is a token. Case does not matter; in ComfyUI's
+        meaning ``embedding:`` and the file's name are the word in any case.
         Raises :class:`ModelError` for a file that is none, and :class:`UsageError` for vectors of another width and a
         word that there is already.
         """
         named, vectors = read_textual_inversion(Path(path), allow_pickle)
         word = token or named
         self._learned.add({word: vectors}, Path(path), Path(path).stem)
+        if token is None:
+            self._learned.add_file_name(word, Path(path).stem)
         self.learned_words.append(word)
         return word
 

@@ -329,12 +329,16 @@ class Tokenizer:
         """The number after those of all tokens and added words."""
         return 1 + max(max(self.vocab.values()), *(max(ids) for ids in self._learned.values()), -1)
 
+    def knows(self, word: str) -> bool:
+        """Tell whether a word is one token already, or was added."""
+        tokens = (word, f"{word.lower()}{WORD_END}")
+        return _folded(word) in self._learned or any(self._engine.token_to_id(one) is not None for one in tokens)
+
     def refuse_known(self, word: str) -> None:
         """Raise :class:`UsageError` for a word that cannot be added."""
         if len(word) > _LONGEST_ADDED:
             raise UsageError(f"a word of {len(word):,} characters was to be added: give {_LONGEST_ADDED:,} at most")
-        known = any(self._engine.token_to_id(one) is not None for one in (word, f"{word.lower()}{WORD_END}"))
-        if not word.strip() or known or _folded(word) in self._learned:
+        if not word.strip() or self.knows(word):
             raise UsageError(
                 f"{word!r} is a token already, or nothing: give what is added another word, by renaming its file or as "
                 "token="

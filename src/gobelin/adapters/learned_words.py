@@ -39,6 +39,11 @@ class LearnedWords:
             self.remove(added)
             raise UsageError(f"{source}: {error}") from error
 
+    def add_file_name(self, word: str, file_name: str) -> None:
+        """Let a word's file name be found in prompts too, as in AUTOMATIC1111's web UI, unless it is known."""
+        if not self.tokenizer.knows(file_name):
+            self.tokenizer.add_word(file_name, [token.id for token in self.tokenizer.tokens(word)])
+
     def remove(self, words: list[str]) -> None:
         """Remove words; the text encoder is as it was before where none is left that came after them."""
         for word in words:

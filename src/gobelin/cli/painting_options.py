@@ -64,7 +64,7 @@ class PipelineOptions(ModelOptions):
     lora_dir: Path | None = None
     """Folder in which LoRAs are that prompts ask for as AUTOMATIC1111 writes it: <lora:NAME:WEIGHT>."""
     inversion: tuple[Path, ...] = ()
-    """Textual inversions to load; each file's name is its word, unless the file names one. Case does not matter."""
+    """Textual inversions to load; each is called by its file's name, or by the word in it, in any case."""
     device: str | None = None
     """Device: cpu, cuda or mps; without it, or with auto, the fastest there is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
