@@ -85,7 +85,9 @@ def _difference(kind: Kind, dtype: str, words: Path, make_oracle: Callable[..., 
         files = Files(oracle=make_oracle(kind.channels), make_oracle=make_oracle, words=words, folder=Path(name))
         copy_tokenizer(files)
         path = kind.write(files, PRECISIONS[dtype])
-        options = {key: files.folder / "vae.safetensors" if key == "vae" else one for key, one in kind.options.items()}
+        options: dict[str, Any] = {
+            key: files.folder / "vae.safetensors" if key == "vae" else one for key, one in kind.options.items()
+        }
         pipe = Pipeline.from_pretrained(path, "cpu", **options)
         oracle = rounded(files.oracle, make_oracle, PRECISIONS[dtype], kind.scaled)
         return max(differences(pipe, oracle).values())

@@ -297,9 +297,7 @@ class Pipeline:
     def _refuse_additions(self, fuse_loras: bool) -> None:
         """Raise :class:`UsageError` for LoRAs that are not to be fused, and for learned words."""
         self.loras.require_fuse(fuse_loras)
-        if self.learned_words:
-            words = ", ".join(map(repr, self.learned_words))
-            raise UsageError(f"this model has learned words loaded ({words}): open it anew without them, and save that")
+        self.tokenizer.refuse_learned()
 
     def _start(self, prompt: Prompts, settings: Settings) -> Painting:
         added: dict[str, Any] = {LORAS: dict(self.loras.weights)} if self.loras.weights else {}

@@ -322,7 +322,11 @@ class Tokenizer:
     def refuse_learned(self) -> None:
         """Raise :class:`UsageError` where :meth:`add_word` has added words, which a model's files have no place for."""
         if self._learned:
-            raise UsageError("words were added to this tokenizer, which its files have no place for: save without them")
+            words = ", ".join(map(repr, self._learned))
+            raise UsageError(
+                f"this model has learned words loaded ({words}), which its files have no place for: open it anew "
+                "without them, and save that"
+            )
 
     @property
     def first_free(self) -> int:

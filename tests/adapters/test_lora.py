@@ -506,7 +506,10 @@ def test_words_that_came_later_keep_their_vectors_when_a_lora_goes(oracle_folder
     ("bundled", "message"),
     [
         ({"new.string_to_param.*": torch.ones(1, 32)}, "the vectors are 32 wide"),
-        ({"new.emb_params": torch.ones(1, 64), "NEW.emb_params": torch.ones(1, 64)}, "' is a token already, or nothing"),
+        (
+            {"new.emb_params": torch.ones(1, 64), "NEW.emb_params": torch.ones(1, 64)},
+            "' is a token already, or nothing",
+        ),
         ({"red.string_to_param.*": torch.ones(1, 64)}, "'red' is a token already"),
         ({"x.clip_l": torch.ones(1, 64), "x.clip_g": torch.ones(1, 64)}, "is an embedding of Stable Diffusion XL"),
         ({"x.string_to_param.*": torch.full((1, 64), torch.inf)}, "holds NaN or infinity"),

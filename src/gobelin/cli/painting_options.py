@@ -16,8 +16,8 @@ from gobelin.errors import UsageError
 from gobelin.painting import Painting, PaintingStep, Result
 from gobelin.pipeline import SHIPPED, Pipeline
 from gobelin.plan import LEARNED_WORDS, LORAS, NOT_REPEATABLE
-from gobelin.schedule import PredictionType
 from gobelin.prompt_weighting import LoraTag, extract_lora_tags
+from gobelin.schedule import PredictionType
 from gobelin.settings import Settings
 from gobelin.validation import nearest, refuse_unknown, shown, validated
 
