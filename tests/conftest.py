@@ -69,6 +69,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{method}:DeprecationWarning")
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if "GOBELIN_TRIALS" in os.environ:
+        from tests.trials import summary
+
+        for line in summary():
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

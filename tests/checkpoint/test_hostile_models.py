@@ -3,20 +3,23 @@
 import json
 import shutil
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.oracles import original_weights
+from tests.trials import trials
 
 from gobelin.errors import ModelError
 from gobelin.pipeline import Pipeline
 
-TRIALS = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TRIALS = trials(10)
 FILES = (
     "model_index.json",
     "unet/config.json",
@@ -155,3 +158,83 @@ def test_a_link_out_of_the_folder_is_not_followed(model: Path, tmp_path: Path) -
     (model / "unet" / f"{weights.name}.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"no weight file at|expected one in the same folder"):
         Pipeline.from_pretrained(model, "cpu")
+
+
+def is_named_file(refused: str, path: Path) -> bool:
+    """Whether a sentence says where it is: in the file, in what lies beside it, or between the parts."""
+    return str(path.with_suffix("")) in refused or refused.startswith("the parts of this model do not belong together")
+
+
+@TRIALS
+@given(data=st.data())
+def test_tampered_single_files(data: st.DataObject, oracle: Any, words: Path, tmp_path: Path) -> None:
+    """Tensors gone, renamed, reshaped, of another precision, beside others; metadata and a ``.yaml`` that lie."""
+    weights = original_weights(oracle)
+    for _ in range(data.draw(st.integers(0, 3))):
+        name = data.draw(st.sampled_from(sorted(weights)))
+        match data.draw(st.sampled_from(["gone", "renamed", "shape", "dtype", "flat", "nan", "beside"])):
+            case "gone":
+                del weights[name]
+            case "renamed":
+                weights[name.replace(*data.draw(st.sampled_from(RENAMES)))] = weights.pop(name)
+            case "shape":
+                weights[name] = torch.ones(*weights[name].shape, 2)
+            case "dtype":
+                weights[name] = weights[name].to(data.draw(st.sampled_from(DTYPES)))
+            case "flat":
+                weights[name] = weights[name].float().sum()
+            case "nan":
+                weights[name] = torch.full_like(weights[name].float(), data.draw(st.sampled_from([NAN, INFINITY])))
+            case _:
+                shape = data.draw(st.sampled_from([(), (0,), (1,), (2, 3)]))
+                weights[data.draw(st.sampled_from(BESIDE))] = torch.ones(shape)
+    keys = st.sampled_from(["gobelin", "modelspec.prediction_type", "ss_v_parameterization", "format"])
+    values = st.sampled_from(
+        ["v", "epsilon", "", "{", '{"unet": {"layers_per_block": 1000000000}}', "true", "x" * 1000]
+    )
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path, data.draw(st.dictionaries(keys, values, max_size=2)))
+    configuration = data.draw(st.none() | st.sampled_from(YAMLS) | st.text(max_size=40))
+    path.with_suffix(".yaml").unlink(missing_ok=True)
+    if configuration is not None:
+        path.with_suffix(".yaml").write_text(configuration, encoding="utf-8", errors="replace")
+    refused = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            opened = Pipeline.from_pretrained(path, "cpu", tokenizer=words, ema=data.draw(st.booleans()))
+            assert all(parameter.isfinite().all() for parameter in opened.unet.parameters())
+        except ModelError as error:
+            refused = str(error)
+    assert not refused or is_named_file(refused, path)
+    assert "\n" not in refused
+    assert len(refused) < 600 + len(str(path))
+
+
+NAN, INFINITY = float("nan"), float("inf")
+DTYPES = [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool, torch.int64]
+RENAMES = [
+    ("model.", "model_ema."),
+    (".q.", ".to_q."),
+    ("first_stage_model.", ""),
+    ("weight", "scale_weight"),
+    (".", ""),
+]
+BESIDE = [
+    "v_pred",
+    "ztsnr",
+    "edm_mean",
+    "model.diffusion_model.out.2.scale_weight",
+    "x",
+    "model_ema.decay",
+    "lora_te_x",
+]
+YAMLS = [
+    "model: {params: {parameterization: v}}",
+    "model: {params: {scale_factor: -1}}",
+    "model: {params: {timesteps: 1e12, linear_start: .nan}}",
+    "model: {params: {unet_config: {params: {num_heads: 7}}}}",
+    "a: &a [x]\nb: &b [*a, *a]\nmodel: *b",
+    "!!python/object/apply:os.system ['true']",
+    "[" * 5000,
+]

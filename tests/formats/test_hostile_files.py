@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import resource
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
+from tests.trials import peak, trials
 
 from gobelin.errors import ModelError
 from gobelin.formats.weights import open_tensors
@@ -21,7 +21,7 @@ from gobelin.formats.weights import open_tensors
 WHOLE = save({"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(3, dtype=torch.float16), "n": torch.arange(2)})
 START = 8 + struct.unpack("<Q", WHOLE[:8])[0]
 HEADER = json.loads(WHOLE[8:START])
-TRIALS = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TRIALS = trials(200)
 MOST_GROWTH = 200 * 2**20  # bytes beside the file
 
 odd_numbers = st.sampled_from([-1, 0, 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1, 2**64, 1e308, -0.5]) | st.integers(0, 64)
@@ -74,11 +74,6 @@ def assert_harmless(path: Path, allow_pickle: bool) -> None:
     except ModelError as error:
         refused = str(error)
     assert str(path) in refused if refused else size <= path.stat().st_size
-
-
-def peak() -> int:
-    """The most bytes that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @TRIALS

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -23,12 +23,13 @@ from tests.formats.test_generation_info import (
     with_comment,
     with_exif,
 )
+from tests.trials import trials
 
 from gobelin.errors import DataError
 from gobelin.formats.generation_info import GenerationInfo, read_generation_info
 from gobelin.samplers import SAMPLERS
 
-TRIALS = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TRIALS = trials(100)
 TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("prompt", "negative_prompt", "weights", "sampler", "model"), str),
     **dict.fromkeys(("steps", "seed", "width", "height", "clip_skip"), int),
