@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 import torch
 from jaxtyping import Int
@@ -20,22 +20,21 @@ from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.files import read_json, read_text, write_json, write_text
+from gobelin.formats.tokenizer_files import (
+    BOS,
+    EOS,
+    LONGEST_ADDED,
+    read_tokenizer_files,
+    refuse_other_vocabulary,
+    write_tokenizer_files,
+)
 from gobelin.validation import shown, validated
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 WORD_END = "</w>"
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _BETWEEN_SEPARATORS = re.compile(r"[^\s,;|()\[\]{}<>\"“”„«»，。、；：！？（）「」]+")
 _LETTER, _MARK = r"[^\W\d_]", r"[\u0300-\u036f]"  # marks follow the letter that they change
-UNLIMITED = 10**6  # transformers writes 10³⁰ where no length was set
 MIN_VOCABULARY = 2 * 256 + 2
-MERGES_HEADER = "#version: 0.2"
-MOST_ADDED = 10_000  # tokens, whose table is read in a fraction of a second; trained words are a few
-_LONGEST_ADDED = 1000  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +212,7 @@ class Tokenizer:
         self._added = self._engine.get_added_tokens_decoder()
         self._own = vocab
         self.vocab = vocab | {token.content: number for number, token in self._added.items()}
-        _refuse_other_kinds(self.vocab)
+        refuse_other_vocabulary(self.vocab)
         self._learned: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, str] = {}
         self._find_learned()
@@ -254,27 +253,12 @@ class Tokenizer:
         ``merges.txt`` where not; added tokens stand in ``tokenizer_config.json``, or in ``special_tokens_map.json``,
         ``added_tokens.json`` and ``tokenizer.json``. Raises :class:`ModelError` that names the file and what is wrong.
         """
-        folder = Path(folder)
-        config = folder / "tokenizer_config.json"
-        said = read_json(config) if config.is_file() else {}
-        length = said.get("model_max_length", 77)
-        if not isinstance(length, int) or length < 3:
-            raise ModelError(f"{config}: model_max_length is {length!r}, expected 3 tokens or more")
-        length = length if length < UNLIMITED else 77
-        if (folder / "tokenizer.json").is_file():
-            source = str(folder / "tokenizer.json")
-            vocab, merges = _from_tokenizer_json(folder / "tokenizer.json")
-        else:
-            source = f"{folder / 'vocab.json'} with merges.txt"
-            merges = _read_merges(folder / "merges.txt")
-            vocab = read_json(folder / "vocab.json")
-        added, ids = _read_added(folder, said)
+        files = read_tokenizer_files(Path(folder))
         try:
-            _refuse_other_kinds({*vocab, *ids})
-            tokenizer = cls(vocab, merges, length, added)
+            tokenizer = cls(files.vocab, files.merges, files.max_length, files.added)
         except ModelError as error:
-            raise ModelError(f"{source}: {error}") from error
-        for content, (number, where) in ids.items():
+            raise ModelError(f"{files.source}: {error}") from error
+        for content, (number, where) in files.numbers.items():
             if tokenizer.vocab[content] != number:
                 raise ModelError(
                     f"{where}: {shown(content)} has the number {number}, and transformers gives it "
@@ -285,21 +269,7 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that transformers' ``CLIPTokenizer`` reads."""
         self.refuse_learned()
-        folder = Path(folder)
-        write_json(folder / "vocab.json", self._own)
-        lines = [MERGES_HEADER, *(" ".join(pair) for pair in self.merges)]
-        write_text(folder / "merges.txt", "\n".join(lines) + "\n")
-        write_json(folder / "special_tokens_map.json", _SPECIAL)
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, **_SPECIAL}
-        plain = [AddedToken(token, special=True) for token in (BOS, EOS)]
-        if any(token not in plain for token in self._added.values()):
-            config["added_tokens_decoder"] = {
-                str(number): {"content": token.content, **{flag: getattr(token, flag) for flag in _FLAGS}}
-                for number, token in sorted(self._added.items())
-            }
-            beyond = {token: number for token, number in self.vocab.items() if token not in self._own}
-            write_json(folder / "added_tokens.json", beyond)  # for programs that read no configuration
-        write_json(folder / "tokenizer_config.json", config)
+        write_tokenizer_files(Path(folder), self._own, self.merges, self.max_length, self._added)
 
     def add_word(self, word: str, token_ids: Sequence[int], file_name: str | None = None) -> None:
         """From now on ``word``, wherever it stands in a text, is these tokens; they are all of that word.
@@ -340,8 +310,8 @@ class Tokenizer:
 
     def refuse_known(self, word: str) -> None:
         """Raise :class:`UsageError` for a word that cannot be added."""
-        if len(word) > _LONGEST_ADDED:
-            raise UsageError(f"a word of {len(word):,} characters was to be added: give {_LONGEST_ADDED:,} at most")
+        if len(word) > LONGEST_ADDED:
+            raise UsageError(f"a word of {len(word):,} characters was to be added: give {LONGEST_ADDED:,} at most")
         if not word.strip() or self.knows(word):
             raise UsageError(
                 f"{word!r} is a token already, or nothing: give what is added another word, by renaming its file or as "
@@ -461,133 +431,9 @@ def _split_around(
             yield word[spoken[0] : spoken[-1] + 1], first + spoken[0], first + spoken[-1] + 1
 
 
-def _is_unicode(text: str) -> bool:
-    """Tell whether a text has no half characters, which JSON can spell."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def _folded(word: str) -> str:
     """Fold a word's case, spaces and Unicode form, as CLIP's normaliser does."""
     return " ".join(unicodedata.normalize("NFC", word).lower().split())
-
-
-def _refuse_other_kinds(vocab: Collection[str]) -> None:
-    """Raise :class:`ModelError` for a vocabulary without the tokens that begin and end a text."""
-    if missing := [token for token in (BOS, EOS) if token not in vocab]:
-        raise ModelError(f"the vocabulary lacks {missing[0]!r}: it is not a CLIP tokenizer's")
-
-
-def _from_tokenizer_json(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Read vocabulary and merges of a file of the ``tokenizers`` library."""
-    model = read_json(file).get("model")
-    try:
-        if not isinstance(model, dict) or not isinstance(model["vocab"], dict):
-            raise ValueError("no vocabulary")
-        pairs = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
-        return model["vocab"], [(left, right) for left, right in pairs]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{file} is not a byte-pair tokenizer's: {error!r}") from error
-
-
-def _read_merges(file: Path) -> list[tuple[str, str]]:
-    """Read the pairs of ``merges.txt``."""
-    try:
-        lines = read_text(file).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    if bad := [pair for pair in pairs if len(pair) != 2]:
-        raise ModelError(f"{file}: {shown(' '.join(bad[0]))} is not a pair of symbols")
-    return [(left, right) for left, right in pairs]
-
-
-def _read_added(folder: Path, config: dict[str, Any]) -> tuple[list[AddedToken], dict[str, tuple[int, Path]]]:
-    """Read a folder's added tokens, in the order in which transformers adds them, and the numbers that files give.
-
-    ``added_tokens_decoder`` in the configuration is all of them where it stands there; without, they are those of
-    ``special_tokens_map.json``, ``added_tokens.json`` and ``tokenizer.json`` (``tokenization_utils_base.py``,
-    ``_from_pretrained``).
-    """
-    source = folder / "tokenizer_config.json"
-    given = {name: _added_token(config[name], source) for name in _NAMED_TOKENS if config.get(name) is not None}
-    extra = _added_list(config.get("extra_special_tokens") or config.get("additional_special_tokens"), source)
-    late: list[AddedToken] = []  # which transformers takes for special after added_tokens.json is read
-    numbered: dict[int, tuple[AddedToken, Path]] = {}
-    if "added_tokens_decoder" in config:
-        for number, token in _entries(config["added_tokens_decoder"], source):
-            numbered[_number(number, source)] = _added_token(token, source), source
-    else:
-        if (file := folder / "special_tokens_map.json").is_file():
-            content = read_json(file)
-            special = {name: content[name] for name in _NAMED_TOKENS if content.get(name) is not None}
-            given |= {name: _added_token(token, file, special=True) for name, token in special.items()}
-            extra += _added_list(content.get("extra_special_tokens"), file)
-            late = [] if extra else _added_list(content.get("additional_special_tokens"), file)
-        if (file := folder / "added_tokens.json").is_file():
-            known = [token.content for token in (*given.values(), *extra)]
-            for word, number in read_json(file).items():
-                numbered[_number(number, file)] = _added_token({"content": word}, file, special=word in known), file
-        if (file := folder / "tokenizer.json").is_file():
-            for token in _listed(read_json(file).get("added_tokens"), file):
-                number = token.get("id") if isinstance(token, dict) else None
-                numbered[_number(number, file)] = _added_token(token, file), file
-    if (count := len(numbered) + len(extra) + len(late)) > MOST_ADDED:
-        raise ModelError(f"{folder} has {count:,} added tokens: expected {MOST_ADDED:,} at most")
-    added = [token for _, (token, _) in sorted(numbered.items())]
-    by_content = {token.content: token for token in added}
-    named = {name: AddedToken(token, special=True) for name, token in _SPECIAL.items()}
-    named |= {name: by_content.get(token.content, token) for name, token in given.items()}
-    for name, expected in _SPECIAL.items():
-        if name != "unk_token" and named[name].content != expected:
-            raise ModelError(f"{folder}: {name} is {named[name].content!r}, and a CLIP tokenizer's is {expected!r}")
-    special = [*(named[name] for name in _NAMED_TOKENS if name in named), *extra, *late]
-    added += [token for token in special if token.content not in by_content]
-    return added, {token.content: (number, file) for number, (token, file) in numbered.items()}
-
-
-def _added_list(tokens: object, file: Path) -> list[AddedToken]:
-    """Read a list of special tokens."""
-    return [_added_token(token, file) for token in _listed(tokens, file)]
-
-
-def _listed(tokens: object, file: Path) -> list[Any]:
-    """Return the tokens of a list, or of an object that names them; none of nothing."""
-    tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens or []
-    if not isinstance(tokens, list):
-        raise ModelError(f"{file}: its added tokens are {shown(tokens)}, expected a list")
-    return tokens
-
-
-def _entries(table: object, file: Path) -> list[tuple[str, Any]]:
-    """Return the entries of an object."""
-    if not isinstance(table, dict):
-        raise ModelError(f"{file}: added_tokens_decoder is {shown(table)}, expected an object")
-    return list(table.items())
-
-
-def _number(given: object, file: Path) -> int:
-    """Read a token's number; an object's key is text."""
-    number = int(given) if isinstance(given, str) and re.fullmatch(r"[0-9]{1,9}", given) else given
-    if type(number) is not int or not 0 <= number < 10**9:
-        raise ModelError(f"{file}: the number of an added token is {shown(given)}, expected a whole number")
-    return number
-
-
-def _added_token(given: object, file: Path, special: bool | None = None) -> AddedToken:
-    """Make a token of what a file says of it: its text alone, which makes it special, or an object with flags.
-
-    ``special`` takes the place of that flag.
-    """
-    said = given if isinstance(given, dict) else {"content": given, "special": True}
-    content, flags = said.get("content"), {name: said[name] for name in _FLAGS if name in said}
-    flags |= {} if special is None else {"special": special}
-    if not isinstance(content, str) or not 0 < len(content) <= _LONGEST_ADDED or not _is_unicode(content):
-        raise ModelError(
-            f"{file}: an added token is {shown(content)}, expected text of 1 to {_LONGEST_ADDED:,} characters"
-        )
-    if bad := [name for name, flag in flags.items() if not isinstance(flag, bool)]:
-        raise ModelError(f"{file}: {bad[0]} of {content!r} is {shown(flags[bad[0]])}, expected true or false")
-    return AddedToken(content, **flags)
 
 
 def _engine(model: models.BPE) -> Engine:
