@@ -341,6 +341,24 @@ def test_loras_that_a_prompt_asks_for_are_those_of_the_folder(gobelin, trained, 
     assert np.array_equal(np.asarray(Image.open(tagged)), np.asarray(Image.open(again)))
 
 
+def test_loras_of_another_programs_image_are_those_of_the_folder(gobelin, trained, loras, tmp_path):
+    info = PngInfo()
+    info.add_text(
+        "parameters", "a red circle <lora:style:0.5>\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 1, Size: 64x64"
+    )
+    Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=info)
+    given = ("--from", tmp_path / "theirs.png", "--model", trained, "--out", tmp_path / "out")
+    status, out, err = gobelin("generate", *given, "--lora-dir", loras)
+    assert status == 0, err
+    assert "added network" not in err
+    settings = read_png_settings(Path(out.strip()))
+    assert (settings["prompt"], settings["loras"]) == ("a red circle", {"style": 0.5})
+    status, out, err = gobelin("generate", *given)
+    assert status == 0, err
+    assert "cannot be repeated exactly: the added network <lora:style:0.5>" in err
+    assert "loras" not in read_png_settings(Path(out.strip()))
+
+
 def test_a_lora_of_no_weight_is_not_loaded_and_several_prompts_may_have_the_same(gobelin, trained, loras, tmp_path):
     options = ("--model", trained, "--seed", 1, "--steps", 1, "--lora-dir", loras, "--out", tmp_path / "out")
     prompts = ("a red circle <lora:style:0.5> <lora:none:0>", "<lora:none:0><lora:style:.50> a blue ring")

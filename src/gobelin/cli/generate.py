@@ -89,11 +89,12 @@ def _to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any], dict[st
     found = read_generation_info(options.from_, SAMPLERS)
     ours = found.source == GOBELIN
     recorded = settings_of_image(found.settings, options.from_, options.model) if ours else dict(found.settings)
-    prompts = options.prompts or (recorded.get("prompt", ""),)
+    found_loras = dict(found.loras) if options.lora_dir is not None and not options.prompts else {}
+    prompts = options.prompts or (" ".join([recorded.get("prompt", ""), *found_loras]),)
     prompts, settings, tags = options.take_tags(prompts, {**recorded, **given})
     for prompt in () if ours else prompts:
         refuse_schedules(prompt, given.get("weights", recorded["weights"]))
-    for missing in found.missing:
+    for missing in (one for one in found.missing if one not in found_loras.values()):
         print(f"gobelin: {options.from_} cannot be repeated exactly: {missing}", file=sys.stderr)
     model = recorded.get("model", "")
     if model and options.model is None:

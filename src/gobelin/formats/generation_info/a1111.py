@@ -102,7 +102,7 @@ def parse_a1111_parameters(
         draft.say("Fooocus paints with SDXL, which Gobelin does not have")
     prompt, *negative = _NEGATIVE.split(said, maxsplit=1)
     for found in EXTRA_NETWORKS.findall(prompt):
-        draft.say(f"the added network {found}")
+        draft.say_network(found)
     draft.settings["prompt"] = EXTRA_NETWORKS.sub("", prompt).strip()
     draft.settings["negative_prompt"] = negative[0].strip() if negative else ""
     for name, ours in _NUMBERS.items():

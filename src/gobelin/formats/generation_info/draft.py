@@ -31,12 +31,15 @@ _MAX_DIGITS = 40
 class GenerationInfo:
     """The settings that an image was made with, as a pipeline takes them.
 
-    ``source`` is the name of the program that made it; ``missing`` lists in words what Gobelin cannot repeat.
+    ``source`` is the name of the program that made it; ``missing`` lists in words what Gobelin cannot repeat. ``loras``
+    are the tags of LoRAs that stood in its prompt, each with its sentence in ``missing``: they can be repeated where
+    the files are there.
     """
 
     settings: dict[str, Any]
     source: str
     missing: list[str] = field(default_factory=list)
+    loras: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -52,11 +55,19 @@ class Draft:
     samplers: Collection[str]
     settings: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    loras: dict[str, str] = field(default_factory=dict)
 
     def say(self, name: str, value: Any = None) -> None:
         """List a thing that Gobelin cannot repeat, with its value unless that is None."""
         if len(self.missing) < _MAX_LISTED:
             self.missing.append(shortened(name if value is None else f"{name}: {in_words(value)}"))
+
+    def say_network(self, tag: str) -> None:
+        """List a network that a prompt loads; that of a LoRA can be loaded here too."""
+        sentence = shortened(f"the added network {tag}")
+        self.say(sentence)
+        if tag.startswith("<lora:") and len(self.loras) < _MAX_MISSING:
+            self.loras[tag] = sentence
 
     def take_number(self, ours: str, value: Any, named: str) -> None:
         """Take a number for a setting of ours: whole for steps, seed, sizes; what is none is listed as ``no named``."""
@@ -104,7 +115,7 @@ class Draft:
         missing = list(dict.fromkeys(self.missing))
         if len(missing) > _MAX_MISSING:
             missing = [*missing[:_MAX_MISSING], f"and {len(missing) - _MAX_MISSING} things more"]
-        return GenerationInfo(settings=self.settings, source=self.source, missing=missing)
+        return GenerationInfo(settings=self.settings, source=self.source, missing=missing, loras=self.loras)
 
 
 def as_number(value: Any, kind: type[int] | type[float]) -> int | float | None:
