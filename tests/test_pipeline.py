@@ -44,14 +44,14 @@ def test_another_seed_is_another_picture_and_none_is_drawn(pipe):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_yields_its_steps(pipe, sampler):
-    painting = pipe.start("a red circle", sampler=sampler, steps=3, seed=0)
-    assert len(painting) == 3
+    painting = pipe.start("a red circle", sampler=sampler, steps=2, seed=0)
+    assert len(painting) == 2
     steps = list(painting)
-    assert [step.index for step in steps] == [0, 1, 2]
-    assert steps[0].timestep > steps[2].timestep
-    assert steps[0].sigma > steps[2].sigma
+    assert [step.index for step in steps] == [0, 1]
+    assert steps[0].timestep > steps[1].timestep
+    assert steps[0].sigma > steps[1].sigma
     assert steps[1].preview().size == (64, 64)
-    final = pipe("a red circle", sampler=sampler, steps=3, seed=0)
+    final = pipe("a red circle", sampler=sampler, steps=2, seed=0)
     assert torch.equal(final.latents, steps[-1].latents)
 
 

@@ -380,7 +380,7 @@ def damage(file: Path, how: str) -> None:
     [
         ("missing", "no weight file at {file}"),
         ("truncated", "{file} is not a whole safetensors file"),
-        ("not safetensors", "{file} is not a whole safetensors file"),
+        ("not safetensors", "{file} is a pointer of Git LFS"),
         ("a key too few", "{file} lacks 'conv_in.bias' (and 1 more)"),
         ("a key too many", "{file} holds 'zebra.weight', which"),
         ("another shape", "{file}: 'conv_in.bias' is [5], but the configuration says [8]"),

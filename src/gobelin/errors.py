@@ -10,6 +10,10 @@ class GobelinError(Exception):
 
     exit_status = 1
 
+    def __str__(self) -> str:
+        """Return the sentence on one line, whatever names of files and words are in it."""
+        return " ".join(super().__str__().splitlines())
+
 
 class UsageError(GobelinError, ValueError):
     """An argument that cannot mean anything: an unknown sampler, a size that the model cannot paint."""

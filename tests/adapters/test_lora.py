@@ -343,6 +343,12 @@ def renamed(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     return found
 
 
+@pytest.fixture(scope="module")
+def whole_pipe(oracle_folder: Path) -> Pipeline:
+    """One for tests that leave it as it was."""
+    return Pipeline.from_pretrained(oracle_folder, "cpu")
+
+
 def original_names(tensors: dict[str, Tensor]) -> dict[str, str]:
     """The names of CompVis' code, which diffusers' own converter takes apart (the oracle of a model's tests)."""
     modules = {name.removeprefix("unet.").rsplit(".lora_", 1)[0] for name in tensors if name.startswith("unet.")}
@@ -354,16 +360,17 @@ def original_names(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("layout", ["onetrainer", "original", "comfyui", "lycoris", "dots"])
-def test_names_of_other_programs_are_the_same_layers(layout, full, oracle_folder, tmp_path):
+def test_names_of_other_programs_are_the_same_layers(layout, full, whole_pipe, tmp_path):
     _, tensors = full
     save_file(kohya(tensors), tmp_path / "plain.safetensors")
     save_file(renamed(tensors, layout), tmp_path / "other.safetensors")
-    plain, other = (Pipeline.from_pretrained(oracle_folder, "cpu") for _ in range(2))
-    plain.load_lora(tmp_path / "plain.safetensors")
-    other.load_lora(tmp_path / "other.safetensors")
-    for network in ("unet", "text_encoder"):
-        theirs = getattr(plain, network).state_dict()
-        assert all(torch.equal(one, theirs[name]) for name, one in getattr(other, network).state_dict().items())
+    changed = []
+    for name in ("plain", "other"):
+        whole_pipe.load_lora(tmp_path / f"{name}.safetensors")
+        changed.append({**whole_pipe.unet.state_dict(), **whole_pipe.text_encoder.state_dict()})
+        whole_pipe.loras.remove(name)
+    assert all(torch.equal(one, changed[0][name]) for name, one in changed[1].items())
+    assert any(not torch.equal(one, changed[0][name]) for name, one in whole_pipe.unet.state_dict().items())
 
 
 def test_peft_with_the_networks_name_before_it(full, oracle_folder, tmp_path):
@@ -410,9 +417,9 @@ TEXT_LAYER = "text_model_encoder_layers_0_mlp_fc1"
     ],
 )
 def test_other_kinds_and_families_are_refused_by_name(
-    name: str, message: str, oracle_folder: Path, tmp_path: Path
+    name: str, message: str, whole_pipe: Pipeline, tmp_path: Path
 ) -> None:
-    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    pipe = whole_pipe
     save_file({**LAYER, name: torch.ones(1)}, tmp_path / "x.safetensors")
     said = sentence_of(lambda: pipe.load_lora(tmp_path / "x.safetensors"))
     assert said is not None

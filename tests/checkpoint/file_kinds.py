@@ -313,8 +313,18 @@ def dtypes_of(kind: Kind) -> list[str]:
     return list(PRECISIONS)
 
 
+_ROUNDED: dict[tuple[Any, ...], Any] = {}
+
+
 def rounded(oracle: Any, make_oracle: Callable[..., Any], dtype: torch.dtype, scaled: bool) -> Any:
-    """The oracle whose weights went through a precision, in float32."""
+    """The oracle whose weights went through a precision, in float32; each made once."""
+    key = (oracle.unet.config.in_channels, dtype, scaled)
+    if key not in _ROUNDED:
+        _ROUNDED[key] = _round(oracle, make_oracle, dtype, scaled)
+    return _ROUNDED[key]
+
+
+def _round(oracle: Any, make_oracle: Callable[..., Any], dtype: torch.dtype, scaled: bool) -> Any:
     other = make_oracle(oracle.unet.config.in_channels)
     for name in ("unet", "vae", "text_encoder"):
         state = getattr(oracle, name).state_dict()

@@ -13,10 +13,7 @@ from tests.checkpoint.file_kinds import rounded
 from tests.conftest import edit_config
 from tests.oracles import differences, original_weights
 
-from gobelin.checkpoint import open_model
-from gobelin.checkpoint.audit import audit_model
 from gobelin.checkpoint.clip_tokenizer import find_clip_tokenizer
-from gobelin.checkpoint.single_file import save_single_file
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats import ldm
@@ -46,11 +43,7 @@ def test_a_folder_with_a_variant_only_says_so(oracle, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [
-        *(("safetensors", dtype) for dtype in (torch.float32, torch.float16)),
-        ("ckpt", torch.float16),
-        ("nested ckpt", torch.bfloat16),
-    ],
+    [("safetensors", torch.float32), ("nested ckpt", torch.bfloat16)],
 )
 def test_an_original_single_file(oracle, make_oracle, oracle_folder, words, kind, dtype, tmp_path):
     weights = {name: tensor.to(dtype) for name, tensor in original_weights(oracle).items()}
@@ -315,24 +308,6 @@ def test_a_schedule_that_leaves_its_spacing_to_the_sampler_comes_back_so(oracle,
     torch.testing.assert_close(  # another spacing is far off
         again("a red ring", **options).latents, pipe("a red ring", **options).latents, rtol=1e-3, atol=1e-3
     )
-
-
-def test_each_network_keeps_its_own_precision(oracle, words, tmp_path):
-    weights = {
-        name: tensor.to(torch.float32 if name.startswith(ldm.VAE_PREFIX) else torch.float16)
-        for name, tensor in original_weights(oracle).items()
-    }
-    save_file(weights | {"betas": torch.ones(10)}, tmp_path / "x.safetensors")
-    model = open_model(tmp_path / "x.safetensors", torch.device("cpu"), None, tokenizer=words)
-    assert (model.unet.dtype, model.vae.dtype, model.text_encoder.dtype) == (
-        torch.float16,
-        torch.float32,
-        torch.float16,
-    )
-    save_single_file(model, tmp_path / "y.safetensors")
-    again = load_file(tmp_path / "y.safetensors")
-    assert all(again[name].dtype == one.dtype and torch.equal(again[name], one) for name, one in weights.items())
-    assert audit_model(model).sound
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def test_convert_there_and_back_leaves_every_tensor_as_it_was(gobelin, half, tmp
 
 def test_convert_in_another_precision(gobelin, half, tmp_path):
     assert gobelin("convert", half, tmp_path / "x.safetensors", "--dtype", "bfloat16")[0] == 0
-    assert {tensor.dtype for tensor in load_file(tmp_path / "x.safetensors").values()} == {torch.bfloat16}
+    tensors = load_file(tmp_path / "x.safetensors").values()
+    assert {tensor.dtype for tensor in tensors if tensor.numel()} == {torch.bfloat16}, "all but the markers"
 
 
 def test_verify_finds_a_sound_model_sound(gobelin, half, tmp_path):

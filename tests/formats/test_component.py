@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,8 +150,8 @@ def test_a_folder_without_a_configuration_is_named(tmp_path: Path) -> None:
 def test_a_component_may_read_the_names_that_other_writers_use(tmp_path: Path) -> None:
     class Renamed(Toy):
         @classmethod
-        def rename(cls, tensors: dict) -> dict:
-            return {name.replace("linear", "layer"): tensor for name, tensor in tensors.items()}
+        def map_names(cls, names: Iterable[str]) -> dict[str, str]:
+            return {name: name.replace("linear", "layer") for name in names}
 
     write_json(tmp_path / "config.json", {"widths": [2, 3]})
     write_tensors(tmp_path / "toy.safetensors", {"linear.weight": torch.ones(3, 2), "linear.bias": torch.ones(3)})

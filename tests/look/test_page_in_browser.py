@@ -216,11 +216,9 @@ def test_data_can_be_given_and_changed(shown: Page) -> None:
     "prompt",
     [
         "</script><img src=x onerror=alert(1)> red",
-        "<!--<script> & &lt;b> red",
-        'say "$data" `${alert(1)}` red',
+        '<!--<script> & &lt;b> say "$data" `${alert(1)}` red',
         "עיגול אדום, ריבוע",
         "a 🟥 and 👩\u200d🎨 café",
-        "a word " * 20 + "Donaudampfschifffahrtsgesellschaftskapitänsmützenband",
     ],
 )
 def test_any_prompt_is_shown_as_it_is(tab: Page, tmp_path: Path, prompt: str) -> None:

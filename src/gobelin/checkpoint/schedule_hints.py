@@ -27,7 +27,7 @@ _MAX_YAML = 1_000_000  # bytes; CompVis' have 2,000
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleHints:
-    """What a file says of its noise schedule: fields of ``ScheduleConfig``.
+    """Hints of a file at its noise schedule: fields of ``ScheduleConfig``.
 
     ``scaling_factor`` is the VAE's, and ``heads`` the U-Net's, which a ``.yaml`` says too; None where it does not.
     """

@@ -28,7 +28,7 @@ _SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": E
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """What a tokenizer's folder says.
+    """The contents of a tokenizer's folder.
 
     ``source`` names the files of the vocabulary. ``added`` are the added tokens in the order in which transformers adds
     them, and ``numbers`` the ids that files give to some, each with its file.
