@@ -59,7 +59,8 @@ torch.set_num_threads(1)  # for tensors this small, and on shared cores, more ar
 
 Network = TypeVar("Network", bound=nn.Module)
 
-hypothesis.settings.register_profile("gobelin", deadline=None)  # a busy machine is not a bug
+# A busy machine is not a bug; and the same cases in every run, but for trials of many (tests/trials.py).
+hypothesis.settings.register_profile("gobelin", deadline=None, derandomize="GOBELIN_TRIALS" not in os.environ)
 hypothesis.settings.load_profile("gobelin")
 
 

@@ -6,10 +6,11 @@ latents attend to each other (``attn1``) and to the words (``attn2``).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from einops import rearrange
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from gobelin.layers import (
 )
 from gobelin.validation import Count, PositiveNumber, validate_fields
 
+_LARGEST_SAMPLE = 1024  # latents: 8192 pixels, of which one step takes minutes
 _TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks and the output have `norm_eps`
 
 
@@ -50,7 +52,7 @@ class UNetConfig:
     that do not fit each other.
     """
 
-    sample_size: Count = 64
+    sample_size: Annotated[int, Interval(ge=1, le=_LARGEST_SAMPLE)] = 64
     in_channels: Count = 4
     out_channels: Count = 4
     block_out_channels: tuple[Count, ...]
