@@ -1,20 +1,16 @@
-"""Write ``docs/compatibility.md``: ``python scripts/site/compatibility.py``, which opens every kind of file once.
+"""Write ``docs/compatibility.md``: ``python -m scripts.site.compatibility``, which opens every kind of file once.
 
 The kinds are those of ``tests/checkpoint/file_kinds.py``, which the tests hold.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tests.checkpoint.file_kinds import (  # noqa: E402
+import torch
+from safetensors.torch import save_file
+from tests.checkpoint.file_kinds import (
     FOREIGN_FILES,
     FOREIGN_TENSORS,
     KINDS,
@@ -25,11 +21,13 @@ from tests.checkpoint.file_kinds import (  # noqa: E402
     dtypes_of,
     rounded,
 )
-from tests.oracles import differences, small_pipeline  # noqa: E402
+from tests.oracles import differences, small_pipeline
 
-from gobelin.errors import ModelError  # noqa: E402
-from gobelin.pipeline import Pipeline  # noqa: E402
-from gobelin.tokenizer import Tokenizer  # noqa: E402
+from gobelin.errors import ModelError
+from gobelin.pipeline import Pipeline
+from gobelin.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 HEADER = """# Which files open
 

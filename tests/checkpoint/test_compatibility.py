@@ -99,7 +99,7 @@ def test_the_page_has_every_kind(tmp_path):
     page = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE)
     for name in (*KINDS, *FOREIGN_FILES, *FOREIGN_TENSORS):
-        assert name in rows, f"{name} is not on the page: python scripts/site/compatibility.py"
+        assert name in rows, f"{name} is not on the page: python -m scripts.site.compatibility"
     millionths = [float(number) for number in re.findall(r"\| (\d+\.\d) (?=\|)", page)]
     assert len(millionths) == sum(len(dtypes_of(kind)) for kind in KINDS.values())
     assert max(millionths) <= 20
@@ -196,6 +196,13 @@ def test_a_yaml_says_the_vaes_scale_the_heads_and_the_betas(oracle, words, tmp_p
     assert model.vae.config.scaling_factor == 0.2
     assert model.unet.config.attention_head_dim == 4
     assert (model.schedule.config.beta_start, model.schedule.config.beta_end) == (0.001, 0.01)
+
+
+def test_a_vae_file_with_other_layers_is_refused(oracle, oracle_folder, tmp_path):
+    other = {"encoder.mid_block.attentions.0.to_gate.weight": torch.ones(2)}
+    save_file(dict(oracle.vae.state_dict()) | other, tmp_path / "vae.safetensors")
+    with pytest.raises(ModelError, match=r"vae\.safetensors is no VAE of .*: its attention has 'to_gate'"):
+        Pipeline.from_pretrained(oracle_folder, "cpu", vae=tmp_path / "vae.safetensors")
 
 
 def test_a_broken_link_says_so(oracle_folder, tmp_path):

@@ -160,7 +160,12 @@ def open_vae_file(path: Path, dtype: torch.dtype | None, allow_pickle: bool = Fa
     tensors = open_tensors(path, allow_pickle)
     is_model = any(name.startswith(ldm.UNET_PREFIX) for name in tensors.shapes)
     if any(name.startswith("encoder.down_blocks.") for name in tensors.shapes):
-        keys = ldm.diffusers_vae_keys(VAE.map_names(tensors.shapes))
+        try:
+            keys = ldm.diffusers_vae_keys(VAE.map_names(tensors.shapes))
+        except KeyError as error:
+            raise ModelError(
+                f"{path} is no VAE of Stable Diffusion 1.x: its attention has {error.args[0]!r}"
+            ) from error
     else:
         start = "" if is_model else ldm.VAE_PREFIX
         keys = {name: ldm.normalize_key(f"{start}{name.removeprefix(start)}") for name in tensors.shapes}
