@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,9 +15,10 @@ PromptSyntax = Literal["a1111", "comfyui", "none"]
 
 MAX_WEIGHT = 100.0  # beyond, embeddings overflow half precision; the tools themselves warn above 2
 _ROUND, _SQUARE = 1.1, 1 / 1.1
-_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
-_PARTS = re.compile(rf"\\[()\[\]\\]|[()\[\]]|:\s*({_NUMBER})\s*\)|[^\\()\[\]:]+|:|\\", re.I)
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+_PARTS = re.compile(rf"\\[()\[\]\\]|[()\[\]]|:\s*({_NUMBER})\s*\)|[^\\()\[\]:]+|:|\\")
 MAX_CHARACTERS = 100_000  # read in a fraction of a second; a prompt of 64 chunks has some 20,000
+MAX_QUOTED = 200  # characters of a prompt in a sentence
 MAX_NESTED = 100  # brackets within each other: the reader of ComfyUI's meaning calls itself for each
 _ESCAPED = {r"\(": "\ue000", r"\)": "\ue001"}  # what stands for them while brackets are looked for
 
@@ -28,45 +29,78 @@ _TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 class _Foreign(NamedTuple):
     """A part of a prompt that other tools act on, over time or before it is read, and do not draw as words."""
 
-    pattern: re.Pattern[str]
+    find: Callable[[str], Iterable[str]]
     what: str
     where: tuple[PromptSyntax, ...] = ("a1111", "comfyui")
     remedy: str = _IN_WORDS
 
 
+def _matches(pattern: str, flags: re.RegexFlag = re.NOFLAG) -> Callable[[str], Iterable[str]]:
+    compiled = re.compile(pattern, flags)
+    return lambda prompt: (found.group() for found in compiled.finditer(prompt))
+
+
+def _in_square(own: str) -> Callable[[str], Iterable[str]]:
+    """Find ``[…]`` whose own text, without the brackets within it, matches ``own``."""
+    compiled = re.compile(own)
+    return lambda prompt: (text for text, inner in _square_groups(prompt) if compiled.search(inner))
+
+
+def _square_groups(prompt: str) -> Iterator[tuple[str, str]]:
+    """List each ``[…]``, its beginning if it is long, with its own text, in which a space stands for other brackets."""
+    opened: list[tuple[str, int, list[str]]] = []
+    for place, character in enumerate(prompt):
+        if character in "[(":
+            opened.append((character, place, []))
+        elif character in "])":
+            if character == "]":
+                while opened and opened[-1][0] == "(":
+                    opened.pop()
+            if not opened or (character == ")" and opened[-1][0] == "["):
+                continue
+            _, start, own = opened.pop()
+            if opened:
+                opened[-1][2].append(" ")
+            if character == "]":
+                yield prompt[start : min(place + 1, start + MAX_QUOTED)], "".join(own)
+        elif opened:
+            opened[-1][2].append(character)
+
+
 # Tags are AUTOMATIC1111's (``modules/extra_networks.py``, which takes every <word:…> out of the prompt) and SwarmUI's
 # (``docs/Features/Prompt Syntax.md``).
-_SCHEDULES = (
-    _Foreign(re.compile(r"\[[^\[\]]*:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s*+\]"), "AUTOMATIC1111's prompt editing"),
-    _Foreign(re.compile(r"\[[^\[\]|]*+\|[^\[\]]*+\]"), "AUTOMATIC1111's alternating words"),
-    _Foreign(re.compile(r"\bAND\b"), "AUTOMATIC1111's AND, which composes prompts", ("a1111",)),
-    _Foreign(re.compile(r"\{[^{}|]*+\|[^{}]*+\}"), "a choice of ComfyUI's dynamic prompts"),
+_FOREIGN = (
+    # ``modules/prompt_parser.py`` (``schedule_parser``): prompts within each other, a number with a sign
+    _Foreign(_in_square(r":\s*+[+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:e[+-]?\d+)?\s*+$"), "AUTOMATIC1111's prompt editing"),
+    _Foreign(_in_square(r"\|"), "AUTOMATIC1111's alternating words"),
+    _Foreign(_matches(r"\bAND\b"), "AUTOMATIC1111's AND, which composes prompts", ("a1111",)),
+    _Foreign(_matches(r"\{[^{}|]*+\|[^{}]*+\}"), "a choice of ComfyUI's dynamic prompts"),
     _Foreign(
-        _TAG,
+        _matches(_TAG.pattern, re.IGNORECASE),
         "a LoRA to load",
         remedy="load it with load_lora (--lora FILE, or --lora-dir with the folder that it is in) and leave this out",
     ),
     _Foreign(
-        re.compile(r"<lyco:[^<>]*>", re.IGNORECASE),
+        _matches(r"<lyco:[^<>]*>", re.IGNORECASE),
         "a LyCORIS network to load",
         remedy="if it is a plain LoRA, load it with load_lora (--lora FILE), and leave this out",
     ),
     _Foreign(
-        re.compile(r"<hypernet:[^<>]*>", re.IGNORECASE),
+        _matches(r"<hypernet:[^<>]*>", re.IGNORECASE),
         "a hypernetwork to load",
         remedy="leave it out, as no hypernetworks are read",
     ),
     _Foreign(
-        re.compile(r"<embed(?:ding)?:[^<>]*>", re.IGNORECASE),
+        _matches(r"<embed(?:ding)?:[^<>]*>", re.IGNORECASE),
         "an embedding as SwarmUI writes it",
         remedy="load its file with load_textual_inversion (--inversion), and write its name alone",
     ),
     _Foreign(
-        re.compile(r"<(?!(?:lora|lyco|hypernet|embed|embedding):)\w+:[^<>]*>", re.IGNORECASE),
+        _matches(r"<(?!(?:lora|lyco|hypernet|embed|embedding):)\w+:[^<>]*>", re.IGNORECASE),
         "a tag of another program",
     ),
     _Foreign(
-        re.compile(r"(?<!\w)embedding:[^\s,()\[\]<>]+", re.IGNORECASE),
+        _matches(r"(?<!\w)embedding:[^\s,()\[\]<>]+", re.IGNORECASE),
         "an embedding as ComfyUI writes it",
         ("a1111",),
         "load its file with load_textual_inversion (--inversion), and write its name alone or give weights='comfyui'",
@@ -137,7 +171,7 @@ def parse_weights(prompt: str, syntax: PromptSyntax = "a1111") -> list[WeightedT
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt holds half a character at place {error.start}: give whole ones") from None
-    refuse_schedules(prompt, syntax)
+    refuse_foreign_syntax(prompt, syntax)
     if syntax == "none":
         parts = [(prompt, 1.0)]
     elif syntax == "comfyui":
@@ -160,46 +194,68 @@ def parse_weights(prompt: str, syntax: PromptSyntax = "a1111") -> list[WeightedT
     return joined or [WeightedText(text="", weight=1.0)]
 
 
-def schedules(prompt: str, syntax: PromptSyntax) -> list[tuple[str, str]]:
+def find_foreign_syntax(prompt: str, syntax: PromptSyntax) -> Iterator[tuple[str, str]]:
     """Find what other tools would not draw as words: each (text, what it is there); none with syntax "none"."""
-    plain = prompt.replace(r"\[", "  ").replace(r"\]", "  ")
-    return [
-        (found.group(), foreign.what)
-        for foreign in _SCHEDULES
-        if syntax in foreign.where
-        for found in foreign.pattern.finditer(plain)
-    ]
+    return ((text, foreign.what) for text, foreign in _found_foreign(prompt, syntax))
 
 
-def refuse_schedules(prompt: str, syntax: PromptSyntax) -> None:
-    """Raise :class:`UsageError` for the first of :func:`schedules`."""
-    for text, what in schedules(prompt, syntax):
-        remedy = next(foreign.remedy for foreign in _SCHEDULES if foreign.what == what)
-        raise UsageError(f"the prompt has {shown(text)}, {what}, which Gobelin does not do in a prompt: {remedy}")
+def refuse_foreign_syntax(prompt: str, syntax: PromptSyntax) -> None:
+    """Raise :class:`UsageError` for the first of :func:`find_foreign_syntax`."""
+    for text, foreign in _found_foreign(prompt, syntax):
+        raise UsageError(
+            f"the prompt has {shown(text)}, {foreign.what}, which Gobelin does not do in a prompt: {foreign.remedy}"
+        )
+
+
+def _found_foreign(prompt: str, syntax: PromptSyntax) -> Iterator[tuple[str, _Foreign]]:
+    plain = re.sub(r"\\[()\[\]]", "  ", prompt)
+    for foreign in _FOREIGN:
+        if syntax in foreign.where:
+            yield from ((text, foreign) for text in foreign.find(plain))
+
+
+def in_a1111_syntax(prompt: str, syntax: PromptSyntax) -> str:
+    """Write a prompt of any syntax as AUTOMATIC1111 would read it: each part in brackets with its weight."""
+    if syntax == "a1111":
+        return prompt
+    written = ""
+    for part in parse_weights(prompt, syntax):
+        text = re.sub(r"[()\[\]\\]", r"\\\g<0>", part.text)
+        written += text if part.weight == 1 else f"({text}:{part.weight:.10g})"
+    return written
 
 
 def _in_round(text: str, weight: float, depth: int) -> Iterator[tuple[str, float]]:
-    """Parse texts and weights as ComfyUI does."""
+    """Parse texts and weights as ComfyUI does (``token_weights``)."""
     if depth > MAX_NESTED:
         raise UsageError(f"the prompt's brackets are more than {MAX_NESTED} deep")
+    for part in _outer_brackets(text):
+        if len(part) < 2 or part[0] != "(" or part[-1] != ")":
+            yield part, weight
+            continue
+        inner = part[1:-1]
+        said, _, number = inner.rpartition(":")
+        if said and _is_number(number):
+            yield from _in_round(said, _weight(number), depth + 1)
+        else:
+            yield from _in_round(inner, weight * _ROUND, depth + 1)
+
+
+def _outer_brackets(text: str) -> Iterator[str]:
+    """Split a text before and after its outermost brackets, the last of which may not be closed."""
     start = level = 0
     for place, character in enumerate(text):
         if character == "(":
             if level == 0:
-                yield text[start:place], weight
+                yield text[start:place]
                 start = place
             level += 1
         elif character == ")":
             level -= 1
             if level == 0:
-                inner = text[start + 1 : place]
-                said, _, number = inner.rpartition(":")
-                if said and _is_number(number):
-                    yield from _in_round(said, _weight(number), depth + 1)
-                else:
-                    yield from _in_round(inner, weight * _ROUND, depth + 1)
+                yield text[start : place + 1]
                 start = place + 1
-    yield text[start:], weight
+    yield text[start:]
 
 
 def _is_number(text: str) -> bool:
@@ -234,7 +290,7 @@ def _in_round_and_square(prompt: str) -> list[tuple[str, float]]:
         elif found.group(1) is not None and open_round:
             multiply(open_round.pop(), _weight(found.group(1)))
         else:
-            texts.append(part[1:] if len(part) == 2 and part[0] == "\\" else part)
+            texts.append(part.removeprefix("\\"))  # one before anything else is left out
             weights.append(1.0)
         if len(open_round) + len(open_square) > MAX_NESTED:
             raise UsageError(f"the prompt's brackets are more than {MAX_NESTED} deep")

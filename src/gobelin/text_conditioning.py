@@ -84,12 +84,20 @@ def chunk_prompt(tokenizer: Tokenizer, prompt: str, syntax: PromptSyntax = "a111
     start = 0
     for part in parts:
         borders.append(start)
-        for number, piece in enumerate(_BREAK.split(part.text) if in_chunks and syntax == "a1111" else [part.text]):
+        pieces = _BREAK.split(part.text) if in_chunks and syntax == "a1111" else [part.text]
+        if len(pieces) > 1 and part.weight != 1:
+            raise UsageError(
+                f"the prompt has a BREAK with a weight of {part.weight:g}: put it outside of the brackets, as a new "
+                "chunk has no weight of its own"
+            )
+        for number, piece in enumerate(pieces):
             if number % 2:
                 sections.append([])
             else:
                 sections[-1] += [(token.shifted(start), part.weight) for token in tokenizer.tokens(piece)]
             start += len(piece)
+    if len(sections) > 1 and not sections[-1]:
+        sections.pop()  # a BREAK at the end begins none
     room = tokenizer.max_length - 2
     tokens = [token for section in sections for token in section]
     if len(tokens) > room * MAX_CHUNKS or len(sections) > MAX_CHUNKS:

@@ -326,7 +326,7 @@ def loras(trained, tmp_path):
 def test_loras_that_a_prompt_asks_for_are_those_of_the_folder(gobelin, trained, loras, tmp_path):
     options = ("--model", trained, "--seed", 1, "--steps", 2, "--negative-prompt")
     tagged = painted(
-        *(gobelin, tmp_path / "a", "a red circle<lora:style:0.5>", *options, "blue <lora:upper:-1>"),
+        *(gobelin, tmp_path / "a", "a red circle<lora:style:0.5> <lora:upper:-1>", *options, "blue"),
         *("--lora-dir", loras),
     )
     given = ("--lora", f"{loras}/deep/er/style.safetensors:0.5", f"{loras}/Upper.safetensors:-1")
@@ -376,7 +376,7 @@ def test_a_lora_of_no_weight_is_not_loaded_and_several_prompts_may_have_the_same
         (["a <lora:Two:1>"], r"the LoRA 'Two' is in .* several times"),
         (["a <lora:style:1>", "b"], "ask for different LoRAs, which change the whole model"),
         (["a <lora:style:1>", "b <lora:style:0.9>"], "ask for different LoRAs"),
-        (["a <lora:style:1>", "--negative-prompt", "b <lora:style:0.9>"], "ask for one LoRA at different weights"),
+        (["a <lora:style:1>", "--negative-prompt", "b <lora:style:0.9>"], "the prompt has '<lora:style:0.9>'"),
         (["a <lora:style:1:0.5>"], "one weight for the text encoder and another for the U-Net"),
         (["a <lyco:style:1>"], "a LyCORIS network to load"),
         (["a <hypernet:style:1>"], "a hypernetwork to load"),

@@ -67,7 +67,8 @@ def test_the_web_ui_finds_its_own_text(prompt: str, picture: Image.Image, tmp_pa
 
 
 def test_the_web_ui_text_is_prompt_negative_prompt_and_fields() -> None:
-    fields = "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 42, Size: 64x48, Model: runs/nano"
+    fields = "Steps: 20, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 7.5, Seed: 42, Size: 64x48"
+    fields += ", Model: runs/nano"
     assert format_a1111_parameters(SETTINGS) == f"a red circle above a blue square\n{fields}"
     assert format_a1111_parameters({**SETTINGS, "negative_prompt": "blur"}) == (
         f"a red circle above a blue square\nNegative prompt: blur\n{fields}"
@@ -147,7 +148,8 @@ def test_automatic1111s_text_is_read(picture: Image.Image, tmp_path: Path) -> No
         "clip_skip": 1,
         "model": "v1-5",
     }
-    assert found.missing[1:] == ["Lora hashes: a: 1, b: 2", "ENSD: 31337"]
+    size = "the image is 64 x 48, and its settings say 512 x 768: it was changed afterwards"
+    assert found.missing[1:] == ["Lora hashes: a: 1, b: 2", "ENSD: 31337", size]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_every_sampler_has_a_name_in_automatic1111(name: str) -> None:
 
 
 def test_added_networks_and_a_vae_are_missed() -> None:
-    fields = "Steps: 5, Sampler: Euler, Schedule type: Exponential, CFG scale: 7, Seed: 1, VAE: x"
+    fields = "Steps: 5, Sampler: Euler, Schedule type: Exponential, CFG scale: 7, Seed: 1, Size: 8x8, Model: y, VAE: x"
     text = f"a <lora:style:0.7> ring\n{fields}"
     found = parse_a1111_parameters(text, SAMPLERS)
     assert found.settings["prompt"] == "a  ring"
@@ -209,7 +211,8 @@ def test_comfyuis_graph_is_read(picture: Image.Image, tmp_path: Path) -> None:
         "height": 512,
         "model": "v1-5-pruned-emaonly",
     }
-    assert found.missing[1:] == ["a LoraLoader (lora_name: style.safetensors)"]
+    size = "the image is 64 x 48, and its settings say 640 x 512: it was changed afterwards"
+    assert found.missing[1:] == ["a LoraLoader (lora_name: style.safetensors)", size]
 
 
 @given(st.text(max_size=80))

@@ -41,8 +41,8 @@ class EditOptions(PaintingOptions):
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     options = parse(EditOptions, "edit", arguments)
-    (prompt, to), given, tags = options.take_tags([options.prompt, options.to], options.settings)
-    settings = EditSettings(**given)
+    (prompt, to), tags = options.take_tags([options.prompt, options.to], options.settings.get("weights"))
+    settings = EditSettings(**options.settings)
     pipeline = options.open(tags)
     result = pipeline.edit(prompt, to, **settings)
     kept = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "clip_skip", "weights", "tile")

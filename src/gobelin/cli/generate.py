@@ -22,7 +22,7 @@ from gobelin.formats.png import write_png
 from gobelin.images import open_image, open_mask
 from gobelin.inpainting import digest
 from gobelin.look.word_sheets import word_sheet
-from gobelin.prompt_weighting import LoraTag, refuse_schedules
+from gobelin.prompt_weighting import LoraTag, refuse_foreign_syntax
 from gobelin.samplers import SAMPLERS
 from gobelin.settings import Settings
 
@@ -84,16 +84,21 @@ def _to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any], dict[st
     if options.from_ is None:
         if not options.prompts:
             raise UsageError('no prompt given: put what to paint first, as in gobelin generate "a red circle"')
-        prompts, given, tags = options.take_tags(options.prompts, given)
+        prompts, tags = options.take_tags(options.prompts, given.get("weights"))
         return prompts, given, None, tags
     found = read_generation_info(options.from_, SAMPLERS)
     ours = found.source == GOBELIN
     recorded = settings_of_image(found.settings, options.from_, options.model) if ours else dict(found.settings)
-    found_loras = dict(found.loras) if options.lora_dir is not None and not options.prompts else {}
+    has_tags = options.lora_dir is not None and given.get("weights") != "none"
+    found_loras = dict(found.loras) if has_tags and not options.prompts else {}
+    if "prompt" not in recorded and not options.prompts:
+        why = next((missing for missing in found.missing if "prompt" in missing), "it holds none")
+        raise UsageError(f"{options.from_} does not say its prompt: give one of your own ({why})")
     prompts = options.prompts or (" ".join([recorded.get("prompt", ""), *found_loras]),)
-    prompts, settings, tags = options.take_tags(prompts, {**recorded, **given})
+    settings = {**recorded, **given}
+    prompts, tags = options.take_tags(prompts, settings.get("weights"))
     for prompt in () if ours else prompts:
-        refuse_schedules(prompt, given.get("weights", recorded["weights"]))
+        refuse_foreign_syntax(prompt, given.get("weights", recorded["weights"]))
     for missing in (one for one in found.missing if one not in found_loras.values()):
         print(f"gobelin: {options.from_} cannot be repeated exactly: {missing}", file=sys.stderr)
     model = recorded.get("model", "")

@@ -84,7 +84,7 @@ def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     options = parse(Look, "look", arguments)
     prompt, settings, needed = _to_paint(options)
-    (prompt,), settings, tags = options.take_tags([prompt], settings)
+    (prompt,), tags = options.take_tags([prompt], settings.get("weights"))
     pipeline = options.open(tags)
     if needed is not None:
         refuse_other_additions(needed, pipeline, Path(options.source))

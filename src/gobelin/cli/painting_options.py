@@ -16,7 +16,7 @@ from gobelin.errors import UsageError
 from gobelin.painting import Painting, PaintingStep, Result
 from gobelin.pipeline import SHIPPED, Pipeline
 from gobelin.plan import LEARNED_WORDS, LORAS, NOT_REPEATABLE
-from gobelin.prompt_weighting import LoraTag, extract_lora_tags
+from gobelin.prompt_weighting import LoraTag, PromptSyntax, extract_lora_tags
 from gobelin.schedule import PredictionType
 from gobelin.settings import Settings
 from gobelin.validation import nearest, refuse_unknown, shown, validated
@@ -83,29 +83,24 @@ class PipelineOptions(ModelOptions):
             pipeline.load_textual_inversion(file, allow_pickle=self.allow_pickle)
         return pipeline
 
-    def take_tags(
-        self, prompts: Sequence[str], settings: dict[str, Any]
-    ) -> tuple[list[str], dict[str, Any], list[LoraTag]]:
-        """Take the tags of LoRAs out of prompts and settings: both without them, and the LoRAs that are to be loaded.
+    def take_tags(self, prompts: Sequence[str], syntax: PromptSyntax | None) -> tuple[list[str], list[LoraTag]]:
+        """Take the tags of LoRAs out of prompts: these without them, and the LoRAs that are to be loaded.
 
-        Without ``--lora-dir`` all stays as it is, and so it does where weights are "none". Raises :class:`UsageError`
-        for prompts that ask for different LoRAs, which are the whole model's.
+        As in AUTOMATIC1111's web UI, a negative prompt has none. Without ``--lora-dir`` all stays as it is, and so it
+        does with the syntax "none". Raises :class:`UsageError` for prompts that ask for different LoRAs, which are the
+        whole model's.
         """
-        if self.lora_dir is None or settings.get("weights") == "none":
-            return list(prompts), settings, []
+        if self.lora_dir is None or syntax == "none":
+            return list(prompts), []
         taken = [extract_lora_tags(prompt) for prompt in prompts]
-        negative, wanted = extract_lora_tags(settings.get("negative_prompt") or "")
         for prompt, (_, tags) in zip(prompts, taken, strict=True):
             if set(tags) != set(taken[0][1]):
                 raise UsageError(
                     f"the prompts {shown(prompts[0])} and {shown(prompt)} ask for different LoRAs, which change the "
                     "whole model: give each the same tags, or paint them one after the other"
                 )
-        tags = list(dict.fromkeys((*(taken[0][1] if taken else ()), *wanted)))
-        if len({tag.name for tag in tags}) < len(tags):
-            raise UsageError("prompt and negative prompt ask for one LoRA at different weights: give it once")
-        settings = {**settings, "negative_prompt": negative} if wanted else settings
-        return [prompt for prompt, _ in taken], settings, [tag for tag in tags if tag.weight]
+        tags = taken[0][1] if taken else ()
+        return [prompt for prompt, _ in taken], [tag for tag in tags if tag.weight]
 
     def _find_lora(self, name: str) -> Path:
         """Find a LoRA's file by its name without suffix, anywhere in the folder: as it is written, or in any case."""

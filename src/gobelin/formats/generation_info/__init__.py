@@ -7,7 +7,11 @@ from typing import Any
 from gobelin.errors import DataError, ModelError
 from gobelin.formats.files import parse_json
 from gobelin.formats.generation_info.a1111 import is_a1111_text, parse_a1111_parameters
-from gobelin.formats.generation_info.comfyui import is_comfyui_graph, parse_comfyui_graph
+from gobelin.formats.generation_info.comfyui import (
+    is_comfyui_graph,
+    list_comfyui_nodes,
+    parse_comfyui_graph,
+)
 from gobelin.formats.generation_info.draft import GOBELIN, GenerationInfo, in_words
 from gobelin.formats.generation_info.image_texts import MAX_TEXT, PARAMETERS, XMP_COMMENT, read_image_texts
 from gobelin.formats.generation_info.other_programs import (
@@ -19,6 +23,7 @@ from gobelin.formats.generation_info.other_programs import (
     parse_sd_metadata,
     parse_swarmui,
 )
+from gobelin.images import readable_size
 
 __all__ = ["GOBELIN", "GOBELIN_KEY", "GenerationInfo", "read_generation_info"]
 
@@ -61,6 +66,11 @@ def read_generation_info(file: Path, samplers: Collection[str]) -> GenerationInf
             "program saved, unedited"
         )
     found.missing.extend(f"{name}: {in_words(texts[name])}" for name in _AFTERWARDS if name in texts)
+    size, said = readable_size(file), tuple(found.settings.get(side) for side in ("width", "height"))
+    if found.source != GOBELIN and None not in said and size != said:
+        found.missing.append(
+            f"the image is {size[0]} x {size[1]}, and its settings say {said[0]} x {said[1]}: it was changed afterwards"
+        )
     return found
 
 
@@ -71,7 +81,7 @@ def _read(texts: dict[str, str], samplers: Collection[str]) -> GenerationInfo | 
             raise DataError(f"its {where} has {len(text):,} characters: Gobelin reads {MAX_TEXT:,} at most")
     if GOBELIN_KEY in texts:
         return GenerationInfo(settings=parse_json(texts[GOBELIN_KEY], "its stored settings"), source=GOBELIN)
-    if any("novelai" in texts.get(name, "").lower() for name in ("Software", "Source", "Title")):
+    if any(texts.get(name, "").lower().startswith("novelai") for name in ("Software", "Source", "Title")):
         raise DataError(_NOVELAI)
     for key in ("invokeai_metadata", "sd-metadata"):
         if key in texts:
@@ -79,10 +89,12 @@ def _read(texts: dict[str, str], samplers: Collection[str]) -> GenerationInfo | 
             return parse(parse_json(texts[key], f"its {key}"), samplers)
     if "Dream" in texts:
         return parse_dream(texts["Dream"], samplers)
+    if texts.get("prompt", "").lstrip().startswith(("{", "[")):
+        return _read_graph(texts, samplers)
     if {"negative_prompt", "use_stable_diffusion_model", "Negative Prompt"} & texts.keys():
         return parse_easy_diffusion(dict(texts), samplers)
-    if "prompt" in texts:
-        return _read_graph(texts, samplers)
+    if "prompt" in texts and not is_a1111_text(texts.get(PARAMETERS, "")):
+        raise DataError(_UNKNOWN.format(in_words(texts["prompt"])[:60]))
     stored = [(where, texts[where].strip()) for where in (PARAMETERS, XMP_COMMENT, "Comment") if where in texts]
     for _, text in stored:
         if (found := _read_text(text, texts, samplers)) is not None:
@@ -97,13 +109,20 @@ def _read_graph(texts: dict[str, str], samplers: Collection[str]) -> GenerationI
     """Read ComfyUI's graph, or, where that cannot be read, the text that a node of it wrote in AUTOMATIC1111's form."""
     text = texts.get(PARAMETERS, "")
     try:
-        if not texts["prompt"].lstrip().startswith(("{", "[")):
-            raise DataError(_UNKNOWN.format(in_words(texts["prompt"])[:60]))
-        return parse_comfyui_graph(parse_json(texts["prompt"], "its prompt"), samplers)
-    except (DataError, ModelError):
+        graph = parse_json(texts["prompt"], "its prompt")
+    except ModelError:
         if is_a1111_text(text):
-            return parse_a1111_parameters(text, samplers, by=("ComfyUI", "comfyui"))
+            return parse_a1111_parameters(text, samplers)  # a prompt that begins with a bracket
         raise
+    try:
+        return parse_comfyui_graph(graph, samplers)
+    except DataError as error:
+        if not is_a1111_text(text):
+            raise
+        found = parse_a1111_parameters(text, samplers, by=("ComfyUI", "comfyui"))
+        found.missing.append(f"{error}: the settings are those of the text beside it")
+        found.missing.extend(list_comfyui_nodes(graph, samplers))
+        return found
 
 
 def _read_text(text: str, texts: dict[str, str], samplers: Collection[str]) -> GenerationInfo | None:

@@ -5,7 +5,7 @@ Layout: ComfyUI's ``nodes.py`` (the classes of nodes, their inputs and the order
 """
 
 from collections.abc import Collection, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from gobelin.errors import DataError
@@ -41,27 +41,48 @@ _CONSTANTS = {
 # Nodes that change no image, or whose every input is read.
 _HARMLESS = {
     *("SaveImage", "PreviewImage", "SaveAnimatedWEBP", "SaveImageWebsocket", "VAEDecode", "CLIPTextEncode"),
-    *("Reroute", _CLIP_SKIP, _ZERO_OUT),
+    *("Reroute", _CLIP_SKIP, _ZERO_OUT, "SaveLatent"),
     *_CONSTANTS,
 }
-_SIDES = {0: "positive", 1: "negative"}  # outputs of nodes that pass on both conditionings
+# Nodes whose first two outputs are the conditionings of their inputs "positive" and "negative": ComfyUI's own, and
+# Advanced-ControlNet's. Others have them in another order.
+_TWO_SIDED = {
+    *("ControlNetApplyAdvanced", "ControlNetApplySD3", "ControlNetInpaintingAliMamaApply", "InpaintModelConditioning"),
+    *("InstructPixToPixConditioning", "PairConditioningSetProperties", "PairConditioningSetDefaultCombine"),
+    *("ACN_AdvancedControlNetApply", "ACN_AdvancedControlNetApply_v2", "ACN_ControlNet++ApplyAdvanced"),
+}
+_SIDES = {0: "positive", 1: "negative"}  # their outputs
+# Configurations of CheckpointLoader that say what every Stable Diffusion 1.x model is.
+_USUAL_CONFIGS = ("v1-inference.yaml", "v1-inference_fp16.yaml", "v1-inpainting-inference.yaml")
 # Inputs that a conditioning goes through, in the order in which they are followed.
 _CONDITIONING = ("conditioning", "conditioning_1", "conditioning_to")
 _PROMPTS = {"positive": "prompt", "negative": "negative_prompt"}
 _NUMBERS = {"steps": "steps", "cfg": "guidance"}
 _MAX_NODES = 10_000  # graphs of people have some hundred
+_MAX_ENDS = 16  # each is followed by itself
 _MAX_INPUTS = 8  # said of a node
 _MAX_FOLLOWED = 1_000  # nodes in a row
 _USUAL = {"denoise": 1, "start_at_step": 0, "add_noise": "enable", "return_with_leftover_noise": "disable"}
+_SAVED = ("images", "image")
 _PICTURES = ("images", "image", "samples", "latent_image", "latent", "pixels", "samples_to", "samples_from")
 
 
 def parse_comfyui_graph(graph: dict[str, Any], samplers: Collection[str]) -> GenerationInfo:
     """Parse ComfyUI's graph: the settings of the sampler that begins the image, and what else leads to the image.
 
-    Raises :class:`DataError` for a graph without a KSampler, and for one of more than 10,000 nodes.
+    Raises :class:`DataError` for a graph without a KSampler that leads to the image, for one that saves images of
+    several such, and for one of more than 10,000 nodes.
     """
     return _Graph(graph).read(samplers)
+
+
+def list_comfyui_nodes(graph: dict[str, Any], samplers: Collection[str]) -> list[str]:
+    """List in words the nodes of a graph that change the image, samplers included, where its settings are unread."""
+    found = _Graph(graph)
+    draft = Draft(source="ComfyUI", syntax="comfyui", samplers=samplers)
+    for name in found.execution(found.ends()):
+        found.say_node(draft, name)
+    return draft.missing
 
 
 def is_comfyui_graph(content: dict[str, Any]) -> bool:
@@ -83,17 +104,13 @@ class _Graph:
 
     def read(self, samplers: Collection[str]) -> GenerationInfo:
         """Read the graph, in which ``samplers`` are the names of those that Gobelin has."""
-        found = [name for name, kind in self.kinds.items() if kind in _SAMPLERS]
-        if not found:
-            others = sorted({kind for kind in self.kinds.values() if "sampler" in kind.lower()})
-            which = f", but {in_words(', '.join(others))}" if others else ""
-            raise DataError(f"its ComfyUI graph has no KSampler to take the settings from{which}")
-        draft = Draft(source="ComfyUI", weights="comfyui", samplers=samplers)
+        draft = Draft(source="ComfyUI", syntax="comfyui", samplers=samplers)
         draft.say("ComfyUI draws other noise for a seed: the layout may differ")
-        ends = self._ends(draft)
-        order = [*self._execution(ends, of_picture=True), *self._execution(ends), *found]
-        first = next(name for name in order if self.kinds[name] in _SAMPLERS)
+        ends = self.ends()
+        first = self._first_sampler(ends)
         inputs = self.inputs[first]
+        if len(ends) > 1:
+            draft.say(f"the graph ends in {len(ends)} nodes, {self._named(ends)}: which of their images it is")
         self._take_sampler(draft, inputs)
         layers = [self._take_prompt(draft, inputs, name, ours) for name, ours in _PROMPTS.items()]
         self._take_clip_skip(draft, {layer for layer in layers if layer is not None})
@@ -101,22 +118,52 @@ class _Graph:
         loader = self._follow(inputs.get("model"), ("model",), _LOADERS)
         if loader is not None:
             draft.take_model(self._plain(self.inputs[loader].get("ckpt_name")))
-        for name in self._execution([*ends, first]):
+            config = self._plain(self.inputs[loader].get("config_name", _USUAL_CONFIGS[0]))
+            if config not in _USUAL_CONFIGS:
+                draft.say("the configuration", config)
+        for name in self.execution(ends):
             if name not in (first, size, loader):
-                self._say_node(draft, name)
+                self.say_node(draft, name)
         return draft.finished()
 
-    def _ends(self, draft: Draft) -> list[str]:
-        """Find the node that saves the image, of those that no other takes from."""
+    def ends(self) -> list[str]:
+        """Find the nodes that may have saved the image: those that take one, and that no other takes from.
+
+        A node with "save" in its class comes before others, and "preview" after; without any, all that no other takes
+        from are ends.
+        """
         taken = {linked for name in self.kinds for _, linked in self._links(name)}
         loose = [name for name in self.kinds if name not in taken]
-        for word in ("save", "preview"):
-            found = [name for name in loose if word in self.kinds[name].lower()]
-            if len(found) > 1:
-                draft.say("the graph saves several images: the settings are those of one of them")
-            if found:
-                return found[:1]
+        ends = [name for name in loose if any(one in _SAVED for one, _ in self._links(name))]
+        for fits in (lambda kind: "save" in kind, lambda kind: "preview" not in kind, lambda kind: True):
+            if found := [name for name in ends if fits(self.kinds[name].lower())]:
+                sources = {in_words([self.inputs[name].get(one) for one in _SAVED]): name for name in reversed(found)}
+                return list(reversed(sources.values()))  # two of one image are one
         return loose or list(self.kinds)
+
+    def _first_sampler(self, ends: list[str]) -> str:
+        """Find the KSampler that begins the image of every end."""
+        if len(ends) > _MAX_ENDS:
+            raise DataError(f"its ComfyUI graph ends in {len(ends):,} nodes: Gobelin reads {_MAX_ENDS} at most")
+        found: dict[str, str] = {}
+        for end in ends:
+            order = chain(self.execution([end], of_picture=True), self.execution([end]))
+            sampler = next((name for name in order if self.kinds[name] in _SAMPLERS), None)
+            if sampler is not None:
+                found[sampler] = end
+        if len(found) > 1:
+            raise DataError(
+                f"its ComfyUI graph saves images of {len(found)} samplers, by {self._named(found.values())}, and the "
+                "file does not say which one it is"
+            )
+        if not found:
+            others = sorted({kind for kind in self.kinds.values() if "sampler" in kind.lower()})
+            which = f", but {in_words(', '.join(others))}" if others else ""
+            raise DataError(f"its ComfyUI graph has no KSampler that leads to the image{which}")
+        return next(iter(found))
+
+    def _named(self, names: Collection[str]) -> str:
+        return in_words(", ".join(f"{self.kinds[name]} {name}" for name in names))
 
     def _linked(self, value: Any) -> str | None:
         """Return the name of the node that a link comes from; None for what is no link."""
@@ -130,7 +177,7 @@ class _Graph:
             if (linked := self._linked(value)) is not None:
                 yield one, linked
 
-    def _execution(self, ends: list[str], of_picture: bool = False) -> list[str]:
+    def execution(self, ends: list[str], of_picture: bool = False) -> list[str]:
         """List the nodes that lead to others, and those, each once and after all that lead to it, as ComfyUI runs them.
 
         ``of_picture`` follows images and latents only, where a node has any.
@@ -189,6 +236,8 @@ class _Graph:
         last, steps = (as_number(self._plain(inputs.get(name)), int) for name in ("end_at_step", "steps"))
         if last is not None and steps is not None and last < steps:
             draft.say(f"end_at_step {last}")
+        elif last is None and "end_at_step" in inputs:
+            draft.say("end_at_step, which another node says")
         for name, ours in (*_NUMBERS.items(), ("noise_seed" if "noise_seed" in inputs else "seed", "seed")):
             draft.take_number(ours, self._plain(inputs.get(name)), name)
         named, schedule = (self._plain(inputs.get(name, "")) for name in ("sampler_name", "scheduler"))
@@ -216,8 +265,11 @@ class _Graph:
                 return None
             if kind == "Reroute":
                 value = self._rerouted(linked)
-            elif "positive" in inputs and "negative" in inputs:
+            elif kind in _TWO_SIDED:
                 value = inputs.get(_SIDES.get(_output(value), ""))
+            elif "positive" in inputs or "negative" in inputs:
+                draft.say(f"the {name} prompt, which goes through a {kind}")
+                return None
             else:
                 value = next((inputs[one] for one in _CONDITIONING if one in inputs), None)
         draft.say(f"the {name} prompt, which is not plain text")
@@ -251,7 +303,7 @@ class _Graph:
             draft.say(f"batch_size {in_words(batch)}: which image of the batch it is")
         return name
 
-    def _say_node(self, draft: Draft, name: str) -> None:
+    def say_node(self, draft: Draft, name: str) -> None:
         """List a node that changes the image, with what it says."""
         kind = self.kinds[name]
         if kind in _SAMPLERS:

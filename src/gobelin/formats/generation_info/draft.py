@@ -5,11 +5,12 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PureWindowsPath
 from typing import Any
 
 from gobelin.errors import DataError
-from gobelin.prompt_weighting import MAX_CHARACTERS, PromptSyntax, schedules
+from gobelin.prompt_weighting import MAX_CHARACTERS, PromptSyntax, find_foreign_syntax
 
 GOBELIN = "Gobelin"
 """The ``source`` of an image that Gobelin painted."""
@@ -19,6 +20,12 @@ EXTRA_NETWORKS = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 
 _DEFAULT_SCHEDULES = ("", "automatic", "uniform", "normal")  # each sampler's own noise levels
 _OWN_SCHEDULES = {"ddim": "ddim_uniform"}  # ComfyUI's name for what is a sampler's own
+# Samplers whose σ are k-diffusion's, and so AUTOMATIC1111's and ComfyUI's, for any number of steps. DPM2 leaves its
+# last σ but one out there; multistep samplers begin at other timesteps, unless Karras' formula gives them.
+_AS_K_DIFFUSION = (
+    *("euler", "euler_karras", "euler_ancestral", "heun", "heun_karras", "lms", "lms_karras", "ddim"),
+    *("dpmpp_2m_karras", "dpmpp_2m_sde_karras"),
+)
 _EMBEDDING = re.compile(r"\bembedding:([^\s,:()\[\]]+)")
 _EMPTY: tuple[Any, ...] = (None, False, "", "None", "none", "False", [], {})
 _MAX_SHOWN = 200  # characters of one thing that is missing
@@ -46,13 +53,15 @@ class GenerationInfo:
 class Draft:
     """The settings that are read of an image so far, and in words what Gobelin cannot repeat of it.
 
-    ``weights`` is the meaning of the program's prompts, ``samplers`` the names that Gobelin has. What is taken may be
-    of any type: what is no text or number where one belongs is listed, and never guessed.
+    ``syntax`` is the meaning of the program's prompts, ``samplers`` the names that Gobelin has,
+    ``diffusers`` whether the program samples with diffusers, as Gobelin does, and not with k-diffusion. What is taken
+    may be of any type: what is no text or number where one belongs is listed, and never guessed.
     """
 
     source: str
-    weights: PromptSyntax
+    syntax: PromptSyntax
     samplers: Collection[str]
+    diffusers: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     loras: dict[str, str] = field(default_factory=dict)
@@ -83,9 +92,11 @@ class Draft:
             self.say(f"the sampler {name}" if name else "no sampler")
             return
         karras = schedule.lower() == "karras" and f"{name}_karras" in self.samplers
-        self.settings["sampler"] = f"{name}_karras" if karras else name
+        ours = self.settings["sampler"] = f"{name}_karras" if karras else name
         if not karras and schedule.lower() not in (*_DEFAULT_SCHEDULES, _OWN_SCHEDULES.get(name)):
             self.say(f"the schedule {schedule} of {name}")
+        elif not self.diffusers and ours not in _AS_K_DIFFUSION:
+            self.say(f"the noise levels of {name}, which Gobelin spaces as diffusers does")
 
     def take_model(self, name: Any) -> None:
         """Take the name of a model's file, without folders and suffix."""
@@ -102,15 +113,15 @@ class Draft:
 
     def finished(self) -> GenerationInfo:
         """Add what the prompts ask for that Gobelin cannot do; raises :class:`DataError` for one that is too long."""
-        self.settings["weights"] = self.weights
+        self.settings["weights"] = self.syntax
         for name in ("prompt", "negative_prompt"):
             text = self.settings.get(name, "")
             if len(text) > MAX_CHARACTERS:
                 raise DataError(f"its {name} has {len(text):,} characters: Gobelin reads {MAX_CHARACTERS:,} at most")
-            if self.weights == "comfyui":
+            if self.syntax == "comfyui":
                 for word in _EMBEDDING.findall(text):
                     self.say(f"the embedding {word}")
-            for found, what in schedules(text, self.weights):
+            for found, what in islice(find_foreign_syntax(text, self.syntax), _MAX_LISTED):
                 self.say(what, found)
         missing = list(dict.fromkeys(self.missing))
         if len(missing) > _MAX_MISSING:

@@ -26,6 +26,7 @@ XMP_COMMENT = "exif:UserComment"
 MAX_TEXT = 8_000_000
 """Characters of one text that are read: JSON of so many is parsed in a fraction of a second."""
 
+# Keywords that some program writes: only an image without any is searched for text after or in its pixels.
 _TELLING = (
     "gobelin",
     PARAMETERS,
@@ -49,6 +50,7 @@ _STEALTH = {  # by their magic bytes: whether in alpha, whether compressed
     b"stealth_rgbinfo": (False, False),
     b"stealth_rgbcomp": (False, True),
 }
+_BYTE_ORDER_MARK = "\ufeff"
 _MAGIC = 15  # bytes; four of the length in bits follow
 
 
@@ -90,7 +92,7 @@ def _texts(image: Image.Image) -> dict[str, str]:
     xmp = image.info.get("xmp", texts.get("XML:com.adobe.xmp", ""))
     if text := _xmp_comment(xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)):
         texts[XMP_COMMENT] = text
-    return texts
+    return {name: text.removeprefix(_BYTE_ORDER_MARK) for name, text in texts.items()}
 
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:
@@ -140,7 +142,7 @@ def _decode_comment(comment: bytes) -> str:
     try:
         if charset == b"UNICODE\0":
             return _decode_utf16(body)
-        if charset in (b"ASCII\0\0\0", b"\0" * 8):
+        if charset.rstrip(b"\0 ") in (b"ASCII", b""):
             return body.decode("utf-8")
         if charset.startswith(b"JIS\0"):
             return body.decode("iso2022_jp")
@@ -152,7 +154,7 @@ def _decode_comment(comment: bytes) -> str:
 def _decode_utf16(body: bytes) -> str:
     """Decode UTF-16 of either byte order: as its mark says, or else by where the zeros of its ASCII characters are."""
     body = body[: len(body) // 2 * 2]
-    if body.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if body.startswith((b"\xff\xfe", b"\xfe\xff")):  # a second mark goes with the text's first character
         return body.decode("utf-16")
     little = body[1::2].count(0) > body[0::2].count(0)
     return body.decode("utf-16-le" if little else "utf-16-be")
@@ -163,10 +165,15 @@ def _xmp_comment(xmp: str) -> str:
     opened = xmp.find(f"<{XMP_COMMENT}")
     closed = xmp.find(f"</{XMP_COMMENT}>", opened)
     if 0 <= opened < closed:
-        inner = xmp[xmp.find(">", opened) + 1 : closed]
+        inner, _, _ = xmp[xmp.find(">", opened) + 1 : closed].partition("</rdf:li>")  # the first of several languages
+        if found := re.search(r"<!\[CDATA\[(.*?)\]\]>", inner, re.S):
+            return found[1].strip()
         return html.unescape(re.sub(r"<[^<>]*>", "", inner)).strip()
-    start = xmp.find(f'{XMP_COMMENT}="') + len(XMP_COMMENT) + 2
-    return html.unescape(xmp[start : xmp.find('"', start)]).strip() if start > len(XMP_COMMENT) + 1 else ""
+    for quote in "\"'":
+        _, begins, after = xmp.partition(f"{XMP_COMMENT}={quote}")
+        if begins:
+            return html.unescape(after.partition(quote)[0]).strip()
+    return ""
 
 
 def _hidden_text(image: Image.Image) -> dict[str, str]:

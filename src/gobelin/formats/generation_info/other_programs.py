@@ -24,11 +24,12 @@ class _Program:
     """A program: its names for our settings, its samplers by our names and schedules, and what changes no image."""
 
     name: str
-    weights: PromptSyntax
+    syntax: PromptSyntax
     names: Mapping[str, str]  # ours: the program's
     samplers: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # the program's: ours, schedule
     harmless: Collection[str] = ()
     usual: Mapping[str, Collection[Any]] = field(default_factory=dict)  # values that change no image
+    diffusers: bool = False  # its samplers are diffusers'
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -37,7 +38,7 @@ def _same(*names: str) -> dict[str, str]:
 
 _FOOOCUS = _Program(
     name="Fooocus",
-    weights="comfyui",
+    syntax="comfyui",
     names={
         **_same("prompt", "negative_prompt", "steps", "seed", "width", "height", "sampler", "clip_skip"),
         "guidance": "guidance_scale",
@@ -57,7 +58,7 @@ _FOOOCUS = _Program(
 )
 _SWARMUI = _Program(
     name="SwarmUI",
-    weights="comfyui",
+    syntax="comfyui",
     names={
         **_same("prompt", "steps", "seed", "width", "height", "model", "sampler"),
         "negative_prompt": "negativeprompt",
@@ -99,7 +100,7 @@ _INVOKEAI_NAMES = {
 }
 _INVOKEAI = _Program(
     name="InvokeAI",
-    weights="none",
+    syntax="none",
     names={
         **_same("steps", "seed", "width", "height", "model", "clip_skip"),
         "prompt": "positive_prompt",
@@ -112,12 +113,13 @@ _INVOKEAI = _Program(
         **{name: (ours, "") for name, ours in _INVOKEAI_NAMES.items()},
         **{f"{name}_k": (ours, "karras") for name, ours in _INVOKEAI_NAMES.items()},
     },
-    harmless=("app_version", "canvas_v2_metadata", "ref_images", "regions"),
+    harmless=("app_version", "canvas_v2_metadata"),
+    diffusers=True,
     usual={"generation_mode": ("txt2img",), "rand_device": ("cpu",), "type": ("txt2img",), "seamless": (0,)},
 )
 _DRAW_THINGS = _Program(
     name="Draw Things",
-    weights="a1111",
+    syntax="a1111",
     names={
         **_same("steps", "seed", "width", "height", "model", "sampler"),
         "prompt": "c",
@@ -133,16 +135,28 @@ _DRAW_THINGS = _Program(
     harmless=("size", "seed_mode", "v2"),
     usual={"strength": (1,), "mask_blur": (0,), "shift": (1,)},
 )
-# Entries of Draw Things' second form, beside those of the first, that change an image.
-_DRAW_THINGS_V2 = (
-    "hiresFix",
-    "controls",
-    "refinerModel",
-    "upscaler",
-    "faceRestoration",
-    "sharpness",
-    "zeroNegativePrompt",
-)
+# Of Draw Things' second form: entries that the first has too, or that only other models, videos or memory know.
+_DRAW_THINGS_V2 = {
+    *("width", "height", "steps", "guidanceScale", "seed", "seedMode", "sampler", "model", "clipSkip", "name", "id"),
+    *("batchCount", "batchSize", "originalImageWidth", "originalImageHeight", "targetImageWidth", "targetImageHeight"),
+    *("negativeOriginalImageWidth", "negativeOriginalImageHeight", "cropTop", "cropLeft", "aestheticScore"),
+    *("negativeAestheticScore", "negativePromptForImagePrior", "imagePriorSteps", "numFrames", "fps", "motionScale"),
+    *(
+        "fpsId",
+        "motionBucketId",
+        "condAug",
+        "startFrameCfg",
+        "startFrameGuidance",
+        "guidingFrameNoise",
+        "guidanceEmbed",
+    ),
+    *("speedUpWithGuidanceEmbed", "resolutionDependentShift", "stage2Guidance", "stage2Shift", "t5TextEncoder"),
+    *("separateClipL", "clipLText", "separateOpenClipG", "openClipGText", "separateT5", "t5Text", "hiresFixWidth"),
+    *("hiresFixHeight", "hiresFixStartWidth", "hiresFixStartHeight", "hiresFixStrength", "tiledDecoding"),
+    *("decodingTileWidth", "decodingTileHeight", "decodingTileOverlap", "diffusionTileWidth", "diffusionTileHeight"),
+    *("diffusionTileOverlap", "preserveOriginalAfterInpaint", "refinerStart", "upscalerScaleFactor", "maskBlurOutset"),
+}
+_DRAW_THINGS_V2_USUAL = {"strength": 1, "clipWeight": 1, "imageGuidanceScale": 1.5, "maskBlur": 1.5, "shift": 1}
 _EASY_DIFFUSION_TEXT = {
     "Prompt": "prompt",
     "Negative Prompt": "negative_prompt",
@@ -158,7 +172,7 @@ _EASY_DIFFUSION_TEXT = {
 }
 _EASY_DIFFUSION = _Program(
     name="Easy Diffusion",
-    weights="none",
+    syntax="none",
     names={
         **_same("prompt", "negative_prompt", "seed", "width", "height", "clip_skip"),
         "model": "use_stable_diffusion_model",
@@ -183,8 +197,10 @@ _EASY_DIFFUSION = _Program(
         "unipc_tu": ("uni_pc", ""),
     },
     harmless=("Software", "XML:com.adobe.xmp", "exif:UserComment", "Comment"),
+    diffusers=True,
 )
-_OWN_WEIGHTS = re.compile(r"[()\[\]]|\+\+|--|\w[+-](?:\s|$)")  # compel's
+_OWN_WEIGHTS = re.compile(r"[()\[\]]|\+\+|--|[\w\"'”][+-](?![\w+-])")  # compel's
+_INVOKEAI_EMBEDDING = re.compile(r"<([^<>:]{1,200})>")
 _TAG = re.compile(r"<(\w++)[^<>]*+>")
 _PARTS = ("segment", "object", "region", "refiner", "base", "extend", "video", "clear")  # what follows is theirs
 
@@ -238,7 +254,18 @@ def parse_invokeai(content: Values, samplers: Collection[str]) -> GenerationInfo
     values = dict(content)
     model = values.get("model")
     values["model"] = model.get("name", model.get("model_name")) if isinstance(model, dict) else model
+    embeddings = []
+    for name in ("positive_prompt", "negative_prompt"):
+        if isinstance(text := values.get(name), str):
+            embeddings += _INVOKEAI_EMBEDDING.findall(text)
+            values[name] = _INVOKEAI_EMBEDDING.sub(r"\1", text)  # which is what the word is called here
     draft = _draft(_INVOKEAI, values, samplers)
+    for name in embeddings:
+        draft.say(f"the embedding {name}")
+    canvas = values.get("canvas_v2_metadata")
+    for name, layers in canvas.items() if isinstance(canvas, dict) else ():
+        if not is_empty(layers):
+            draft.say(f"{name} of the canvas", layers)
     base = model.get("base", model.get("base_model")) if isinstance(model, dict) else None
     if base not in (None, "sd-1"):
         draft.say("a model that is no Stable Diffusion 1", base)
@@ -265,8 +292,10 @@ def parse_sd_metadata(content: Values, samplers: Collection[str]) -> GenerationI
 
 def parse_dream(text: str, samplers: Collection[str]) -> GenerationInfo:
     """Parse InvokeAI's command of version 1 (``Dream``): a quoted prompt, and options of one letter."""
-    found = re.match(r'\s*"((?:[^"\\]|\\.)*)"(.*)', text, re.S)
-    prompt, options = (found[1], found[2]) if found else ("", text)
+    switch = re.search(r"(?:^|\s)--?[A-Za-z](?=[\s\d=]|$)", text)  # quotes within the quotes stand as they are
+    prompt, options = (text[: switch.start()], text[switch.start() :]) if switch else (text, "")
+    if (found := re.fullmatch(r'\s*"(.*)"\s*', prompt, re.S)) is not None:
+        prompt = found[1].replace(r"\"", '"')
     letters = dict(re.findall(r"(?:^|\s)-+(\w+)(?:[ =]([^\s-][^\s]*))?", options))
     names = {"s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfg_scale", "A": "scheduler"}
     values = _split_invokeai_prompt(prompt)
@@ -282,7 +311,8 @@ def parse_draw_things(content: Values, samplers: Collection[str]) -> GenerationI
     draft = _draft(_DRAW_THINGS, values, samplers)
     second = values.get("v2")
     if isinstance(second, dict):
-        draft.say_others({name: second.get(name) for name in _DRAW_THINGS_V2 if second.get(name) != 0}, ())
+        usual = {name for name, value in second.items() if value in (0, _DRAW_THINGS_V2_USUAL.get(name, 0))}
+        draft.say_others(second, _DRAW_THINGS_V2 | usual)
         skip = as_number(second.get("clipSkip"), int)
         if skip is not None:
             draft.settings["clip_skip"] = max(0, skip - 1)
@@ -299,14 +329,14 @@ def parse_easy_diffusion(content: Values, samplers: Collection[str]) -> Generati
 
 def _draft(program: _Program, values: Values, samplers: Collection[str]) -> Draft:
     """Take what a program's names say, and list every value besides that changes an image."""
-    draft = Draft(source=program.name, weights=program.weights, samplers=samplers)
+    draft = Draft(source=program.name, syntax=program.syntax, samplers=samplers, diffusers=program.diffusers)
     draft.say(f"{program.name} draws other noise for a seed: the layout may differ")
     names = program.names
     for ours in ("prompt", "negative_prompt"):
         text = values.get(names[ours])
         if isinstance(text, str):
             draft.settings[ours] = text.strip()
-            if program.weights == "none" and _OWN_WEIGHTS.search(text):
+            if program.syntax == "none" and _OWN_WEIGHTS.search(text):
                 draft.say(f"weights in the {ours}, which {program.name} reads in a way of its own", text)
         elif ours == "prompt" or not is_empty(text):
             draft.say(f"the {ours}, which is not plain text")
