@@ -245,6 +245,10 @@ class Tokenizer:
         tokens = dict.fromkeys([*alphabet, *("".join(pair) for pair in merges), BOS, EOS])
         return cls({token: index for index, token in enumerate(tokens)}, merges, max_length)
 
+    def own_words(self) -> list[str]:
+        """List the words that were added to the vocabulary, but for those that begin and end a text."""
+        return [token.content for token in self._added.values() if token.content not in (BOS, EOS)]
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read a tokenizer's folder as transformers' ``CLIPTokenizer`` does (``tokenization_utils_base.py``).

@@ -130,6 +130,8 @@ def shown(value: Any) -> str:
     """Show a value in a sentence: short, on one line, and never the numbers of a tensor."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, int) and abs(value) > 10**80:
+        return "a number of very many digits"  # Python refuses to write some
     plain = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
     text = repr(value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -54,6 +54,7 @@ class Kind:
     schedule: dict[str, Any] = field(default_factory=dict)
     """Fields of the noise schedule that the file says."""
     scaled: bool = False
+    noted: bool = False
     channels: int = 4
 
 
@@ -105,7 +106,7 @@ def _leftovers(files: Files, dtype: torch.dtype) -> Path:
         files,
         files.weights(dtype)
         | {
-            "betas": torch.ones(1000),
+            "betas": (torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).to(dtype),
             "alphas_cumprod_prev": torch.ones(1000),
             "denoiser.sigmas": torch.ones(1000),
             "first_stage_model.loss.logvar": torch.ones(()),
@@ -265,6 +266,7 @@ KINDS: dict[str, Kind] = {
         ),
         source="ComfyUI comfy/utils.py",
         scaled=True,
+        noted=True,
     ),
     ".ckpt": Kind(write=_checkpoint, source="CompVis", options={"allow_pickle": True}),
     ".ckpt, under state_dict": Kind(
@@ -307,9 +309,9 @@ KINDS: dict[str, Kind] = {
 
 
 def dtypes_of(kind: Kind) -> list[str]:
-    """The precisions that a kind is written in: scaled weights are float8, and a pickle or a folder is not."""
+    """The precisions that a kind is written in: scaled weights are float8, of one kind where a note says so."""
     if kind.scaled:
-        return ["float8_e4m3fn", "float8_e5m2"][: 1 if "quantized" in kind.source else 2]
+        return ["float8_e4m3fn"] if kind.noted else ["float8_e4m3fn", "float8_e5m2"]
     return list(PRECISIONS)
 
 

@@ -1,6 +1,8 @@
 """Every kind of file that people have opens to the oracle's numbers, or is refused by its name in one sentence."""
 
+import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tests.checkpoint.file_kinds import (
     rounded,
 )
 from tests.oracles import differences, original_weights
+from transformers import CLIPTokenizerFast
 
 from gobelin.checkpoint import open_model
 from gobelin.checkpoint.audit import audit_model, compare_models
@@ -26,6 +29,7 @@ from gobelin.checkpoint.single_file import save_single_file
 from gobelin.errors import ModelError
 from gobelin.formats import ldm
 from gobelin.pipeline import Pipeline
+from gobelin.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # Each kind in one precision, in turn; all of them are slow tests.
@@ -66,6 +70,22 @@ def test_a_kind_opens_to_the_oracles_numbers(name, dtype, files):
     assert max(found.values()) <= 2e-5, found
     assert {key: getattr(pipe.schedule.config, key) for key in kind.schedule} == kind.schedule
     assert kind.schedule or pipe.schedule.prediction_type == "epsilon"
+
+
+_OUT = f"{ldm.UNET_PREFIX}out.2."
+
+
+def _in_float8(weights: dict[str, Any]) -> dict[str, Any]:
+    """The U-Net in float8, and the rest as it is."""
+    return {
+        name: tensor.to(torch.float8_e4m3fn) if name.startswith(ldm.UNET_PREFIX) else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _note(kind: str) -> torch.Tensor:
+    """ComfyUI's note on a quantized weight."""
+    return torch.tensor(list(f'{{"format": "{kind}"}}'.encode()), dtype=torch.uint8)
 
 
 def said_of(path: Path, **options) -> str:
@@ -138,6 +158,31 @@ def test_the_page_has_every_kind(tmp_path):
             lambda w: {k: t.to(torch.int8) if k == f"{ldm.UNET_PREFIX}out.2.weight" else t for k, t in w.items()},
             "is of int8: weights quantized to whole numbers are not read",
         ),
+        (
+            lambda w: w | {"alphas_cumprod": torch.linspace(1, 0, 1000)},
+            "its table alphas_cumprod is of another noise schedule",
+        ),
+        (
+            lambda w: _in_float8(w) | {f"{_OUT}scale_weight": torch.ones(1)},
+            "'model.diffusion_model.time_embed.0.weight' is in float8 and lacks the scale that others have",
+        ),
+        (
+            lambda w: _in_float8(w) | {f"{_OUT}scale_weight": torch.ones(1), f"{_OUT}weight_scale": torch.ones(1)},
+            "holds two scales of 'model.diffusion_model.out.2.weight'",
+        ),
+        (lambda w: _in_float8(w) | {f"{_OUT}scale_weight": torch.zeros(1)}, r"scale_weight' is \[0\.0\]: no scale"),
+        (lambda w: w | {f"{_OUT}scale_weight": torch.ones(1)}, "scale_weight' is no scale of its weight"),
+        (
+            lambda w: _in_float8(w) | {f"{_OUT}comfy_quant": _note("float8_e4m3fn")},
+            "says 'float8_e4m3fn', and its weight is of float8_e4m3fn without a scale",
+        ),
+        (
+            lambda w: (
+                _in_float8(w) | {f"{_OUT}comfy_quant": _note("float8_e5m2"), f"{_OUT}weight_scale": torch.ones(1)}
+            ),
+            "says 'float8_e5m2', and its weight is of float8_e4m3fn",
+        ),
+        (lambda w: w | {f"{_OUT}comfy_quant": torch.zeros(4000, dtype=torch.uint8)}, "is no note on how a weight"),
     ],
 )
 def test_what_would_change_an_image_is_refused(change, sentence, oracle, words, tmp_path):
@@ -172,6 +217,25 @@ def test_other_channels_are_named(channels, what, make_oracle, words, tmp_path):
         ({}, "model: {params: {parameterization: v, linear_start: x}}", "linear_start is 'x', expected a number"),
         ({}, "a: [", r"has no model\.params"),
         ({}, "[]", r"has no model\.params"),
+        ({"ss_v_parameterization": "False"}, None, "and 'epsilon' by its metadata's ss_v_parameterization"),
+        (
+            {"gobelin": '{"schedule": {"prediction_type": "epsilon"}}'},
+            None,
+            "'epsilon' by its metadata under 'gobelin'",
+        ),
+        ({}, "model: {params: {parameterization: v, given_betas: [1]}}", "it gives its betas one by one"),
+        ({}, "model: {params: {parameterization: v, ztsnr: 'true'}}", "ztsnr is 'true', expected true or false"),
+        (
+            {},
+            "model: {params: {parameterization: v, unet_config: {params: {num_heads: -1, num_head_channels: 32}}}}",
+            "num_head_channels is 32; Stable Diffusion 1.x has num_heads instead",
+        ),
+        ({}, 'model: {params: {timesteps: !!int "_"}}', r"has no model\.params"),
+        ({}, 'model: {params: {timesteps: !!timestamp "x"}}', r"has no model\.params"),
+        ({}, f"model: {{params: {{scale_factor: 0x{'f' * 5000}}}}}", "a number of very many digits, expected a number"),
+        ({}, f"model: {{params: {{linear_start: {'1:' * 400}.5}}}}", "model.yaml"),
+        ({}, "a: &a [x]\nmodel: {params: *a}", r"has no model\.params"),
+        ({}, "a: " + "[x, " * 20_000, "is larger than any configuration"),
     ],
 )
 def test_what_contradicts_itself_asks_which(metadata, configuration, sentence, oracle, words, tmp_path):
@@ -180,7 +244,7 @@ def test_what_contradicts_itself_asks_which(metadata, configuration, sentence, o
     if configuration is not None:
         path.with_suffix(".yaml").write_text(configuration)
     assert re.search(sentence, said_of(path, tokenizer=words))
-    if "by" in sentence:
+    if re.search(r"\bby (its|\.\*)", sentence):
         pipe = Pipeline.from_pretrained(path, "cpu", tokenizer=words, prediction_type="epsilon")
         assert pipe.schedule.prediction_type == "epsilon"
 
@@ -189,7 +253,7 @@ def test_a_yaml_says_the_vaes_scale_the_heads_and_the_betas(oracle, words, tmp_p
     path = tmp_path / "model.safetensors"
     save_file(original_weights(oracle), path)
     path.with_suffix(".yaml").write_text(
-        "model: {params: {scale_factor: 0.2, linear_start: 0.001, linear_end: 0.01, "
+        "model: {params: {scale_factor: 0.2, linear_start: 1e-3, linear_end: 0.01, "
         "unet_config: {params: {num_heads: 4}}}}"
     )
     model = open_model(path, torch.device("cpu"), torch.float32, tokenizer=words)
@@ -247,3 +311,127 @@ def test_what_is_written_is_what_was_opened(dtype, oracle, words, tmp_path):
     assert plain.schedule.config == model.schedule.config
     compared = compare_models(model, plain).differences
     assert all(value == 0 for blocks in compared.values() for value in blocks.values())
+
+
+@pytest.mark.parametrize("ema_alone", [False, True])
+def test_with_the_average_unknown_layers_are_refused_too(ema_alone, oracle, words, tmp_path):
+    weights = original_weights(oracle)
+    weights |= {ldm.map_ema_key(key): t.clone() for key, t in weights.items() if key.startswith(ldm.UNET_PREFIX)}
+    extra = ldm.map_ema_key(f"{ldm.UNET_PREFIX}extra.weight") if ema_alone else f"{ldm.UNET_PREFIX}extra.weight"
+    save_file(weights | {extra: torch.ones(2)}, tmp_path / "model.safetensors")
+    assert "extra" in said_of(tmp_path / "model.safetensors", tokenizer=words, ema=True)
+
+
+@pytest.mark.parametrize(
+    ("beside", "metadata", "sentence"),
+    [
+        ({"conditioner.embedders.0.x": torch.ones(2)}, {}, "is Stable Diffusion XL"),
+        ({f"{ldm.VAE_PREFIX}decoder.mid.attn_2.q.weight": torch.ones(2)}, {}, "attn_2.q.weight', which no part"),
+        (
+            {},
+            {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"},
+            "is of Stable Diffusion XL, as its metadata",
+        ),
+    ],
+)
+def test_a_whole_model_given_as_vae_is_checked_too(beside, metadata, sentence, oracle, oracle_folder, tmp_path):
+    save_file(original_weights(oracle) | beside, tmp_path / "vae.safetensors", metadata)
+    with pytest.raises(ModelError, match=sentence):
+        Pipeline.from_pretrained(oracle_folder, "cpu", vae=tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "is a 'FlowMatchEulerDiscreteScheduler', whose kind of noise",
+        ),
+        ({"_class_name": "EDMEulerScheduler"}, "whose kind of noise Gobelin does not have"),
+        ({"beta_start": None}, "lacks the field 'beta_start'"),
+    ],
+)
+def test_a_scheduler_of_another_kind_is_refused(changes, sentence, oracle_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(oracle_folder, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    said = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in said.items() if value is not None}))
+    assert sentence in said_of(folder)
+
+
+def test_one_tensor_under_two_names_in_a_folder_is_refused(oracle_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(oracle_folder, folder)
+    file = next((folder / "text_encoder").glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("final_layer_norm.weight"))
+    other = name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
+    save_file(weights | {other: weights[name] + 1}, file, {"format": "pt"})
+    assert "which are the same tensor" in said_of(folder)
+
+
+def test_a_variant_that_no_file_has_is_refused(oracle_folder):
+    assert "has no file of the variant 'non-ema'" in said_of(oracle_folder, variant="non-ema")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer/added_tokens.json", "tokenizer/tokenizer_config.json", "gobelin.json", "tokenizer/tokenizer.json"],
+)
+def test_a_broken_link_beside_the_weights_says_so(name, oracle_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(oracle_folder, folder)
+    if name == "tokenizer/added_tokens.json":
+        (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(ModelError, match=r"is a link to .*gone, which is not there"):
+        Pipeline.from_pretrained(folder, "cpu")
+
+
+@pytest.mark.parametrize("option", ["model", "vae", "tokenizer"])
+@pytest.mark.parametrize("path", ["x" * 5000, "y\0"])
+def test_what_is_no_path_is_one_sentence(option, path, oracle_folder):
+    options = {} if option == "model" else {option: path}
+    with pytest.raises(ModelError, match=f"no (model|VAE|tokenizer) at '{path[0]}"):
+        Pipeline.from_pretrained(path if option == "model" else oracle_folder, "cpu", **options)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(oracle, oracle_folder, tmp_path):
+    other = Tokenizer.train(["a red circle"], vocab_size=520, max_length=16)
+    other.save_pretrained(tmp_path / "words")
+    with pytest.raises(ModelError, match=r"the tokenizer ends a text with token \d+, and the text encoder expects"):
+        Pipeline.from_pretrained(oracle_folder, "cpu", tokenizer=tmp_path / "words")
+
+
+def test_the_tokenizer_beside_a_file_may_be_of_newer_transformers(oracle, oracle_folder, words, tmp_path):
+    save_file(original_weights(oracle), tmp_path / "model.safetensors")
+    folder = tmp_path / "tokenizer"
+    CLIPTokenizerFast.from_pretrained(words).save_pretrained(folder)
+    for old in ("vocab.json", "merges.txt"):
+        (folder / old).unlink(missing_ok=True)
+    pipe = Pipeline.from_pretrained(tmp_path / "model.safetensors", "cpu")
+    assert pipe.tokenizer.vocab == Tokenizer.from_pretrained(words).vocab
+
+
+def test_tied_tensors_are_written(oracle, words, tmp_path):
+    """As a pickle may hold two names of one storage."""
+    weights = original_weights(oracle)
+    norm = f"{ldm.UNET_PREFIX}out.0."
+    weights[f"{norm}bias"] = weights[f"{norm}weight"]
+    torch.save(weights, tmp_path / "model.ckpt")
+    model = open_model(tmp_path / "model.ckpt", torch.device("cpu"), None, tokenizer=words, allow_pickle=True)
+    save_single_file(model, tmp_path / "y.safetensors")
+    again = load_file(tmp_path / "y.safetensors")
+    assert torch.equal(again[f"{norm}bias"], again[f"{norm}weight"])
+
+
+def test_a_saved_folder_has_no_files_of_the_tokenizer_before(oracle_folder, tmp_path):
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    folder = tmp_path / "used" / "tokenizer"
+    folder.mkdir(parents=True)
+    (folder / "added_tokens.json").write_text('{"<x>": 7}')
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {}, "merges": []}}')
+    pipe.save_pretrained(tmp_path / "used")
+    assert Pipeline.from_pretrained(tmp_path / "used", "cpu").tokenizer.vocab == pipe.tokenizer.vocab

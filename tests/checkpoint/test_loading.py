@@ -47,7 +47,7 @@ def test_a_folder_with_a_variant_only_says_so(oracle, tmp_path):
 )
 def test_an_original_single_file(oracle, make_oracle, oracle_folder, words, kind, dtype, tmp_path):
     weights = {name: tensor.to(dtype) for name, tensor in original_weights(oracle).items()}
-    weights["alphas_cumprod"] = torch.ones(1000)
+    weights["alphas_cumprod"] = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0).to(dtype)
     weights[f"{ldm.TEXT_PREFIX}text_model.embeddings.position_ids"] = torch.arange(16)[None]
     path = tmp_path / f"model.{kind.split()[-1]}"
     if kind == "safetensors":

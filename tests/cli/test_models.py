@@ -79,4 +79,4 @@ def test_verify_says_what_is_wrong(gobelin, half, tmp_path):
 def test_pickles_are_not_written(gobelin, half, tmp_path):
     status, _, err = gobelin("convert", half, tmp_path / "x.ckpt")
     assert status == 2
-    assert "would be a pickle, which Gobelin does not write" in err
+    assert "would be a .ckpt file, which Gobelin does not write" in err

@@ -1,6 +1,5 @@
 """LoRAs (Hu et al. 2021, arXiv 2106.09685) of a model: added and removed, several at once, each with its own weight."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,10 @@ from torch import Tensor, nn
 from gobelin.adapters.learned_words import LearnedWords
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.lora_layouts import LoraDelta, read_lora
+from gobelin.validation import shown
+
+_GENERIC_NAMES = ("pytorch_lora_weights", "adapter_model")  # which diffusers and PEFT give to every file
+_MAX_WEIGHT = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +27,8 @@ class _LoadedLora:
 
 def _check_weight(weight: float) -> None:
     """Raise :class:`UsageError` for what is no number, NaN and infinity."""
-    if not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise UsageError(f"the weight of a LoRA is {weight}: give a number")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < _MAX_WEIGHT:
+        raise UsageError(f"the weight of a LoRA is {shown(weight)}: give a number")
 
 
 @dataclass(repr=False)
@@ -43,12 +46,16 @@ class Loras:
     _originals: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def add(self, path: Path, weight: float = 1.0, name: str | None = None, allow_pickle: bool = False) -> str:
-        """Add a LoRA file at ``weight`` (1 is as it was trained) and return its name: ``name``, or the file's stem.
+        """Add a LoRA file at ``weight`` (1 is as it was trained) and return its name: ``name``, or the file's stem; of
+        a second file of the one name that diffusers or PEFT give to every file, its folder's.
 
         Raises :class:`ModelError` that names the first tensor that does not fit, and :class:`UsageError` for a name
         that is taken or a weight that is no number; the model is then as it was.
         """
-        name = name or path.stem
+        if name is None:
+            name = path.stem
+            if name in self._loaded and name in _GENERIC_NAMES:
+                name = path.resolve().parent.name
         _check_weight(weight)
         if name in self._loaded:
             raise UsageError(f"a LoRA {name!r} is loaded already: give this one another name, or remove the other")
@@ -59,7 +66,7 @@ class Loras:
         file = read_lora(path, layers, allow_pickle)
         for network, of_network in file.deltas.items():
             for module, delta in of_network.items():
-                self._check_shape(path, network, module, delta, file.family)
+                self._check_shape(path, network, module, delta)
         self.learned.add(file.embeddings, path)
         self._loaded[name] = _LoadedLora(deltas=file.deltas, weight=weight, words=list(file.embeddings))
         self._apply(file.deltas)
@@ -112,13 +119,13 @@ class Loras:
             raise UsageError(f"no LoRA {name!r} is loaded: the loaded ones are {', '.join(self._loaded) or 'none'}")
         return self._loaded[name]
 
-    def _check_shape(self, path: Path, network: str, module: str, delta: LoraDelta, family: str | None) -> None:
+    def _check_shape(self, path: Path, network: str, module: str, delta: LoraDelta) -> None:
         """Raise :class:`ModelError` for a delta that is not of its layer's shape; a linear layer counts as 1×1."""
         weight = self._layer(network, module).weight
         given, expected = (shape + (1,) * (4 - len(shape)) for shape in (delta.shape(), tuple(weight.shape)))
         if given != expected:
             raise ModelError(
-                f"{path} is for {family or 'another model'}: {module} is {list(weight.shape)} here, and the LoRA has "
+                f"{path} is for another model: {module} is {list(weight.shape)} here, and the LoRA has "
                 f"{list(delta.up.shape)} times {list(delta.down.shape)} for it"
             )
 

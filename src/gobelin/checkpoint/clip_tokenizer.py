@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gobelin.errors import ModelError
+from gobelin.formats.files import is_there, read_json
 from gobelin.tokenizer import BOS, EOS, WORD_END, Tokenizer
 
 _CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
@@ -19,7 +20,7 @@ def find_clip_tokenizer(beside: Path) -> Tokenizer:
     Raises :class:`ModelError` that lists these places where none has it.
     """
     for folder in (beside.parent, beside.parent / "tokenizer", *_cached_folders()):
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if (is_there(folder / "vocab.json") and is_there(folder / "merges.txt")) or _is_newer(folder):
             return Tokenizer.from_pretrained(folder)
     found = find_spec("open_clip")
     if found and found.origin and (file := Path(found.origin).with_name("bpe_simple_vocab_16e6.txt.gz")).is_file():
@@ -29,6 +30,14 @@ def find_clip_tokenizer(beside: Path) -> Tokenizer:
         f"({_CLIP_REPOSITORY}) and not in an installed open_clip: give its folder as tokenizer, or pip install "
         "--no-deps open_clip_torch"
     )
+
+
+def _is_newer(folder: Path) -> bool:
+    """Recognise a CLIP tokenizer as transformers 5 writes it, without vocab.json and merges.txt."""
+    config = folder / "tokenizer_config.json"
+    if not (is_there(folder / "tokenizer.json") and is_there(config)):
+        return False
+    return str(read_json(config).get("tokenizer_class", "")).startswith("CLIPTokenizer")
 
 
 def read_bpe_merges(file: Path) -> Tokenizer:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gobelin.errors import ModelError
+from gobelin.formats.families import named_family
+from gobelin.validation import shown
 
 SUPPORTED = "Gobelin opens Stable Diffusion 1.x"
 
@@ -53,6 +55,7 @@ _NETWORK_MARKS = (
     ("encoder.down.", "a VAE: give it as vae"),
     ("first_stage_model.", "a VAE: give it as vae"),
     ("decoder.up.", "the decoder of a VAE alone: give a whole VAE"),
+    ("embeddings.token_embedding.", "a text encoder: give the folder that holds unet, vae and text_encoder"),
     ("decoder.layers.", "TAESD, a small VAE: give a whole one"),
     ("encoder.layers.", "TAESD, a small VAE: give a whole one"),
     ("text_model.encoder.", "a text encoder: give the folder that holds unet, vae and text_encoder"),
@@ -79,6 +82,14 @@ _COMPONENT_CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+# diffusers' schedulers of β, α and ε or v, which Gobelin's samplers or others sample the same model with.
+_SCHEDULER_CLASSES = {
+    *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+    *("PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "UniPCMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler"),
+    *("DPMSolverSDEScheduler", "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler", "SASolverScheduler"),
+}
 # What follows "StableDiffusion" in the name of another family's pipeline.
 _OTHER_PIPELINES = {
     "XL": "Stable Diffusion XL",
@@ -87,11 +98,13 @@ _OTHER_PIPELINES = {
 }
 
 
-def refuse_unsupported_file(path: Path, names: Collection[str]) -> None:
-    """Raise :class:`ModelError` that names the family of a single file whose tensors are another family's."""
+def refuse_unsupported_file(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> None:
+    """Raise :class:`ModelError` that names the family of a file, where its tensors or its metadata are another's."""
     for mark, family in _KEY_MARKS:
         if any(mark in name for name in names):
             raise ModelError(f"{path} is {family}")
+    if (named := named_family(metadata)) is not None:
+        raise ModelError(f"{path} is of {named}, as its metadata says; {SUPPORTED}")
 
 
 def describe_network_file(names: Collection[str]) -> str | None:
@@ -117,6 +130,19 @@ def refuse_unsupported_pipeline(index: Path, content: Mapping[str, Any]) -> None
         found = content.get(component)
         if not isinstance(found, list) or len(found) != 2 or found[1] not in classes:
             raise ModelError(f"{index}: its {component} is {found!r}, and only {' or '.join(classes)} is supported")
+
+
+def refuse_unsupported_scheduler(source: Path, content: Mapping[str, Any]) -> None:
+    """Raise :class:`ModelError` for a scheduler of another kind of diffusion, or without the noise schedule's betas.
+
+    diffusers' classes have betas of their own where a file has none, and they are not Stable Diffusion's.
+    """
+    found = content.get("_class_name")
+    if found is not None and found not in _SCHEDULER_CLASSES:
+        raise ModelError(f"{source} is a {shown(found)}, whose kind of noise Gobelin does not have")
+    for name in ("beta_start", "beta_end", "beta_schedule"):
+        if name not in content:
+            raise ModelError(f"{source} lacks the field {name!r}")
 
 
 def refuse_unsupported_unet(source: Path, content: Mapping[str, Any]) -> None:

@@ -7,16 +7,21 @@ from typing import Any
 
 import torch
 
-from gobelin.checkpoint.detect import refuse_unsupported_pipeline, refuse_unsupported_unet
-from gobelin.checkpoint.model import Model, recommended_from_json
+from gobelin.checkpoint.detect import (
+    refuse_unsupported_pipeline,
+    refuse_unsupported_scheduler,
+    refuse_unsupported_unet,
+)
+from gobelin.checkpoint.model import NETWORKS, Model, recommended_from_json
 from gobelin.clip import TextEncoder
 from gobelin.errors import ModelError
 from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
-from gobelin.formats.files import read_json, write_json
+from gobelin.formats.files import is_there, read_json, write_json
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet
 from gobelin.vae import VAE
+from gobelin.validation import shown
 
 MODEL_INDEX = "model_index.json"
 _GOBELIN_JSON = "gobelin.json"  # what diffusers has no place for: recommended settings, the world of scenes
@@ -43,8 +48,12 @@ def open_folder(
     refuse_unsupported_unet(unet_config, read_json(unet_config))
     options = {"dtype": dtype, "variant": variant, "allow_pickle": allow_pickle}
     scheduler = folder / "scheduler" / "scheduler_config.json"
+    said = read_json(scheduler)
+    refuse_unsupported_scheduler(scheduler, said)
+    if variant is not None and not any(list(folder.glob(f"{network}/*.{variant}.*")) for network in NETWORKS):
+        raise ModelError(f"{folder} has no file of the variant {shown(variant)}: leave it out, or give another")
     extra_file = folder / _GOBELIN_JSON
-    extra = read_json(extra_file) if extra_file.is_file() else {}
+    extra = read_json(extra_file) if is_there(extra_file) else {}
     if not isinstance(world := extra.get("world"), str | None):
         raise ModelError(f"{extra_file}: world is {world!r}, expected the name of a world of scenes")
     return Model(
@@ -52,9 +61,7 @@ def open_folder(
         vae=(vae or VAE.from_pretrained(folder / "vae", **options)).to(device),
         text_encoder=TextEncoder.from_pretrained(folder / "text_encoder", **options).to(device),
         tokenizer=tokenizer or Tokenizer.from_pretrained(folder / "tokenizer"),
-        schedule=NoiseSchedule(
-            config_from_json(ScheduleConfig, {**read_json(scheduler), **(schedule or {})}, scheduler)
-        ),
+        schedule=NoiseSchedule(config_from_json(ScheduleConfig, {**said, **(schedule or {})}, scheduler)),
         recommended=recommended_from_json(extra, extra_file),
         world=world,
         name=folder.resolve().name,

@@ -12,9 +12,11 @@ from gobelin.checkpoint.diffusers_folder import MODEL_INDEX, open_folder
 from gobelin.checkpoint.model import NETWORKS, Model
 from gobelin.checkpoint.single_file import open_single_file, open_vae_file
 from gobelin.errors import ModelError, UsageError
+from gobelin.formats.files import is_there, refuse_broken_link
 from gobelin.schedule import PredictionType
 from gobelin.tokenizer import Tokenizer
 from gobelin.vae import VAE
+from gobelin.validation import shown
 
 # The files of a repository that are needed; nothing else is downloaded.
 _CONFIG_PATTERNS = (
@@ -49,12 +51,12 @@ def open_model(
     or wrongly. Raises :class:`ModelError` that names the file and what is wrong with it, and :class:`UsageError` for
     options that do not apply to it.
     """
-    source = Path(path)
+    source = _path(path, "model")
     schedule: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
     if zero_terminal_snr:
         schedule["rescale_betas_zero_snr"] = True
-    given_tokenizer = None if tokenizer is None else Tokenizer.from_pretrained(tokenizer)
-    given_vae = None if vae is None else _open_vae(Path(vae), dtype, variant, allow_pickle)
+    given_tokenizer = None if tokenizer is None else Tokenizer.from_pretrained(_path(tokenizer, "tokenizer"))
+    given_vae = None if vae is None else _open_vae(_path(vae, "VAE"), dtype, variant, allow_pickle)
     if not source.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         source = _download(str(path), variant, allow_pickle)
     if source.is_file():
@@ -70,7 +72,7 @@ def open_model(
             ema=ema,
             schedule=schedule,
         )
-    if not (source / MODEL_INDEX).is_file():
+    if not is_there(source / MODEL_INDEX):
         raise ModelError(
             f"no model at {source}: expected a folder with a {MODEL_INDEX}, a .safetensors or .ckpt file, or a Hub name"
         )
@@ -88,11 +90,23 @@ def open_model(
     )
 
 
+def _path(given: str | Path, what: str) -> Path:
+    """Return a path that can be looked at; raises :class:`ModelError` for a broken link, and for what is no path."""
+    try:
+        if "\0" in str(given):
+            raise ValueError("a path has no NUL character")
+        refuse_broken_link(Path(given))
+        Path(given).exists()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no {what} at {shown(str(given))}: {error.args[-1]}") from error
+    return Path(given)
+
+
 def _open_vae(path: Path, dtype: torch.dtype | None, variant: str | None, allow_pickle: bool) -> VAE:
     """Open a VAE of its own: a diffusers folder, or a single file."""
     if path.is_file():
         return open_vae_file(path, dtype, allow_pickle)
-    if not (path / "config.json").is_file():
+    if not is_there(path / "config.json"):
         raise ModelError(f"no VAE at {path}: expected a file, or a folder with a config.json")
     return VAE.from_pretrained(path, dtype, variant, allow_pickle)
 

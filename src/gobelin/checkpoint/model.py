@@ -9,7 +9,7 @@ from gobelin.clip import TextEncoder
 from gobelin.errors import ModelError, UsageError
 from gobelin.schedule import NoiseSchedule
 from gobelin.settings import Settings
-from gobelin.tokenizer import Tokenizer
+from gobelin.tokenizer import EOS, Tokenizer
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 from gobelin.validation import shown
@@ -68,6 +68,17 @@ class Model:
                 f"the tokenizer has {shown(beyond)}, and the text encoder, which knows {text.vocab_size:,} tokens, has "
                 "none for it",
             ),
+            (
+                # Older configurations of CLIP say 2, which transformers passes over too.
+                text.eos_token_id in (2, self.tokenizer.vocab[EOS]),
+                f"the tokenizer ends a text with token {self.tokenizer.vocab[EOS]}, and the text encoder expects "
+                f"{text.eos_token_id}",
+            ),
+            (
+                unet.out_channels == vae.latent_channels,
+                f"the U-Net predicts {unet.out_channels} channels, and the VAE's latents have {vae.latent_channels}",
+            ),
+            (vae.in_channels == vae.out_channels == 3, "the VAE is not one of images in red, green and blue"),
             (text.hidden_size == unet.cross_attention_dim, "the U-Net expects text embeddings of another width"),
             (
                 # A U-Net that inpaints sees the latents, the masked image's latents and the mask.

@@ -5,6 +5,7 @@ AUTOMATIC1111's (``modules/sd_models.py``), metadata is Stability's ModelSpec as
 it, and the ``.yaml`` is the configuration of CompVis' code (``configs/stable-diffusion/v1-inference.yaml``).
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,21 @@ from typing import Any
 import yaml
 
 from gobelin.errors import ModelError
+from gobelin.formats.files import is_there
+from gobelin.validation import shown
 
 MARKER_KEYS = ("v_pred", "ztsnr")
 """Empty tensors that say: v-prediction, zero terminal SNR."""
+_EITHER = ("prediction_type", "rescale_betas_zero_snr")  # fields that several places may say
+_EXPONENT = re.compile(r"[+-]?\d{1,9}(\.\d{0,20})?[eE][+-]?\d{1,2}")
 _EDM_KEYS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
 _PREDICTION_TYPES = {
     "epsilon": ("epsilon", "eps"),
     "v_prediction": ("v", "v_prediction", "v-prediction", "v_pred", "vpred", "velocity"),
 }
 _PREDICTION_METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
-_MAX_YAML = 1_000_000  # bytes; CompVis' have 2,000
+_MAX_YAML = 50_000  # bytes, read in a fraction of a second; CompVis' have 2,000
+_MAX_NUMBER = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +44,19 @@ class ScheduleHints:
 
 
 def read_schedule_hints(
-    path: Path, keys: Collection[str], metadata: Mapping[str, str], given: Collection[str] = ()
+    path: Path, keys: Collection[str], metadata: Mapping[str, str], given: Mapping[str, Any], own: Mapping[str, Any]
 ) -> ScheduleHints:
     """Read what a single file says of its noise schedule, but for the fields that were ``given``.
 
-    Raises :class:`ModelError` for a schedule that Gobelin does not have, and where two places contradict each other.
+    ``own`` are the fields of Gobelin's own metadata. Raises :class:`ModelError` for a schedule that Gobelin does not
+    have, and where two places contradict each other.
     """
     if edm := [key for key in _EDM_KEYS if key in keys]:
         raise ModelError(
             f"{path} holds {edm[0]!r}: it was trained with EDM's noise levels, which Gobelin does not have"
         )
-    said = [*_from_keys(keys), *_from_metadata(path, metadata)]
+    ours = [(name, own[name], "its metadata under 'gobelin'") for name in _EITHER if name in own]
+    said = [*ours, *_from_keys(keys), *_from_metadata(path, metadata)]
     configuration = _read_yaml(path)
     scaling_factor, heads = None, None
     if configuration is not None:
@@ -59,12 +67,12 @@ def read_schedule_hints(
     fields: dict[str, Any] = {}
     where: dict[str, str] = {}
     for name, value, place in said:
-        if name in given:
-            continue
+        if name in given or (name == "rescale_betas_zero_snr" and given.get("prediction_type") == "epsilon"):
+            continue  # without v-prediction there is no zero terminal SNR
         if fields.setdefault(name, value) != value:
             raise ModelError(
-                f"{path}: {name} is {fields[name]!r} by {where[name]} and {value!r} by {place}: say which, with the "
-                "option prediction_type (--prediction-type) or zero_terminal_snr (--zero-terminal-snr)"
+                f"{path}: {name} is {shown(fields[name])} by {where[name]} and {shown(value)} by {place}: say which, "
+                "with the option prediction_type (--prediction-type) or zero_terminal_snr (--zero-terminal-snr)"
             )
         where.setdefault(name, place)
     return ScheduleHints(fields=fields, scaling_factor=scaling_factor, heads=heads)
@@ -96,22 +104,33 @@ def _from_metadata(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, A
     ):
         if metadata.get(name, "").lower() == "true":
             said.append((field, value, f"its metadata's {name}"))
+    if metadata.get("ss_v_parameterization", "").lower() == "false":
+        said.append(("prediction_type", "epsilon", "its metadata's ss_v_parameterization"))
     return said
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader without aliases, by which a short text can stand for one of any length."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
 
 
 def _read_yaml(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """Read the parameters of the ``.yaml`` of the same name, if there is one."""
-    file = next((one for one in (path.with_suffix(".yaml"), path.with_suffix(".yml")) if one.is_file()), None)
+    file = next((one for one in (path.with_suffix(".yaml"), path.with_suffix(".yml")) if is_there(one)), None)
     if file is None:
         return None
     if file.stat().st_size > _MAX_YAML:
         raise ModelError(f"{file} is larger than any configuration of Stable Diffusion: move it away if it is none")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         params = content["model"]["params"]
         if not isinstance(params, dict):
             raise TypeError
-    except (yaml.YAMLError, OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+    except Exception as error:  # PyYAML's constructors raise many kinds
         raise ModelError(
             f"{file} has no model.params, which a configuration of Stable Diffusion has: move it away if it is none"
         ) from error
@@ -123,10 +142,15 @@ def _from_yaml(file: Path, params: Mapping[str, Any]) -> list[tuple[str, Any, st
     said: list[tuple[str, Any, str]] = []
     parameterization = params.get("parameterization", "eps")
     if parameterization not in ("eps", "v"):
-        raise ModelError(f"{file}: parameterization is {str(parameterization)[:100]!r}, expected eps or v")
+        raise ModelError(f"{file}: parameterization is {shown(parameterization)}, expected eps or v")
     said.append(("prediction_type", "v_prediction" if parameterization == "v" else "epsilon", str(file)))
-    if any(params.get(name) is True for name in ("rescale_betas_zero_snr", "zero_terminal_snr", "ztsnr")):
-        said.append(("rescale_betas_zero_snr", True, str(file)))
+    for name in ("rescale_betas_zero_snr", "zero_terminal_snr", "ztsnr"):
+        if not isinstance(value := params.get(name, False), bool):
+            raise ModelError(f"{file}: {name} is {shown(value)}, expected true or false")
+        if value:
+            said.append(("rescale_betas_zero_snr", True, str(file)))
+    if params.get("given_betas") is not None:
+        raise ModelError(f"{file}: it gives its betas one by one (given_betas), which Gobelin does not read")
     for name, field in (
         ("linear_start", "beta_start"),
         ("linear_end", "beta_end"),
@@ -135,11 +159,11 @@ def _from_yaml(file: Path, params: Mapping[str, Any]) -> list[tuple[str, Any, st
         if (value := _number(file, name, params.get(name))) is not None:
             said.append((field, value, str(file)))
     if params.get("beta_schedule", "linear") != "linear":
-        raise ModelError(f"{file}: beta_schedule is {str(params['beta_schedule'])[:100]!r}, expected linear")
+        raise ModelError(f"{file}: beta_schedule is {shown(params['beta_schedule'])}, expected linear")
     layer = _params_of(params, "cond_stage_config").get("layer", "last")
     if layer != "last":
         raise ModelError(
-            f"{file}: the text encoder's layer is {str(layer)[:100]!r}, expected last: move the file away, and give "
+            f"{file}: the text encoder's layer is {shown(layer)}, expected last: move the file away, and give "
             "clip_skip when painting"
         )
     return said
@@ -154,16 +178,23 @@ def _params_of(params: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _unet_heads(file: Path, params: Mapping[str, Any]) -> int | None:
     """Return the number of attention heads of the U-Net; None where the file does not say."""
-    heads = _params_of(params, "unet_config").get("num_heads")
+    inner = _params_of(params, "unet_config")
+    if (channels := inner.get("num_head_channels", -1)) != -1:
+        raise ModelError(f"{file}: num_head_channels is {shown(channels)}; Stable Diffusion 1.x has num_heads instead")
+    heads = inner.get("num_heads")
     if heads in (None, -1):
         return None
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-        raise ModelError(f"{file}: num_heads is {str(heads)[:100]!r}, expected a whole number above 0")
+        raise ModelError(f"{file}: num_heads is {shown(heads)}, expected a whole number above 0")
     return heads
 
 
 def _number(file: Path, name: str, value: Any) -> Any:
     """Return a number; raises :class:`ModelError` for anything else, None alone apart."""
-    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-        raise ModelError(f"{file}: {name} is {str(value)[:100]!r}, expected a number")
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)  # YAML 1.1 takes 1e-4 for text
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MAX_NUMBER
+    ):
+        raise ModelError(f"{file}: {name} is {shown(value)}, expected a number")
     return value

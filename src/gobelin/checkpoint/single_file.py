@@ -28,9 +28,11 @@ from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
+from gobelin.validation import shown
 
 _ComponentT = TypeVar("_ComponentT", bound=Component)
 
+_LONGEST_NOTE = 1000  # bytes of JSON
 _METADATA_KEY = "gobelin"  # of the safetensors metadata: what tensors do not tell, the configurations
 
 
@@ -53,11 +55,18 @@ def open_single_file(
     is of no network; warns of tensors that cannot change an image.
     """
     tensors = open_tensors(path, allow_pickle)
-    refuse_unsupported_file(path, tensors.shapes)
+    refuse_unsupported_file(path, tensors.shapes, tensors.metadata)
     file = _LDMFile(tensors, {name: ldm.normalize_key(name) for name in tensors.shapes})
     vae_is_given = vae is not None
     _refuse_missing_part(file, ema, vae_is_given)
-    hints = read_schedule_hints(path, tensors.shapes, tensors.metadata, schedule or {})
+    own = file.metadata.get("schedule", {})
+    hints = read_schedule_hints(path, tensors.shapes, tensors.metadata, given=schedule or {}, own=own)
+    for what, ours, said in (
+        ("scaling_factor", file.metadata.get("vae", {}).get("scaling_factor"), hints.scaling_factor),
+        ("attention_head_dim", file.metadata.get("unet", {}).get("attention_head_dim"), hints.heads),
+    ):
+        if None not in (ours, said) and ours != said:
+            raise ModelError(f"{path}: {what} is {ours} by its metadata and {said} by the .yaml beside it: remove one")
     heads = {} if hints.heads is None else {"attention_head_dim": hints.heads}
     unet_config = file.config(UNetConfig, "unet", lambda shapes: ldm.infer_unet_config(shapes) | heads)
     if "unet" not in file.metadata:
@@ -76,17 +85,14 @@ def open_single_file(
             dtype,
         ).to(device),
         tokenizer=tokenizer(),
-        schedule=NoiseSchedule(
-            config_from_json(
-                ScheduleConfig, {**hints.fields, **file.metadata.get("schedule", {}), **(schedule or {})}, path
-            )
-        ),
+        schedule=NoiseSchedule(config_from_json(ScheduleConfig, {**own, **hints.fields, **(schedule or {})}, path)),
         recommended=recommended_from_json(file.metadata.get("recommended", {}), path),
         world=file.metadata.get("world"),
         name=path.stem,
     )
-    replaced = tuple(prefix for prefix, is_so in ((ldm.UNET_PREFIX, ema), (ldm.VAE_PREFIX, vae_is_given)) if is_so)
-    if unused := file.unused(replaced):
+    if not schedule:
+        file.refuse_other_tables(model.schedule)
+    if unused := file.unused((ldm.VAE_PREFIX,) if vae_is_given else (), ema):
         warnings.warn(f"{path} holds {unused[0]!r}{and_more(unused)}, which this model has no place for", stacklevel=2)
     return model
 
@@ -170,8 +176,8 @@ def open_vae_file(path: Path, dtype: torch.dtype | None, allow_pickle: bool = Fa
         start = "" if is_model else ldm.VAE_PREFIX
         keys = {name: ldm.normalize_key(f"{start}{name.removeprefix(start)}") for name in tensors.shapes}
     file = _LDMFile(tensors, keys)
+    refuse_unsupported_file(path, tensors.shapes, tensors.metadata)
     if not is_model:
-        refuse_unsupported_file(path, tensors.shapes)
         if not file.has(f"{ldm.VAE_PREFIX}decoder.") or not file.has(f"{ldm.VAE_PREFIX}encoder."):
             what = describe_network_file(tensors.shapes)
             raise ModelError(f"{path} is no VAE{f': it is {what}' if what else ' of Stable Diffusion 1.x'}")
@@ -183,7 +189,8 @@ def open_vae_file(path: Path, dtype: torch.dtype | None, allow_pickle: bool = Fa
             f"{path} is a VAE of {vae.config.latent_channels} latent channels, as later models have; {SUPPORTED}, "
             "with 4"
         )
-    if not is_model and (unused := file.unused()):
+    others = (ldm.UNET_PREFIX, ldm.TEXT_PREFIX) if is_model else ()
+    if (unused := file.unused(others)) and not is_model:
         raise ModelError(f"{path} holds {unused[0]!r}{and_more(unused)}, which no VAE of Stable Diffusion 1.x has")
     return vae
 
@@ -268,7 +275,10 @@ class _LDMFile:
                 raise ModelError(f"{path} has no average (EMA) of its U-Net's weights: it lacks {missing[0]!r}")
         stored = {key: self._stored[original] for key, original in originals.items() if original in self._stored}
         tensors = self._file.read(stored.values(), dtype)
-        for key, scale in self._scales(originals[key] for key in stored):
+        scaled = dict(self._scales(originals[key] for key in stored))
+        if scaled:
+            self._refuse_unscaled(originals[key] for key in stored if originals[key] not in scaled)
+        for key, scale in scaled.items():
             weight = self._stored[key]
             tensors[weight] = (self._file.read([weight])[weight].float() * scale).to(dtype or torch.float32)
         load_into(module, {key: _to_linear(originals[key], tensors[name]) for key, name in stored.items()}, path, dtype)
@@ -279,40 +289,92 @@ class _LDMFile:
         """Yield, for each weight that is stored scaled, its key and its scale, in float32.
 
         ComfyUI's layouts of float8 (``comfy/utils.py``, ``convert_old_quants``): the weight is ``weight · scale``.
-        Raises :class:`ModelError` for weights that were quantized in another way.
+        Raises :class:`ModelError` for weights that were quantized in another way, and for scales that do not belong to
+        their weights.
         """
         for key in keys:
             start = key.removesuffix("weight")
-            for name in (f"{start}scale_weight", f"{start}weight_scale"):
-                if name in self._stored:
-                    scale = self._file.read([self._stored[name]])[self._stored[name]].float()
-                    if scale.numel() not in (1, self.shapes[key][0]) or not torch.isfinite(scale).all():
-                        raise ModelError(f"{self.path}: {self._stored[name]!r} is no scale of its weight")
-                    self._loaded.add(name)
-                    yield key, scale.reshape(-1, *[1] * (len(self.shapes[key]) - 1))
+            names = [name for name in (f"{start}scale_weight", f"{start}weight_scale") if name in self._stored]
+            if len(names) > 1:
+                raise ModelError(f"{self.path} holds two scales of {self._stored[key]!r}")
             if (quant := f"{start}comfy_quant") in self._stored:
-                stored = self._stored[quant]
-                kind = parse_json(
-                    bytes(self._file.read([stored])[stored].to(torch.uint8).flatten().tolist()).decode(
-                        "utf-8", "replace"
-                    ),
-                    f"{self.path}: {stored}",
-                ).get("format")
-                if kind not in ("float8_e4m3fn", "float8_e5m2"):
-                    raise ModelError(f"{self.path}: {stored!r} says {str(kind)[:100]!r}, and only float8 is read")
-                self._loaded.add(quant)
+                self._refuse_other_quantization(key, quant, has_scale=bool(names))
+            for name in names:
+                stored = self._stored[name]
+                if self.dtype(key).itemsize != 1 or prod(self.shapes[name]) not in (1, self.shapes[key][0]):
+                    raise ModelError(f"{self.path}: {stored!r} is no scale of its weight")
+                scale = self._file.read([stored])[stored].float()
+                if not (torch.isfinite(scale).all() and (scale > 0).all()):
+                    raise ModelError(f"{self.path}: {stored!r} is {shown(scale.flatten()[:3].tolist())}: no scale")
+                self._loaded.add(name)
+                yield key, scale.reshape(-1, *[1] * (len(self.shapes[key]) - 1))
 
-    def unused(self, replaced: tuple[str, ...] = ()) -> list[str]:
+    def _refuse_other_quantization(self, key: str, quant: str, has_scale: bool) -> None:
+        """Raise :class:`ModelError` unless ComfyUI's note on a weight says the float8 that the weight is stored in."""
+        stored = self._stored[quant]
+        if prod(self.shapes[quant]) > _LONGEST_NOTE or self._file.dtypes[stored] != torch.uint8:
+            raise ModelError(f"{self.path}: {stored!r} is no note on how a weight is quantized")
+        note = bytes(self._file.read([stored])[stored].flatten().tolist()).decode("utf-8", "replace")
+        kind = parse_json(note, f"{self.path}: {stored}").get("format")
+        if kind not in ("float8_e4m3fn", "float8_e5m2"):
+            raise ModelError(f"{self.path}: {stored!r} says {shown(kind)}, and only float8 is read")
+        if str(self.dtype(key)) != f"torch.{kind}" or not has_scale:
+            raise ModelError(
+                f"{self.path}: {stored!r} says {kind!r}, and its weight is of {str(self.dtype(key))[6:]}"
+                + ("" if has_scale else " without a scale")
+            )
+        self._loaded.add(quant)
+
+    def _refuse_unscaled(self, keys: Iterable[str]) -> None:
+        """Raise :class:`ModelError` for a matrix in float8 without a scale, in a network where others have one."""
+        for key in keys:
+            if self.dtype(key).itemsize == 1 and len(self.shapes[key]) == 2:
+                raise ModelError(
+                    f"{self.path}: {self._stored[key]!r} is in float8 and lacks the scale that others have"
+                )
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the precision in which a tensor is stored."""
+        return self._file.dtypes[self._stored[key]]
+
+    def refuse_other_tables(self, schedule: NoiseSchedule) -> None:
+        """Raise :class:`ModelError` for a table of a noise schedule other than ``schedule``, which CompVis' code obeys.
+
+        The tables are the buffers of ``DDPM.register_schedule`` (``ldm/models/diffusion/ddpm.py``).
+        """
+        products = schedule.alphas_cumprod
+        betas = 1 - products / torch.cat([torch.ones(1), products[:-1]])
+        for name, expected, off in (("alphas_cumprod", products, 2e-3), ("betas", betas, 2e-4)):
+            if name not in self._stored or self.dtype(name).itemsize == 1:  # eight bits cannot tell schedules apart
+                continue
+            found = self._file.read([self._stored[name]])[self._stored[name]].float()
+            if found.shape != expected.shape or not torch.allclose(found, expected.float(), rtol=2e-3, atol=off):
+                raise ModelError(
+                    f"{self.path}: its table {name} is of another noise schedule than the rest of the file says: say "
+                    "which, with prediction_type (--prediction-type) and zero_terminal_snr (--zero-terminal-snr)"
+                )
+
+    def unused(self, replaced: tuple[str, ...] = (), ema: bool = False) -> list[str]:
         """List the tensors that no network loaded and no image depends on, but those with ``replaced`` prefixes.
 
-        Known leftovers of training are not among them. Raises :class:`ModelError` for what an image might depend on: a
-        tensor with the prefix of a network, and a marker, which is one number or none, of unknown meaning.
+        Known leftovers of training are not among them; with ``ema`` the weights whose average was loaded are leftovers,
+        and other averages are not. Raises :class:`ModelError` for what an image might depend on: a tensor with the
+        prefix of a network, and a marker, which is one number or none, of unknown meaning.
         """
         left = [
             key
             for key in sorted(self._stored.keys() - self._loaded - set(MARKER_KEYS))
-            if not ldm.IGNORED_KEYS.match(key) and not key.startswith(replaced)
+            if not ldm.IGNORED_KEYS.match(key)
+            and not key.startswith(replaced)
+            and not (ema and key.startswith(ldm.UNET_PREFIX) and ldm.map_ema_key(key) in self._loaded)
         ]
+        if ema:
+            start = f"{ldm.EMA_PREFIX}diffusion_model"
+            averages = sorted(key for key in self._stored.keys() - self._loaded if key.startswith(start))
+            if averages:
+                raise ModelError(
+                    f"{self.path} holds {averages[0]!r}{and_more(averages)}, the average of no layer of its U-Net"
+                )
         networks = (ldm.UNET_PREFIX, ldm.VAE_PREFIX, ldm.TEXT_PREFIX)
         if lost := [self._stored[key] for key in left if key.startswith(networks)]:
             raise ModelError(

@@ -1,5 +1,6 @@
 """``gobelin convert``: write a model as a diffusers folder or as a single file."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +41,22 @@ class Convert(ModelOptions):
 def run(arguments: Sequence[str]) -> None:
     """Run ``gobelin convert``."""
     options = parse(Convert, "convert", arguments)
-    single = options.target.suffix == ".safetensors"
-    if not single and options.target.suffix in (".ckpt", ".bin", ".pt", ".pth"):
-        raise UsageError(f"{options.target} would be a pickle, which Gobelin does not write: give a .safetensors name")
-    if options.target.exists() and (single or any(options.target.iterdir())):
+    suffix = options.target.suffix.lower()
+    single = suffix in (".safetensors", ".sft")
+    if suffix in (".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx"):
+        raise UsageError(
+            f"{options.target} would be a {suffix} file, which Gobelin does not write: give a .safetensors"
+        )
+    if options.target.exists() and (single or options.target.is_file() or any(options.target.iterdir())):
         raise UsageError(f"{options.target} exists already: choose another name")
     dtype = None if options.dtype == "own" else getattr(torch, options.dtype)
     model = open_model(options.source, torch.device("cpu"), dtype, **options.files())
+    if single and (words := model.tokenizer.own_words()):
+        print(
+            f"gobelin: the words {', '.join(words[:5])} of the tokenizer have no place in a single file: give this "
+            "tokenizer's folder as --tokenizer where it is opened",
+            file=sys.stderr,
+        )
     write = save_single_file if single else save_folder
     write(model, options.target)
     print(options.target)

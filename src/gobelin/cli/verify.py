@@ -52,7 +52,9 @@ def run(arguments: Sequence[str]) -> None:
     for line in audit.summary():
         console.print(line, markup=False)
     if options.against is not None:
-        comparison = compare_models(model, open_model(options.against, cpu, None, **options.files()))
+        # Other options say how to read the first model, and need not fit the second.
+        other = {"allow_pickle": options.allow_pickle, "tokenizer": options.tokenizer}
+        comparison = compare_models(model, open_model(options.against, cpu, None, **other))
         report["differences"] = comparison.differences
         console.print(comparison.table())
     write_report(options.json, report)

@@ -70,6 +70,10 @@ class Component(nn.Module, Generic[ConfigT]):
         weights = cls._open_weights(folder, variant, allow_pickle)
         module = cls.build_on_meta(config, weights)
         keys = cls.map_names(weights.shapes)
+        named: dict[str, str] = {}
+        for name, key in keys.items():
+            if (other := named.setdefault(key, name)) != name:
+                raise ModelError(f"{weights.path} holds {other!r} and {name!r}, which are the same tensor")
         tensors = weights.read(keys, dtype)
         load_into(module, {key: tensors[name] for name, key in keys.items()}, weights.path, dtype)
         return module.eval()

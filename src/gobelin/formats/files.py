@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gobelin.errors import ModelError
 
+_MAX_JSON = 8_000_000  # bytes; the longest of a model, CLIP's tokenizer.json, has some 3 million
 _LFS_POINTER = "version https://git-lfs"
 
 
@@ -28,10 +29,18 @@ def refuse_broken_link(file: Path) -> None:
         raise ModelError(f"{file} is a link to {file.readlink()}, which is not there: get that file again")
 
 
+def is_there(file: Path) -> bool:
+    """Tell whether there is a file; raises :class:`ModelError` for a broken link, which is not the same as none."""
+    refuse_broken_link(file)
+    return file.is_file()
+
+
 def read_json(file: Path) -> dict:
     """Read the object in a JSON file; raises :class:`ModelError` that names the file where there is none."""
     refuse_broken_link(file)
     try:
+        if file.stat().st_size > _MAX_JSON:
+            raise ModelError(f"{file} has more than {_MAX_JSON:,} bytes, and no configuration is as long")
         text = read_text(file)
     except FileNotFoundError:
         raise ModelError(f"no file at {file}: is this a model folder?") from None

@@ -6,7 +6,6 @@ as kohya's, in which dots became underscores, cannot be mapped back. Which names
 ``comfy/lora.py`` (``model_lora_keys_unet``, ``model_lora_keys_clip``).
 """
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gobelin.errors import ModelError
-from gobelin.formats.files import parse_json
+from gobelin.formats.families import named_family
+from gobelin.formats.files import parse_json, read_json
 from gobelin.formats.ldm import UNET_PREFIX, map_unet_keys
 from gobelin.formats.tensor_file import TensorFile
 from gobelin.formats.textual_inversion import checked_vectors, find_vectors
@@ -26,6 +26,10 @@ from gobelin.validation import shown
 
 _PEFT_METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
 _KOHYA_PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}  # the second as for two encoders
+_PEFT_PREFIX = "base_model.model."
+_FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+_MAX_PATTERN = 200  # characters
+_MAX_ALPHA = 1e6
 _BUNDLED = "bundle_emb."  # embeddings that come with a LoRA (AUTOMATIC1111's ``extensions-builtin/Lora/networks.py``)
 
 _ROLES = re.compile(
@@ -53,20 +57,11 @@ _OTHER_KINDS = (
     (re.compile(r"(lora_[AB](\.\w+)?|lora_up|lora_down)\.bias$"), "a LoRA with biases"),
     (re.compile(r"^(unet|text_encoder):\d+:(up|down)$"), "a LoRA whose layers have numbers and no names"),
 )
-# Beginnings of names, and of what kohya's metadata says (``library/train_util.py``, ``sai_model_spec.py``), by family.
+# Beginnings of names, by family.
 _FAMILY_MARKS = {
     "Flux": ("lora_unet_double_blocks_", "lora_unet_single_blocks_", "transformer.single_transformer_blocks."),
     "Stable Diffusion 3": ("lora_unet_joint_blocks_", "transformer.transformer_blocks.", "lora_transformer_"),
     "Stable Diffusion XL": ("lora_te2_", "text_encoder_2.", "lora_unet_label_emb", "lora_unet_add_embedding"),
-}
-_FAMILY_VERSIONS = {
-    "sdxl": "Stable Diffusion XL",
-    "stable-diffusion-xl": "Stable Diffusion XL",
-    "sd_v2": "Stable Diffusion 2.x",
-    "stable-diffusion-v2": "Stable Diffusion 2.x",
-    "sd3": "Stable Diffusion 3",
-    "stable-diffusion-3": "Stable Diffusion 3",
-    "flux": "Flux",
 }
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:lora_down|lora_A.*|down|lora\.down)\.weight$")
 _FAMILY_CONTEXTS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}  # widths of text embeddings
@@ -100,26 +95,25 @@ class LoraDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """A LoRA file's content: deltas by network ("unet", "text_encoder") and module, and embeddings by word.
-
-    ``family`` names the family of models it was made for, where that is known to be another one.
-    """
+    """A LoRA file's content: deltas by network ("unet", "text_encoder") and module, and embeddings by word."""
 
     deltas: dict[str, dict[str, LoraDelta]]
     embeddings: dict[str, Tensor]
-    family: str | None
 
 
 def read_lora(path: Path, modules: Mapping[str, Iterable[str]], allow_pickle: bool = False) -> LoraFile:
-    """Read a LoRA file for the ``modules`` of each network.
+    """Read a LoRA file, or PEFT's folder of one, for the ``modules`` of each network.
 
     Raises :class:`ModelError` that names the first tensor that belongs to no module, lacks its counterpart, or is of
     another kind of adapter, the family that a file is of, and for a file without tensors.
     """
+    if path.is_dir():
+        path = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / _FOLDER_FILES[0])
     file = open_tensors(path, allow_pickle)
     bundled = [name for name in file.shapes if name.startswith(_BUNDLED)]
     names = [name for name in file.shapes if not name.startswith(_BUNDLED)]
-    family = _find_family(file)
+    if (family := _find_family(file)) is not None:
+        raise ModelError(f"{path} is a LoRA of {family}, and this model is of Stable Diffusion 1.x")
     for mark, kind in _OTHER_KINDS:
         if found := [name for name in names if mark.search(name)]:
             raise ModelError(f"{path} is {kind} ({shown(found[0])}), and only plain LoRAs can be added")
@@ -140,8 +134,6 @@ def read_lora(path: Path, modules: Mapping[str, Iterable[str]], allow_pickle: bo
         kind = role["kohya"] or {"A": "down", "B": "up"}.get(role["peft"] or "") or role["diffusers"] or "alpha"
         if (other := roles.setdefault(places[base], {}).setdefault(kind, name)) != name:
             raise ModelError(f"{path} holds {shown(other)} and {shown(name)}, which are for one layer")
-    if unknown and family:
-        raise ModelError(f"{path} is a LoRA of {family}, and this model is of Stable Diffusion 1.x")
     if unknown:
         what = "no layer of this model" if roles else "no layer of this model, like all others in this file"
         raise ModelError(f"{path} holds {shown(unknown[0])}{and_more(unknown)}, which belongs to {what}")
@@ -160,9 +152,9 @@ def read_lora(path: Path, modules: Mapping[str, Iterable[str]], allow_pickle: bo
             down=here["down"],
             up=here["up"],
             mid=here.get("mid"),
-            scale=_scale(path, len(here["down"]), alpha, network, module, settings),
+            scale=_scale(path, len(here["down"]), alpha, module, settings.get(network, {})),
         )
-    return LoraFile(deltas=deltas, embeddings=_read_bundled(file, bundled), family=family)
+    return LoraFile(deltas=deltas, embeddings=_read_bundled(file, bundled))
 
 
 def _read_bundled(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
@@ -183,10 +175,8 @@ def _find_family(file: TensorFile) -> str | None:
     for family, marks in _FAMILY_MARKS.items():
         if any(name.startswith(marks) for name in file.shapes):
             return family
-    for said in (file.metadata.get("ss_base_model_version", ""), file.metadata.get("modelspec.architecture", "")):
-        for start, family in _FAMILY_VERSIONS.items():
-            if said.lower().startswith(start):
-                return family
+    if (named := named_family(file.metadata)) is not None:
+        return named
     widths = {shape[1] for name, shape in file.shapes.items() if len(shape) > 1 and _CONTEXT.search(name)}
     return next((family for width, family in _FAMILY_CONTEXTS.items() if widths == {width}), None)
 
@@ -194,6 +184,8 @@ def _find_family(file: TensorFile) -> str | None:
 def _check_matrices(path: Path, names: Mapping[str, str], here: Mapping[str, Tensor]) -> None:
     """Raise :class:`ModelError` for NaN or infinity, and for shapes that have no rank in common."""
     for kind, tensor in here.items():
+        if kind != "alpha" and not tensor.is_floating_point():
+            raise ModelError(f"{path}: {names[kind]!r} is of whole numbers: quantized LoRAs are not read")
         if not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise ModelError(f"{path}: {names[kind]!r} holds NaN or infinity: the file is damaged, or its training was")
     down, up, mid = here["down"], here["up"], here.get("mid")
@@ -219,7 +211,7 @@ def layer_names(network: str, modules: Collection[str]) -> dict[str, list[str]]:
 def _names_of_layer(network: str, module: str, original: str | None) -> list[str]:
     """List the names of one layer; ``original`` is the one in the original code, with its prefix."""
     names = [module] if network == "unet" else [module, module.removeprefix("text_model.")]
-    prefixes = (f"{network}.", "", "base_model.model.", f"{network}.base_model.model.")
+    prefixes = (f"{network}.", "", _PEFT_PREFIX, f"{network}.{_PEFT_PREFIX}")
     dotted = [f"{prefix}{name}" for name in names for prefix in prefixes]
     if found := re.fullmatch(r"(.*\.attn[12])\.(to_[qkv]|to_out)(?:\.0)?", module):
         dotted += [f"{prefix}{found[1]}.processor.{found[2]}_lora" for prefix in (f"{network}.", "")]
@@ -233,19 +225,53 @@ def _names_of_layer(network: str, module: str, original: str | None) -> list[str
     return list(dict.fromkeys(dotted))
 
 
-def _peft_settings(file: TensorFile) -> dict[str, Any]:
-    """Read PEFT's settings from the metadata where diffusers wrote them; empty without."""
-    return parse_json(file.metadata.get(_PEFT_METADATA_KEY, "{}"), f"{file.path}: its {_PEFT_METADATA_KEY}")
+def _peft_settings(file: TensorFile) -> dict[str, dict[str, Any]]:
+    """Read PEFT's settings by network: from the metadata, where diffusers wrote them, or from the file beside.
+
+    Raises :class:`ModelError` for a file with PEFT's names alone and without settings, which hold the alpha.
+    """
+    if _PEFT_METADATA_KEY in file.metadata:
+        source = f"{file.path}: its {_PEFT_METADATA_KEY}"
+        settings = parse_json(file.metadata[_PEFT_METADATA_KEY], source)
+        plain = {name: value for name, value in settings.items() if "." not in name}
+        return {
+            network: plain
+            | {
+                name.removeprefix(f"{network}."): one
+                for name, one in settings.items()
+                if name.startswith(f"{network}.")
+            }
+            for network in _KOHYA_PREFIXES
+        }
+    if not any(name.startswith(_PEFT_PREFIX) for name in file.shapes):
+        return {}
+    beside = file.path.with_name("adapter_config.json")
+    if not beside.exists() and any(name.endswith(".alpha") for name in file.shapes):
+        return {}
+    return dict.fromkeys(_KOHYA_PREFIXES, read_json(beside))
 
 
-def _scale(path: Path, rank: int, alpha: float | None, network: str, module: str, settings: dict[str, Any]) -> float:
-    """Compute alpha / rank (rsLoRA: alpha / √rank); 1 where the file has no alpha, or 0."""
+def _scale(path: Path, rank: int, alpha: float | None, module: str, settings: Mapping[str, Any]) -> float:
+    """Compute alpha / rank (rsLoRA: alpha / √rank); 1 where nothing says an alpha."""
     if alpha is None:
-        patterns = settings.get(f"{network}.alpha_pattern") or {}
+        patterns = settings.get("alpha_pattern") or {}
         named = patterns.items() if isinstance(patterns, dict) else ()
-        alpha = next((one for name, one in named if module.endswith(name)), settings.get(f"{network}.lora_alpha"))
-    if not alpha:
+        alpha = next((one for name, one in named if _is_for(path, name, module)), settings.get("lora_alpha"))
+    if alpha is None:
         return 1.0
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ModelError(f"{path}: the alpha of {module} is {alpha!r}, expected a number")
-    return float(alpha) / (rank**0.5 if settings.get(f"{network}.use_rslora") else rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
+        raise ModelError(f"{path}: the alpha of {module} is {shown(alpha)}, expected a number")
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _is_for(path: Path, pattern: str, module: str) -> bool:
+    """Match a module by a key of PEFT's patterns (``tuners_utils.py``, ``get_pattern_key``), a regular expression.
+
+    Raises :class:`ModelError` for one that could take long to match: with groups, or more than two repetitions.
+    """
+    if len(pattern) > _MAX_PATTERN or re.search(r"[^\w.*+\\\[\]-]", pattern) or len(re.findall(r"[*+]", pattern)) > 2:
+        raise ModelError(f"{path}: its alpha_pattern has {shown(pattern)}, expected the name of a layer")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error as error:
+        raise ModelError(f"{path}: its alpha_pattern has {shown(pattern)}, which is no pattern: {error}") from error

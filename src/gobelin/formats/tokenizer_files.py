@@ -12,13 +12,14 @@ from typing import Any
 from tokenizers import AddedToken
 
 from gobelin.errors import ModelError
-from gobelin.formats.files import read_json, read_text, write_json, write_text
+from gobelin.formats.files import is_there, read_json, read_text, write_json, write_text
 from gobelin.validation import shown
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 LONGEST_ADDED = 1000
 """Characters of an added token or word."""
 _MOST_ADDED = 10_000  # tokens, whose table is read in a fraction of a second; trained words are a few
+_LONGEST_TABLE = 500_000  # characters of all added tokens
 _UNLIMITED = 10**6  # transformers writes 10³⁰ where no length was set
 _MERGES_HEADER = "#version: 0.2"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -50,11 +51,11 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     ``added_tokens.json`` and ``tokenizer.json``.
     """
     config = folder / "tokenizer_config.json"
-    said = read_json(config) if config.is_file() else {}
+    said = read_json(config) if is_there(config) else {}
     length = said.get("model_max_length", 77)
     if not isinstance(length, int) or length < 3:
         raise ModelError(f"{config}: model_max_length is {length!r}, expected 3 tokens or more")
-    if (folder / "tokenizer.json").is_file():
+    if is_there(folder / "tokenizer.json"):
         source = str(folder / "tokenizer.json")
         vocab, merges = _from_tokenizer_json(folder / "tokenizer.json")
     else:
@@ -83,7 +84,12 @@ def write_tokenizer_files(
     max_length: int,
     added: Mapping[int, AddedToken],
 ) -> None:
-    """Write the files that transformers' ``CLIPTokenizer`` reads; ``added`` are all added tokens by their ids."""
+    """Write the files that transformers' ``CLIPTokenizer`` reads; ``added`` are all added tokens by their ids.
+
+    Files that another tokenizer left in the folder, and that would be read in place of these, are removed.
+    """
+    for left in ("tokenizer.json", "added_tokens.json"):
+        (folder / left).unlink(missing_ok=True)
     write_json(folder / "vocab.json", vocab)
     write_text(folder / "merges.txt", "\n".join([_MERGES_HEADER, *(" ".join(pair) for pair in merges)]) + "\n")
     write_json(folder / "special_tokens_map.json", _SPECIAL)
@@ -145,22 +151,24 @@ def _read_added(folder: Path, config: dict[str, Any]) -> tuple[list[AddedToken],
         for number, token in _entries(config["added_tokens_decoder"], source):
             numbered[_number(number, source)] = _added_token(token, source), source
     else:
-        if (file := folder / "special_tokens_map.json").is_file():
+        if is_there(file := folder / "special_tokens_map.json"):
             content = read_json(file)
             special = {name: content[name] for name in _NAMED_TOKENS if content.get(name) is not None}
             given |= {name: _added_token(token, file, special=True) for name, token in special.items()}
             extra += _added_list(content.get("extra_special_tokens"), file)
             late = [] if extra else _added_list(content.get("additional_special_tokens"), file)
-        if (file := folder / "added_tokens.json").is_file():
+        if is_there(file := folder / "added_tokens.json"):
             known = [token.content for token in (*given.values(), *extra)]
             for word, number in read_json(file).items():
                 numbered[_number(number, file)] = _added_token({"content": word}, file, special=word in known), file
-        if (file := folder / "tokenizer.json").is_file():
+        if is_there(file := folder / "tokenizer.json"):
             for token in _listed(read_json(file).get("added_tokens"), file):
                 number = token.get("id") if isinstance(token, dict) else None
                 numbered[_number(number, file)] = _added_token(token, file), file
     if (count := len(numbered) + len(extra) + len(late)) > _MOST_ADDED:
         raise ModelError(f"{folder} has {count:,} added tokens: expected {_MOST_ADDED:,} at most")
+    if sum(len(token.content) for token, _ in numbered.values()) > _LONGEST_TABLE:
+        raise ModelError(f"{folder} has added tokens of more than {_LONGEST_TABLE:,} characters in all")
     added = [token for _, (token, _) in sorted(numbered.items())]
     by_content = {token.content: token for token in added}
     named = {name: AddedToken(token, special=True) for name, token in _SPECIAL.items()}

@@ -22,7 +22,8 @@ from torch import Tensor
 from gobelin.errors import ModelError
 from gobelin.formats.tensor_file import TensorFile
 
-_MAX_PICKLE_BYTES = 64 * 2**20  # tensors lie beside it: for the 1,130 of Stable Diffusion 1.5 it has 180 KB
+_MAX_PICKLE_BYTES = 4 * 2**20  # tensors lie beside it: for the 1,130 of Stable Diffusion 1.5 it has 180 KB
+_MAX_SHARING = 4  # times: tied weights share a storage, and no more
 _MAX_NAME_LENGTH = 200  # torch's own names are far shorter; longer ones would only swell the error that quotes them
 _MAX_LAYOUT_NUMBERS = 33  # an offset, and sizes and strides of 16 dimensions: weights have 4 at most
 
@@ -63,7 +64,7 @@ class PickleFile(TensorFile):
     """
 
     def __init__(self, path: Path):
-        self._archive = _archive_members(path)
+        self._archive = archive_members(path)
         found = _unpickle(path, self._archive)
         if isinstance(inner := found.get("state_dict"), dict):
             found = inner
@@ -71,6 +72,9 @@ class PickleFile(TensorFile):
         if not self._stored:
             raise ModelError(f"{path} holds no tensors by name: expected a checkpoint of weights")
         dtypes = {name: one.dtype for name, one in self._stored.items()}
+        described = sum(prod(one.size) * one.dtype.itemsize for one in self._stored.values())
+        if described > _MAX_SHARING * path.stat().st_size:
+            raise ModelError(f"{path} describes {described:,} bytes of tensors, and holds {path.stat().st_size:,}")
         super().__init__(path, {name: one.size for name, one in self._stored.items()}, dtypes)
 
     @contextmanager
@@ -122,7 +126,7 @@ def is_pickle(path: Path) -> bool:
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{")
 
 
-def _archive_members(path: Path) -> dict[str, tuple[int, int]]:
+def archive_members(path: Path) -> dict[str, tuple[int, int]]:
     """Locate each member of the archive in the file: (start, length) in bytes, by its name without the top folder."""
     places: dict[str, tuple[int, int]] = {}
     try:
@@ -154,6 +158,10 @@ def _unpickle(path: Path, members: dict[str, tuple[int, int]]) -> dict[Any, Any]
     with path.open("rb") as file:
         file.seek(start)
         program = file.read(length)
+        order_at, order_length = members.get("byteorder", (0, 0))
+        file.seek(order_at)
+        if order_length and file.read(min(order_length, 8)) != b"little":
+            raise ModelError(f"{path} was written on a machine with another order of bytes, which is not read")
     try:
         found = _RestrictedUnpickler(BytesIO(program), path, members).load()
     except ModelError:
@@ -162,7 +170,8 @@ def _unpickle(path: Path, members: dict[str, tuple[int, int]]) -> dict[Any, Any]
         kind = type(error).__name__  # the message can be as long as the pickle
         raise ModelError(f"{path}: its pickle cannot be read ({kind}): it may be damaged") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds a {type(found).__name__}, expected tensors by name")
+        kind = "tensor" if isinstance(found, _StoredTensor) else type(found).__name__
+        raise ModelError(f"{path} holds a {kind}, expected tensors by name")
     return found
 
 
@@ -174,13 +183,19 @@ def _load_empty_set(unpickler: Any) -> None:
     unpickler.append(_IgnoredObject())
 
 
-def _refuse_tuple_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
-    """Wrap an opcode that fills dictionaries to refuse tuples as keys; ``keys`` is the keys' place on the stack."""
+def _is_small(key: Any) -> bool:
+    """Tell whether a key is a number as an optimizer's state has them."""
+    return type(key) is int and abs(key) < 2**31
+
+
+def _refuse_other_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """Wrap an opcode that fills dictionaries to refuse other keys (at ``keys`` of the stack) than text and numbers."""
     original = pickle._Unpickler.dispatch[opcode[0]]
 
     def load(unpickler: Any) -> None:
-        if any(isinstance(key, tuple) for key in unpickler.stack[keys]):
-            raise ValueError("a tuple as the key of a dictionary")
+        # Numbers may share one hash, and a tuple's takes time: either makes a dictionary slow.
+        if any(not isinstance(key, str) and not _is_small(key) for key in unpickler.stack[keys]):
+            raise ValueError("a key of a dictionary that is no text and no small number")
         original(unpickler)
 
     return load
@@ -197,9 +212,9 @@ class _RestrictedUnpickler(pickle._Unpickler):
     dispatch: ClassVar = {
         **{code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _SET_OPCODES},
         pickle.EMPTY_SET[0]: _load_empty_set,
-        pickle.SETITEM[0]: _refuse_tuple_keys(pickle.SETITEM, slice(-2, -1)),
-        pickle.SETITEMS[0]: _refuse_tuple_keys(pickle.SETITEMS, slice(0, None, 2)),
-        pickle.DICT[0]: _refuse_tuple_keys(pickle.DICT, slice(0, None, 2)),
+        pickle.SETITEM[0]: _refuse_other_keys(pickle.SETITEM, slice(-2, -1)),
+        pickle.SETITEMS[0]: _refuse_other_keys(pickle.SETITEMS, slice(0, None, 2)),
+        pickle.DICT[0]: _refuse_other_keys(pickle.DICT, slice(0, None, 2)),
     }
 
     def __init__(self, file: Any, path: Path, members: dict[str, tuple[int, int]]):
@@ -266,8 +281,10 @@ class _RebuildTensor:
     __slots__ = ()
 
     def __call__(
-        self, stored: _StoredTensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+        self, stored: _StoredTensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any
     ) -> _StoredTensor:
+        if any(isinstance(one, dict) and one for one in more):
+            raise ValueError("a tensor that is stored negative or conjugate")
         numbers = (offset, *size, *stride)
         whole = len(numbers) <= _MAX_LAYOUT_NUMBERS and all(type(one) is int and 0 <= one < 2**63 for one in numbers)
         if not isinstance(stored, _StoredTensor) or not whole:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gobelin.errors import ModelError
 from gobelin.formats.files import read_json, replacing
 from gobelin.formats.tensor_file import SafetensorsFile, TensorFile
-from gobelin.formats.torch_pickle import PickleFile, is_archive, is_pickle
+from gobelin.formats.torch_pickle import PickleFile, archive_members, is_archive, is_pickle
 
 _LONGEST_FILE_NAME = 255  # bytes, of most file systems; longer names would be an OSError
 
@@ -58,6 +58,8 @@ def open_tensors(path: Path, allow_pickle: bool = False) -> TensorFile:
                 f"{path} is a pickle of PyTorch before 1.6, or of another program, which is not read: save it again, "
                 "as .safetensors"
             )
+        if "data.pkl" not in archive_members(path):
+            raise ModelError(f"{path} is a ZIP archive of something else than PyTorch's weights: unpack it first")
         if not allow_pickle:
             raise ModelError(
                 f"{path} is a pickle, a format that can hold programs: give its .safetensors, or allow it with "
@@ -79,10 +81,22 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             header = {"format": "pt", **(metadata or {})}  # transformers refuses a file without a format
             temporary.touch()
             mode = temporary.stat().st_mode  # safetensors makes files that only their owner may read
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+            save_file(_unshared(tensors), temporary, metadata=header)
             temporary.chmod(mode)
         except SafetensorError as error:
             raise ModelError(f"{file} could not be written: {error}") from error
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors each with memory of its own, as safetensors wants them; tied ones are copied."""
+    places: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        place = whole.untyped_storage().data_ptr()
+        apart[name] = whole.clone() if place in places else whole
+        places.add(place)
+    return apart
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, dtype: torch.dtype | None = None) -> None:
@@ -107,8 +121,13 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, dt
             raise ModelError(
                 f"{source}: {name!r} is of {_dtype_name(tensor.dtype)}: weights quantized to whole numbers are not read"
             )
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            raise ModelError(f"{source}: {name!r} holds NaN or infinity: the file is damaged, or its training was")
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor.float()).all():
+            why = (
+                "the file is damaged, or its training was"
+                if tensor.dtype != torch.float16
+                else "the file is damaged, or a number was too large for float16"
+            )
+            raise ModelError(f"{source}: {name!r} holds NaN or infinity: {why}")
     module.load_state_dict({name: tensors[name].to(dtype or tensors[name].dtype) for name in expected}, assign=True)
 
 
