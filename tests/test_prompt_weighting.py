@@ -1,6 +1,7 @@
 """Prompt weighting: weights as AUTOMATIC1111 and ComfyUI read them, and what of other tools' syntax is refused."""
 
 import re
+from itertools import islice
 
 import pytest
 from hypothesis import assume, given
@@ -8,7 +9,14 @@ from hypothesis import strategies as st
 from tests.conftest import sentence_of
 
 from gobelin.errors import UsageError
-from gobelin.prompt_weighting import LoraTag, PromptSyntax, extract_lora_tags, find_foreign_syntax, parse_weights
+from gobelin.prompt_weighting import (
+    LoraTag,
+    PromptSyntax,
+    extract_lora_tags,
+    find_foreign_syntax,
+    in_a1111_syntax,
+    parse_weights,
+)
 
 # What AUTOMATIC1111's `parse_prompt_attention` documents of itself.
 A1111 = {
@@ -48,6 +56,8 @@ COMFYUI = {
     "a) (b)": [("a) (b)", 1.0)],
     r"\(a\) (b\):1.5)": [("(a) ", 1.0), ("b)", 1.5)],
     "(a:b)": [("a:b", 1.1)],
+    "a cat, ((best:1.3)": [("a cat, ", 1.0), ("(best", 1.3)],
+    "((a)": [("(a", 1.1)],
     "": [("", 1.0)],
 }
 
@@ -100,6 +110,11 @@ def test_weights_without_measure_are_refused(prompt: str) -> None:
         ("a [cat:10]", "[cat:10]", ("a1111", "comfyui")),
         ("[cat::.3]", "[cat::.3]", ("a1111", "comfyui")),
         ("[(cat:1.2):dog:5]", "[(cat:1.2):dog:5]", ("a1111", "comfyui")),
+        ("a [[[red]]:circle:2] ring", "[[[red]]:circle:2]", ("a1111", "comfyui")),
+        ("[[[b]]:2]", "[[[b]]:2]", ("a1111", "comfyui")),
+        ("[a [b]|c]", "[a [b]|c]", ("a1111", "comfyui")),
+        ("a ([cat:dog:-1]) here", "[cat:dog:-1]", ("a1111", "comfyui")),
+        ("[cat:dog:1e0]", "[cat:dog:1e0]", ("a1111", "comfyui")),
         ("a [cat|dog]", "[cat|dog]", ("a1111", "comfyui")),
         ("a cat AND a dog", "AND", ("a1111",)),
         ("a {red|blue} cat", "{red|blue}", ("a1111", "comfyui")),
@@ -140,6 +155,9 @@ def test_what_other_tools_schedule_is_refused(
         "an embedding: words",
         "{red}",
         "16:9 [wide]",
+        "[(red:1.2) cat]",
+        "[a (b|c:1.2)]",
+        "]a[ b: 2",
     ],
 )
 def test_what_only_looks_like_a_schedule_is_read(prompt: str) -> None:
@@ -201,3 +219,29 @@ def test_pages_of_brackets_are_looked_through_at_once() -> None:
     for prompt in ("<" * 100_000, "<lora:" * 16_000, "embedding:" * 10_000, "<a:" * 30_000, "[" * 90_000):
         sentence_of(lambda prompt=prompt: parse_weights(prompt))
         sentence_of(lambda prompt=prompt: extract_lora_tags(prompt))
+
+
+@pytest.mark.parametrize("prompt", ["a (b:1.5) c", r"\(a\) [b] (c)", "16:9 (wide)", "a, ((best:1.3)", r"C:\\new (x)"])
+@pytest.mark.parametrize("syntax", ["comfyui", "none"])
+def test_a_prompt_in_a1111_syntax_means_the_same(prompt: str, syntax: PromptSyntax) -> None:
+    meant, written = (
+        [(part.text, pytest.approx(part.weight)) for part in parse_weights(text, by)]
+        for text, by in ((prompt, syntax), (in_a1111_syntax(prompt, syntax), "a1111"))
+    )
+    assert meant == written
+
+
+def test_a_backslash_before_anything_else_is_left_out_as_in_a1111() -> None:
+    """``prompt_parser.py``: ``text.startswith("\\\\")``."""
+    assert [part.text for part in parse_weights(r"hatsune\_miku, ^\_^", "a1111")] == ["hatsune_miku, ^_^"]
+    assert [(part.text, part.weight) for part in parse_weights("(cat:1e1)", "a1111")] == [("cat:1e1", 1.1)]
+
+
+def test_brackets_of_any_number_are_looked_at_in_a_moment() -> None:
+    for prompt in (
+        "[" * 50_000 + "a|b" + "]" * 50_000,
+        "[a:1 " * 20_000 + "]" * 20_000,
+        "[(" * 50_000,
+        "([)]" * 25_000,
+    ):
+        list(islice(find_foreign_syntax(prompt, "a1111"), 10))

@@ -38,6 +38,15 @@ def test_break_begins_a_chunk_in_a1111(clip) -> None:
     assert len(chunk_prompt(tokenizer, "a red BREAK ring", "comfyui").token_ids) == 1
 
 
+def test_break_at_the_end_begins_none_and_has_no_weight(clip) -> None:
+    tokenizer, _ = clip
+    for prompt in ("a cat BREAK", "a cat BREAK ", "BREAK"):
+        assert len(chunk_prompt(tokenizer, prompt, "a1111").token_ids) == 1
+    assert len(chunk_prompt(tokenizer, "BREAK a cat", "a1111").token_ids) == 2
+    with pytest.raises(UsageError, match=r"has a BREAK with a weight of 1\.2"):
+        chunk_prompt(tokenizer, "(a BREAK cat:1.2)", "a1111")
+
+
 def embedded(clip, prompt: str, syntax: str) -> torch.Tensor:
     tokenizer, encoder = clip
     with torch.no_grad():

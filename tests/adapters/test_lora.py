@@ -1,12 +1,13 @@
 """LoRAs in every layout: the same numbers as diffusers, and none of the file left over."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tests.conftest import sentence_of
@@ -314,6 +315,9 @@ def test_a_weight_that_is_no_number_is_refused(oracle_folder: Path, tmp_path: Pa
     pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
     with pytest.raises(UsageError, match="the weight of a LoRA is nan: give a number"):
         pipe.load_lora(tmp_path / "x.safetensors", float("nan"))
+    for odd in (10**400, True):
+        with pytest.raises(UsageError, match=r"the weight of a LoRA is .*: give a number"):
+            pipe.load_lora(tmp_path / "x.safetensors", odd)
 
 
 def renamed(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -382,6 +386,59 @@ def test_peft_with_the_networks_name_before_it(full, oracle_folder, tmp_path):
     other.load_lora(tmp_path / "other.safetensors")
     theirs = plain.unet.state_dict()
     assert all(torch.equal(one, theirs[name]) for name, one in other.unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 16},
+        {"lora_alpha": 16, "use_rslora": True},
+        {"lora_alpha": 2, "alpha_pattern": {"proj": 8}},
+        {"lora_alpha": 2, "alpha_pattern": {"mid_block.*proj_in": 8, "emb_proj": 4}},
+        {"lora_alpha": 0},
+    ],
+)
+def test_pefts_own_folder_has_pefts_strength(options, make_oracle, oracle_folder, tmp_path):
+    theirs = make_oracle().unet
+    before = theirs.mid_block.attentions[0].proj_in.weight.clone(), theirs.time_embedding.linear_1.weight.clone()
+    targets = ["proj_in", "time_emb_proj", "to_q"]
+    model = get_peft_model(theirs, LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options))
+    model.save_pretrained(tmp_path)
+    merged = model.merge_and_unload()
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    assert pipe.load_lora(tmp_path) == tmp_path.name
+    assert torch.equal(merged.time_embedding.linear_1.weight, before[1])
+    for name, one in pipe.unet.state_dict().items():
+        torch.testing.assert_close(one, merged.state_dict()[name], rtol=1e-5, atol=1e-6)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match=r"no file at .*adapter_config\.json"):
+        Pipeline.from_pretrained(oracle_folder, "cpu").load_lora(tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "x" * 300, ".*.*.*x", "[", "a|b"])
+def test_patterns_that_take_long_to_match_are_refused(pattern, oracle_folder, tmp_path):
+    name = "unet.mid_block.attentions.0.proj_in"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(64, 2)}
+    said = json.dumps({"unet.alpha_pattern": {pattern: 1}})
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": said})
+    with pytest.raises(ModelError, match="its alpha_pattern has "):
+        Pipeline.from_pretrained(oracle_folder, "cpu").load_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_a_lora_of_whole_numbers_is_refused(dtype, oracle_folder, tmp_path):
+    save_file({name: one.to(dtype) for name, one in LAYER.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="is of whole numbers: quantized LoRAs are not read"):
+        Pipeline.from_pretrained(oracle_folder, "cpu").load_lora(tmp_path / "x.safetensors")
+
+
+def test_two_files_of_diffusers_one_name_are_called_by_their_folders(oracle_folder, tmp_path):
+    pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save_file(LAYER, tmp_path / folder / "pytorch_lora_weights.safetensors")
+        pipe.load_lora(tmp_path / folder / "pytorch_lora_weights.safetensors")
+    assert list(pipe.loras.weights) == ["pytorch_lora_weights", "b"]
 
 
 PAIR = {"lora_down.weight": torch.ones(2, 64), "lora_up.weight": torch.ones(64, 2)}

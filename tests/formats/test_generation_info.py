@@ -761,6 +761,137 @@ def test_invokeais_first_two_forms_are_read(tmp_path: Path) -> None:
     assert said(first) == ["no model", "-G: 0.8", "-seamless: on"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        (
+            {"canvas_v2_metadata": {"controlLayers": [{"model": "canny"}], "rasterLayers": [], "bbox": None}},
+            ['controlLayers of the canvas: [{"model": "canny"}]'],
+        ),
+        ({"ref_images": [{"ip_adapter": "x"}]}, ['ref_images: [{"ip_adapter": "x"}]']),
+        ({"regions": [{"prompt": "a hat"}]}, ['regions: [{"prompt": "a hat"}]']),
+        ({"positive_prompt": "a cat <my-style>, film"}, ["the embedding my-style"]),
+        (
+            {"positive_prompt": "a cat+, dog"},
+            ["weights in the prompt, which InvokeAI reads in a way of its own: a cat+, dog"],
+        ),
+        (
+            {"positive_prompt": 'a "fluffy cat"- dog'},
+            ['weights in the prompt, which InvokeAI reads in a way of its own: a "fluffy cat"- dog'],
+        ),
+        ({"positive_prompt": "a semi-realistic cat - a dog"}, []),
+    ],
+)
+def test_what_invokeai_paints_besides_is_said(changes: dict[str, Any], missing: list[str], tmp_path: Path) -> None:
+    found = read(png(tmp_path / "x.png", invokeai_metadata=json.dumps(INVOKEAI | changes)))
+    assert said(found) == missing
+    assert "<" not in found.settings["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ('"a "big" cat" -s 50 -S 3', 'a "big" cat'),
+        (r'"a \"big\" cat" -s 50', 'a "big" cat'),
+        ("a cat -s 50 -S 3", "a cat"),
+        ('"a half-timbered house - old" -s50', "a half-timbered house - old"),
+    ],
+)
+def test_invokeais_command_has_its_whole_prompt(text: str, prompt: str, tmp_path: Path) -> None:
+    assert read(png(tmp_path / "x.png", Dream=text)).settings["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampler", "missing"),
+    [
+        ("Sampler: Euler a, Model hash: 6ce0161689", "euler_ancestral", ["no Model but for its hash 6ce0161689"]),
+        ("Sampler: Euler a, Model: x, Foo, Bar baz, Version: v1.10.1", "euler_ancestral", ["Foo", "Bar baz"]),
+        ("Sampler: Euler a, Model: x, Size: 32x32, Size: 16x16", "euler_ancestral", []),
+        (
+            "Sampler: DPM++ 2M Karras, Schedule type: Exponential, Model: x",
+            "dpmpp_2m",
+            ["the schedule Exponential of dpmpp_2m"],
+        ),
+        ("Sampler: DPM++ 2M Karras, Schedule type: Automatic, Model: x", "dpmpp_2m_karras", []),
+        (
+            "Sampler: UniPC, Model: x",
+            "uni_pc",
+            ["the noise levels of uni_pc, which Gobelin spaces as diffusers does"],
+        ),
+    ],
+)
+def test_no_field_is_lost(fields: str, sampler: str, missing: list[str], tmp_path: Path) -> None:
+    size = "" if "Size" in fields else ", Size: 16x16"
+    found = read(png(tmp_path / "x.png", parameters=f"a ring\nSteps: 4, {fields}, CFG scale: 3, Seed: 1{size}"))
+    assert (found.settings["sampler"], found.settings["width"], said(found)) == (sampler, 16, missing)
+
+
+def test_an_image_of_another_size_than_its_settings_say_was_changed(tmp_path: Path) -> None:
+    text = "a ring\nSteps: 4, Sampler: Euler, CFG scale: 3, Seed: 1, Size: 64x32, Model: x"
+    found = read(png(tmp_path / "x.png", parameters=text))
+    assert found.missing[1:] == ["the image is 16 x 16, and its settings say 64 x 32: it was changed afterwards"]
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\ufeff\ufeff"])
+def test_byte_order_marks_are_no_words(mark: str, tmp_path: Path) -> None:
+    comments = (b"ASCII\0\0\0" + f"{mark}{A1111}".encode(), b"UNICODE\0" + f"\ufeff{mark}{A1111}".encode("utf-16-le"))
+    for number, comment in enumerate(comments):
+        assert read(with_comment(tmp_path / f"{number}.jpg", comment)).settings == A1111_SETTINGS
+    assert read(png(tmp_path / "x.png", parameters=f"{mark}{A1111}")).settings == A1111_SETTINGS
+
+
+def test_keywords_that_several_programs_use_are_told_apart_by_their_text(tmp_path: Path) -> None:
+    plain = read(png(tmp_path / "x.png", prompt="a castle", parameters=A1111))
+    assert (plain.source, plain.settings) == ("AUTOMATIC1111", A1111_SETTINGS)
+    graph = read(png(tmp_path / "y.png", prompt=json.dumps(GRAPH), negative_prompt="x"))
+    assert (graph.source, graph.settings) == ("ComfyUI", GRAPH_SETTINGS)
+    titled = read(png(tmp_path / "z.png", Title="as if by NovelAI", parameters=A1111))
+    assert titled.source == "AUTOMATIC1111"
+
+
+def test_two_samplers_of_two_images_are_refused(tmp_path: Path) -> None:
+    """One of the two is saved by a preview only, or both are saved."""
+    other = {"class_type": "SamplerCustom", "inputs": {"noise_seed": 5, "cfg": 6, "positive": ["6", 0]}}
+    graph = changed(
+        "8.samples", ["a", 0], p=("PreviewImage", {"images": ["d", 0]}), d=("VAEDecode", {"samples": ["3", 0]})
+    )
+    assert "no KSampler that leads to the image, but" in refusal(
+        png(tmp_path / "x.png", prompt=json.dumps(graph | {"a": other}))
+    )
+    second = {"k": {"class_type": "KSampler", "inputs": GRAPH["3"]["inputs"] | {"seed": 5}}}
+    both = (
+        GRAPH
+        | second
+        | {
+            "d": {"class_type": "VAEDecode", "inputs": {"samples": ["k", 0]}},
+            "s": {"class_type": "SaveImage", "inputs": {"images": ["d", 0]}},
+        }
+    )
+    assert "saves images of 2 samplers" in refusal(png(tmp_path / "x.png", prompt=json.dumps(both)))
+
+
+@pytest.mark.parametrize("kind", ["IPAdapterRegionalConditioning", "KSampler (Efficient)", "ApplyInstantID"])
+def test_outputs_of_nodes_that_are_not_known_are_not_guessed(kind: str, tmp_path: Path) -> None:
+    node = {"class_type": kind, "inputs": {"positive": ["6", 0], "negative": ["7", 0]}}
+    graph = deepcopy(GRAPH) | {"n": node}
+    graph["3"]["inputs"] |= {"positive": ["n", 1], "negative": ["n", 2]}
+    found = graph_of(graph, tmp_path)
+    assert not {"prompt", "negative_prompt"} & found.settings.keys()
+    assert f"the positive prompt, which goes through a {kind}" in said(found)
+
+
+def test_a_graph_that_cannot_be_read_is_said_beside_the_text(tmp_path: Path) -> None:
+    graph = changed(
+        "8.samples",
+        ["a", 0],
+        a=("SamplerCustom", {"positive": ["c", 0]}),
+        c=("ControlNetApply", {"conditioning": ["6", 0], "strength": 0.5}),
+    )
+    found = read(png(tmp_path / "x.png", prompt=json.dumps(graph), parameters=A1111))
+    assert said(found)[0].startswith("its ComfyUI graph has no KSampler that leads to the image")
+    assert {"a ControlNetApply (strength: 0.5)", "a SamplerCustom"} <= set(said(found))
+
+
 # Draw Things, as stable-diffusion-prompt-reader reads it (sd_prompt_reader/format/drawthings.py)
 DRAW_THINGS = {
     "c": 'a "cat" & a dog',

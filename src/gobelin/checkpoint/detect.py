@@ -138,7 +138,7 @@ def refuse_unsupported_scheduler(source: Path, content: Mapping[str, Any]) -> No
     diffusers' classes have betas of their own where a file has none, and they are not Stable Diffusion's.
     """
     found = content.get("_class_name")
-    if found is not None and found not in _SCHEDULER_CLASSES:
+    if found is not None and str(found) not in _SCHEDULER_CLASSES:
         raise ModelError(f"{source} is a {shown(found)}, whose kind of noise Gobelin does not have")
     for name in ("beta_start", "beta_end", "beta_schedule"):
         if name not in content:

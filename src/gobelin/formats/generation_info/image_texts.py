@@ -92,7 +92,7 @@ def _texts(image: Image.Image) -> dict[str, str]:
     xmp = image.info.get("xmp", texts.get("XML:com.adobe.xmp", ""))
     if text := _xmp_comment(xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)):
         texts[XMP_COMMENT] = text
-    return {name: text.removeprefix(_BYTE_ORDER_MARK) for name, text in texts.items()}
+    return {name: text.lstrip(_BYTE_ORDER_MARK) for name, text in texts.items()}
 
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:
