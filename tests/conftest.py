@@ -8,7 +8,7 @@ import json
 import os
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -49,6 +49,18 @@ jaxtyping.install_import_hook(
     [f"gobelin.{module.name}" for module in pkgutil.iter_modules([str(_package)]) if module.name not in _UNCHECKED],
     f"{__name__}.{type_checked.__name__}",
 )
+
+# Many runs of what other tests run with the checks: without them they take a quarter less time.
+_REPEATS = ("test_combinations.py", "test_modes.py", "test_lora.py", "test_compatibility.py", "test_from_scratch.py")
+
+
+@pytest.fixture(autouse=True)
+def _check_types(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check types and shapes at run time, but in tests of combinations."""
+    jaxtyping.config.update("jaxtyping_disable", request.path.name in _REPEATS)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The oracles log what they miss (torchvision, accelerate), which no test needs.

@@ -408,8 +408,9 @@ def test_pefts_own_folder_has_pefts_strength(options, make_oracle, oracle_folder
     pipe = Pipeline.from_pretrained(oracle_folder, "cpu")
     assert pipe.load_lora(tmp_path) == tmp_path.name
     assert torch.equal(merged.time_embedding.linear_1.weight, before[1])
+    expected = merged.state_dict()
     for name, one in pipe.unet.state_dict().items():
-        torch.testing.assert_close(one, merged.state_dict()[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one, expected[name], rtol=1e-5, atol=1e-6)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(ModelError, match=r"no file at .*adapter_config\.json"):
         Pipeline.from_pretrained(oracle_folder, "cpu").load_lora(tmp_path / "adapter_model.safetensors")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import gobelin
 
@@ -14,9 +15,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The site, built once for all processes of a run."""
+    if worker_id == "master":
+        return _build(tmp_path_factory.mktemp("site") / "whole")
+    folder = tmp_path_factory.getbasetemp().parent / "site"
+    with FileLock(f"{folder}.lock"):
+        return folder if (folder / "site").is_dir() else _build(folder)
+
+
+def _build(folder: Path) -> Path:
     """A copy of what the site is made of, with the pages that `make docs` writes, built strictly."""
-    folder = tmp_path_factory.mktemp("site")
+    folder.mkdir()
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("reference"))
     shutil.copy(ROOT / "zensical.toml", folder)
     for name in ("src", "scripts"):
