@@ -56,8 +56,8 @@ _REPEATS = ("test_combinations.py", "test_modes.py", "test_lora.py", "test_compa
 
 @pytest.fixture(autouse=True)
 def _check_types(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Check types and shapes at run time, but in tests of combinations."""
-    jaxtyping.config.update("jaxtyping_disable", request.path.name in _REPEATS)
+    """Check types and shapes at run time, but in tests of combinations and in trials of many cases."""
+    jaxtyping.config.update("jaxtyping_disable", request.path.name in _REPEATS or "GOBELIN_TRIALS" in os.environ)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
