@@ -35,3 +35,9 @@ class TrainingError(GobelinError):
 
 class Cancelled(GobelinError):
     """A painting that was cancelled, and so has no result."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Recognise an allocation that failed: PyTorch's are RuntimeErrors, those on a GPU with a class of their own."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said

@@ -40,17 +40,18 @@ def test_bad_images_are_named_skipped_and_counted(tmp_path):
     for number in range(6):
         picture(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text("red")
-    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: whole.index(b"IDAT") + 8])
     (tmp_path / "2.txt").unlink()
     (tmp_path / "3.png").write_text("not an image at all")
     dataset = ImageFolderDataset(tmp_path, 8)
     assert len(dataset) == 3
     assert {skip.name: skip.reason for skip in dataset.skipped} == {
-        "1.png": "not a readable image",
-        "2.png": "no caption",
+        "1.png": "truncated",
+        "2.png": "no caption (looked for 2.txt, 2.caption and 2.png.txt)",
         "3.png": "not a readable image",
     }
-    assert "skipped 3: 1.png (not a readable image)" in dataset.description
+    assert "skipped 3: 2.png (no caption" in dataset.description
 
 
 def test_a_folder_with_nothing_or_little_to_learn_from_is_refused(tmp_path):
@@ -68,8 +69,8 @@ def test_a_folder_with_nothing_or_little_to_learn_from_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", "line 2: expected an object like"),
-        ('{"text": "no file name"}', "line 2: expected an object like"),
+        ("{not json", "line 2 is not JSON"),
+        ('{"text": "no file name"}', 'line 2: expected a "file_name"'),
         ('{"file_name": "../secret.png", "text": "out"}', "lies outside the folder"),
     ],
 )

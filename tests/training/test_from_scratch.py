@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,9 +22,9 @@ from safetensors.torch import load_file
 import gobelin
 from gobelin.errors import DataError, TrainingError, UsageError
 from gobelin.pipeline import Pipeline, shipped_model
-from gobelin.training import find_preset
+from gobelin.training import find_preset, trainer
 from gobelin.training.config import DataConfig
-from gobelin.training.recipes.from_scratch import STAGES, first_difference, train
+from gobelin.training.recipes.from_scratch import STAGES, differences, train
 from gobelin.training.trainer import Run, batch_indices, fit
 
 QUIET = Console(quiet=True)
@@ -109,10 +114,34 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, micro, tmp_path, monk
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def pictures(folder: Path, count: int) -> Path:
+    """A folder of captioned images of one colour each."""
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("dark")
+    return folder
+
+
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """Ask the run to stop after a step, as Ctrl-C does."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = trainer.batch_indices
+
+        def counted(seed, stage, at, *rest):
+            if at == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(seed, stage, at, *rest)
+
+        patch.setattr(trainer, "batch_indices", counted)
+        yield
+
+
 def test_a_folder_in_use_is_not_overwritten(trained, micro, tmp_path):
     with pytest.raises(TrainingError, match="holds a training run: add --resume"):
         train(micro(), trained, console=QUIET)
-    with pytest.raises(TrainingError, match=r"unet\.optim\.steps was 4 and is now 5|text\.optim\.steps"):
+    with pytest.raises(TrainingError, match=r"text\.optim\.steps was 4 and is 5: .* it is done"):
         train(micro(steps=5), trained, resume=True, console=QUIET)
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(TrainingError, match="is not empty and holds no training run"):
@@ -187,8 +216,12 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
 
 
 def test_differences_of_configurations_are_named():
-    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b was 1 and is now 2"
-    assert first_difference({"a": 1}, {"a": 1}) == ""
+    assert list(differences({"a": {"b": 1}, "c": 3}, {"a": {"b": 2}, "d": 4})) == [
+        ("a.b", 1, 2),
+        ("c", 3, None),
+        ("d", None, 4),
+    ]
+    assert list(differences({"a": 1}, {"a": 1})) == []
 
 
 def test_the_stages_are_named_in_order():
@@ -224,14 +257,71 @@ def test_an_unknown_stage_and_a_file_in_place_of_a_folder_are_refused(micro, tmp
         train(micro(), tmp_path / "model", console=QUIET)
 
 
-def test_one_image_is_too_few(micro, tmp_path):
-    with pytest.raises(DataError, match="one image is too few to train on"):
-        train(micro(data=DataConfig(count=1)), tmp_path / "model", console=QUIET)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_image_or_a_few_equal_ones_are_trained_on(count, micro, tmp_path):
+    """A first test that everyone makes of a trainer."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(count):
+        Image.new("RGB", (20, 20), "navy").save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("dark blue")
+    out = train(micro(steps=2, data=DataConfig(path=str(data), size=32)), tmp_path / "model", console=QUIET)
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
+def test_what_changes_no_weight_may_change_at_resume(micro, tmp_path):
+    data = pictures(tmp_path / "data", 3)
+    config = micro(data=DataConfig(path=str(data), size=32))
+    train(config, tmp_path / "model", stage="tokenizer", console=QUIET)
+    moved = data.rename(tmp_path / "moved")
+    other = dataclasses.replace(
+        config,
+        save_every=7,
+        sample_every=9,
+        device="auto",
+        data=dataclasses.replace(config.data, path=str(moved)),
+        recommended=dataclasses.replace(config.recommended, steps=3),
+    )
+    train(other, tmp_path / "model", resume=True, stage="tokenizer", console=QUIET)
+    assert json.loads((tmp_path / "model" / "training" / "config.json").read_text())["save_every"] == 7
+    with pytest.raises(TrainingError, match="seed was 0 and is 5"):
+        train(dataclasses.replace(other, seed=5), tmp_path / "model", resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize("what", ["image", "caption"])
+def test_other_images_or_captions_of_the_same_number_are_other_data(what, micro, tmp_path):
+    data = pictures(tmp_path / "data", 3)
+    config = micro(data=DataConfig(path=str(data), size=32))
+    train(config, tmp_path / "model", stage="tokenizer", console=QUIET)
+    if what == "image":
+        Image.new("RGB", (20, 20), "white").save(data / "1.png")
+    else:
+        (data / "1.txt").write_text("light")
+    with pytest.raises(TrainingError, match="with other captions or images"):
+        train(config, tmp_path / "model", resume=True, console=QUIET)
+
+
+def test_a_stage_is_made_longer_while_its_rate_holds(micro, tmp_path):
+    """The run that is made longer is the run that was longer from the beginning."""
+
+    def config(steps: int):
+        made = micro(steps=2)
+        held = dataclasses.replace(made.vae.optim, steps=steps, hold=0.9, batch_size=4)
+        return dataclasses.replace(made, vae=dataclasses.replace(made.vae, optim=held), data=DataConfig(count=8))
+
+    whole = train(config(20), tmp_path / "whole", stage="vae", console=QUIET)
+    out = tmp_path / "longer"
+    with stopped_at(6), pytest.raises(KeyboardInterrupt):
+        train(config(10), out, stage="vae", console=QUIET)
+    train(config(20), out, resume=True, stage="vae", console=QUIET)
+    for name, tensor in load_file(out / "vae" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(tensor, load_file(whole / "vae" / "diffusion_pytorch_model.safetensors")[name])
+    with pytest.raises(TrainingError, match=r"vae\.optim\.steps was 20 and is 30: .* it is done"):
+        train(config(30), out, resume=True, stage="vae", console=QUIET)
 
 
 def test_the_shipped_model_was_trained_with_its_preset():
     recorded = json.loads((shipped_model() / "training.json").read_text())
     preset = json.dumps(dataclasses.asdict(find_preset("tiny")))
     preset = preset.replace('"precision": "auto"', '"precision": "bfloat16"')  # of the processor that it was trained on
-    assert first_difference(recorded, json.loads(preset)) == ""
+    assert list(differences(recorded, json.loads(preset))) == []

@@ -9,7 +9,7 @@ from torch import Generator
 
 from gobelin import scenes
 from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
-from gobelin.data import CachedDataset, SceneDataset
+from gobelin.data import CachedDataset, CaptionIndex, SceneDataset
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.training import find_preset
@@ -110,6 +110,11 @@ def test_the_decoder_learns_to_bear_noise_in_proportion_to_each_channel(dataset)
     torch.testing.assert_close(share, torch.full((4,), 0.5), rtol=0.05, atol=0)
 
 
+def one_each(rows):
+    """The index of images with one caption each."""
+    return CaptionIndex(rows=rows, starts=torch.arange(len(rows)), counts=torch.ones_like(rows))
+
+
 def unet_stage(dataset, **changes):
     config = dataclasses.replace(find_preset("nano").unet, **changes)
     latents = torch.randn(len(dataset), 4, 16, 16)
@@ -130,7 +135,7 @@ def unet_stage(dataset, **changes):
         latents,
         torch.zeros_like(latents),
         texts,
-        caption,
+        one_each(caption),
         config,
         sample=lambda modules, step: image_grid([Image.new("RGB", (4, 4))], 1),
     )

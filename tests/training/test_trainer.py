@@ -1,6 +1,7 @@
 """The loop's parts: order, learning rate, averages, decay, checkpoints, a polite stop."""
 
 import dataclasses
+import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -143,16 +144,17 @@ def test_it_trains_outside_the_main_thread_where_no_signal_can_be_caught(run):
 def test_checkpoints_replace_each_other_only_when_whole(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"x": torch.ones(1)})
     save_checkpoint(tmp_path, 2, {"x": torch.full((1,), 2.0)})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    save_checkpoint(tmp_path, 3, {"x": torch.full((1,), 3.0)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(TrainingError, match=r"step 3 could not be written.*No space left.*the previous one stands"):
-        save_checkpoint(tmp_path, 3, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
-    assert load_checkpoint(tmp_path)["x"].item() == 2
+    with pytest.raises(TrainingError, match=r"step 4 could not be written.*the disk is full.*that of step 3 stands"):
+        save_checkpoint(tmp_path, 4, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert load_checkpoint(tmp_path)["x"].item() == 3
 
 
 def test_a_request_in_the_last_step_stops_the_run_too(run):
@@ -164,9 +166,55 @@ def test_a_request_in_the_last_step_stops_the_run_too(run):
     assert rest.count == 0
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "random", "one bit"])
+def test_a_damaged_checkpoint_is_named(damage, tmp_path):
     assert load_checkpoint(tmp_path) is None
-    save_checkpoint(tmp_path, 4, {})
-    (tmp_path / "step-00000004" / CHECKPOINT_FILE).write_bytes(b"torn")
-    with pytest.raises(TrainingError, match=r"step-00000004.* cannot be read"):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, {"x": torch.arange(1000)})
+    file = tmp_path / "step-00000004" / CHECKPOINT_FILE
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    contents = {"cut": whole[:-100], "empty": b"", "random": bytes(range(256)) * 40, "one bit": bytes(flipped)}
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(contents[damage])
+    with pytest.raises(
+        TrainingError, match=r"step-00000004.* is damaged: remove its folder to go on from step 2"
+    ) as error:
         load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+def test_metrics_have_each_step_once_whatever_was_killed(run, monkeypatch):
+    monkeypatch.setattr("gobelin.training.trainer._LOG_EVERY", 1)
+    run = dataclasses.replace(run, save_every=4)
+
+    def killed(count):
+        if count == 7:
+            raise OSError("killed")
+
+    with pytest.raises(OSError, match="killed"):
+        fit(Line(on_step=killed), run)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "other", "step": 9}\n{"stage": "li')
+    fit(Line(), run)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "line"] == list(range(1, OPTIM.steps + 1))
+    assert sum(line["stage"] == "other" for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), MemoryError()],
+)
+def test_a_batch_that_does_not_fit_says_what_to_lower(run, error):
+    def full(count):
+        raise error
+
+    with pytest.raises(TrainingError, match=r"a batch of \d+ images does not fit into memory.*--line\.optim\.batch"):
+        fit(Line(on_step=full), run)
+    with pytest.raises(RuntimeError, match="else"):
+        fit(Line(on_step=lambda count: (_ for _ in ()).throw(RuntimeError("else"))), run)

@@ -1,6 +1,7 @@
 """``gobelin data``: write scenes as an image folder, check an image folder, calibrate the scenes' grader."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,25 +10,31 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import Positional
 
 from gobelin.cli.options import parse, write_report
 from gobelin.data import ImageFolderDataset, SceneDataset, find_world
-from gobelin.data.image_folder import METADATA
+from gobelin.data.captioned_files import METADATA
+from gobelin.data.folder_report import FolderReport, report_folder
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import write_text
+from gobelin.formats.png import write_png
+from gobelin.look.contact_sheet import Tile, TileRow, captioned_grid
 from gobelin.scenes import Calibration, calibrate
 from gobelin.vae import VAE
 
+_MOST_SKIPPED = 50  # that are listed
+_SHEET_IMAGES, _SHEET_COLUMNS = 48, 8
 _ACTIONS = ("scenes", "check", "grader")
 
 _HELP = """usage: gobelin data scenes --out DIR [--count N --world NAME --seed N --split NAME]
-       gobelin data check DIR [--json FILE]
+       gobelin data check DIR [--size N --caption-column NAME --sheet PNG --json FILE]
        gobelin data grader [--world NAME --count N --vae MODEL --json FILE]
 
   scenes   write captioned scenes: PNG images, metadata.jsonl, and for each its scene and masks
-  check    read a folder of captioned images, and list those that cannot be used, and why
+  check    read a folder of captioned images: sizes, captions, duplicates, and what cannot be used, and why
   grader   calibrate the scenes' grader on images whose truth is known
 
 examples:
@@ -59,16 +66,27 @@ class Scenes:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Read a folder of captioned images, and list those that cannot be used, and why.
+    """Read a folder of captioned images: sizes, encodings, captions, duplicates; what is skipped, cropped and cut.
 
     Some examples:
       gobelin data check my-images
+      gobelin data check my-images --size 128 --sheet sheet.png --json report.json
     """
 
     folder: Positional[Path]
-    """Images with metadata.jsonl, or with a .txt caption beside each."""
+    """Images with metadata.jsonl, .csv or .parquet, or with a .txt caption beside each."""
+    size: int = 64
+    """Height and width in pixels that the images are to be trained at."""
+    caption_column: str | None = None
+    """The column of the metadata with the captions; without it, text, caption or prompt."""
+    vocab_size: int = 2048
+    """Tokens of the tokenizer that is trained on the captions."""
+    max_length: int = 32
+    """Tokens of a caption that are learned."""
+    sheet: Path | None = None
+    """Draw images of the folder, as training sees them, with their captions into this PNG."""
     json: Path | None = None
-    """Write the findings to this file too."""
+    """Write the whole report to this file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +146,58 @@ def _write_scenes(options: Scenes) -> None:
 
 
 def _check(options: Check) -> None:
-    """Print the findings, and write them as JSON."""
-    dataset = ImageFolderDataset(options.folder)
-    print(f"{len(dataset):,} captioned images can be used, {len(dataset.skipped):,} skipped")
-    for skip in dataset.skipped:
+    """Print the report, draw the sheet, and write the report as JSON."""
+    if options.size < 1:
+        raise UsageError(f"--size is {options.size}: give 1 pixel or more")
+    if options.max_length < 3:
+        raise UsageError(f"--max-length is {options.max_length}: give 3 tokens or more")
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("opening images")
+        dataset = ImageFolderDataset(
+            options.folder,
+            options.size,
+            options.caption_column,
+            advance=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+        task = progress.add_task("looking at them")
+        report = report_folder(
+            dataset,
+            options.vocab_size,
+            options.max_length,
+            advance=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    for line in report.lines():
+        print(line)
+    for skip in report.skipped[:_MOST_SKIPPED]:
         print(f"  {skip.name}: {skip.reason}")
-    findings = {"images": len(dataset), "skipped": [vars(skip) for skip in dataset.skipped]}
-    write_report(options.json, findings)
+    if len(report.skipped) > _MOST_SKIPPED:
+        print(f"  and {len(report.skipped) - _MOST_SKIPPED:,} more: --json lists them")
+    if options.sheet is not None:
+        write_png(options.sheet, _folder_sheet(dataset, report))
+        print(options.sheet)
+    write_report(options.json, report.json())
+
+
+def _folder_sheet(dataset: ImageFolderDataset, report: FolderReport) -> Image.Image:
+    """Draw images from all over the folder as training sees them, and those that are enlarged or cropped."""
+    names = [one.file.relative_to(dataset.folder).as_posix() for one in dataset.files]
+    chosen = range(0, len(names), -(-len(names) // _SHEET_IMAGES))
+    rows: list[tuple[str, Sequence[int]]] = [("", chosen)]
+    for label, some in (("enlarged", report.enlarged), ("cropped", report.cropped)):
+        if some:
+            rows.append((label, [names.index(name) for name in some[:_SHEET_COLUMNS]]))
+    tiles = [
+        TileRow(
+            label=label,
+            tiles=[
+                Tile(image=Image.fromarray(entry.image), caption=entry.caption)
+                for entry in map(dataset.__getitem__, indices)
+            ],
+        )
+        for label, indices in rows
+    ]
+    title = f"{report.images:,} captioned images in {dataset.folder.name or dataset.folder}"
+    return captioned_grid(tiles, columns=_SHEET_COLUMNS, side=max(96, dataset.size), title=title)
 
 
 def _grader(options: Grader) -> None:

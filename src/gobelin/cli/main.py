@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from gobelin import __version__
-from gobelin.errors import GobelinError, UsageError
+from gobelin.errors import GobelinError, UsageError, is_out_of_memory
 
 COMMANDS = {
     "generate": "paint images from prompts",
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if debug or not _is_out_of_memory(error):
+        if debug or not is_out_of_memory(error):
             raise
         print(
             "gobelin: out of memory: give a smaller size, count or batch, or --tile for large images", file=sys.stderr
@@ -74,12 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
         print(f"gobelin: {said}", file=sys.stderr)
         sys.exit(1)
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Recognise an allocation that failed: PyTorch's are RuntimeErrors, those on a GPU with a class of their own."""
-    said = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -9,14 +9,19 @@ from numpy import ndarray
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CaptionedImage:
-    """One image, uint8 RGB, with its caption.
+    """One image, uint8 RGB, with its captions, of which training takes any.
 
     ``negatives`` are hard negatives: captions that are wrong in one respect, if the source knows any.
     """
 
     image: UInt8[ndarray, "size size 3"]
-    caption: str
+    captions: tuple[str, ...]
     negatives: tuple[str, ...] = ()
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 @runtime_checkable
@@ -26,6 +31,11 @@ class Dataset(Protocol):
     @property
     def description(self) -> str:
         """One line for people: the source, the number of images, and those left out."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that is learned from: another one says that it is other data."""
         ...
 
     @property

@@ -1,56 +1,57 @@
-"""Image folder: captions from ``metadata.jsonl``, or from a ``.txt`` file beside each image."""
+"""Image folder: anyone's captioned images, each opened once before training, so that nothing bad is found later."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from gobelin.data.captioned_files import (
+    IMAGE_SUFFIXES,
+    METADATA_NAMES,
+    CaptionedFile,
+    SkippedImage,
+    list_captioned_files,
+)
 from gobelin.data.dataset import CaptionedImage
 from gobelin.errors import DataError, UsageError
 from gobelin.images import MAX_IMAGE_PIXELS, UNREADABLE, open_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SKIPPED = 0.5  # a folder with a larger share of unusable images is refused: it is likely the wrong folder
-METADATA = "metadata.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkippedImage:
-    """An image that cannot be used, and the reason."""
-
-    name: str
-    reason: str
 
 
 class ImageFolderDataset:
     """Read a folder of captioned images, with its subfolders, as Hugging Face's "imagefolder" datasets are laid out.
 
-    Entries stand in the order of ``metadata.jsonl`` (``file_name``, ``text``) or, with ``.txt`` captions, of their
-    names. Every image is opened once; unusable ones are listed in ``skipped``. Images are rotated by their EXIF
-    orientation, composited on white, scaled so that the shorter side is ``size`` pixels, and cropped to the centre.
-    Raises :class:`DataError` for a missing folder, broken metadata, or if less than half of the images can be used.
+    :func:`~gobelin.data.captioned_files.list_captioned_files` says where captions come from; ``caption_column`` is
+    that of the metadata. Every image is opened once, after which ``advance`` is called; unusable ones are listed in
+    ``skipped``. Images are rotated by their EXIF orientation, composited on white, scaled so that the shorter side is
+    ``size`` pixels, and cropped to the centre; of an animation the first frame counts. Raises :class:`DataError` for a
+    missing folder, broken metadata, or if less than half of the images can be used.
     """
 
-    def __init__(self, folder: str | Path, size: int = 64):
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int = 64,
+        caption_column: str | None = None,
+        advance: Callable[[int, int], None] = lambda done, total: None,
+    ):
         self.folder = Path(folder)
         self.size = size
         if not self.folder.is_dir():
             raise DataError(f"no folder at {self.folder}: expected images with captions there")
-        self.skipped: list[SkippedImage] = []
-        self._files: list[Path] = []
-        self._captions: list[str] = []
-        for file, caption in self._listed():
-            reason = "no caption" if not caption.strip() else unreadable(file)
-            if reason:
-                name = file.resolve().relative_to(self.folder.resolve()).as_posix()
+        listed, self.skipped = list_captioned_files(self.folder, caption_column)
+        self.files: list[CaptionedFile] = []
+        for number, one in enumerate(listed, start=1):
+            if reason := unreadable(one.file, size):
+                name = one.file.relative_to(self.folder).as_posix()
                 self.skipped.append(SkippedImage(name=name, reason=reason))
             else:
-                self._files.append(file)
-                self._captions.append(" ".join(caption.split()))
+                self.files.append(one)
+            advance(number, len(listed))
         self._refuse_if_mostly_unusable()
 
     @property
@@ -63,54 +64,31 @@ class ImageFolderDataset:
             text += f"; skipped {len(self.skipped)}: {first}{more}"
         return text
 
+    @property
+    def fingerprint(self) -> str:
+        """A SHA-256 of what is learned: names, captions and the files' bytes, wherever the folder is."""
+        digest = hashlib.sha256()
+        for one in self.files:
+            name = one.file.relative_to(self.folder).as_posix()
+            with one.file.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(repr((name, one.captions, content)).encode())
+        return digest.hexdigest()
+
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        return CaptionedImage(image=read_image(self._files[index], self.size), caption=self._captions[index])
-
-    def _listed(self) -> Iterator[tuple[Path, str]]:
-        """List (image file, caption); the caption is empty if there is none."""
-        metadata = self.folder / METADATA
-        if metadata.is_file():
-            yield from self._from_metadata(metadata)
-            return
-        for file in sorted(self.folder.rglob("*")):
-            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
-                sidecar = file.with_suffix(".txt")
-                text = sidecar.read_text(encoding="utf-8", errors="replace") if sidecar.is_file() else ""
-                yield file, text
-
-    def _from_metadata(self, metadata: Path) -> Iterator[tuple[Path, str]]:
-        """List (image file, caption) from ``metadata.jsonl``; raises :class:`DataError` that names the broken line."""
-        inside = self.folder.resolve()
-        try:
-            lines = metadata.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{metadata} is not UTF-8 text: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                name, caption = entry["file_name"], entry.get("text") or ""
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f'{metadata}, line {number}: expected an object like {{"file_name": "a.png", "text": "a cat"}} '
-                    f"({error})"
-                ) from error
-            file = self.folder / str(name)
-            if not file.resolve().is_relative_to(inside):
-                raise DataError(f"{metadata}, line {number}: {name!r} lies outside the folder")
-            yield file, str(caption)
+        one = self.files[index]
+        return CaptionedImage(image=read_image(one.file, self.size), captions=one.captions)
 
     def _refuse_if_mostly_unusable(self) -> None:
         """Raise :class:`DataError` for a folder without images, or with too many that cannot be used."""
         found = len(self) + len(self.skipped)
         if not found:
             raise DataError(
-                f"{self.folder} has no captioned images: expected {METADATA} with file_name and text, or images "
-                f"({', '.join(IMAGE_SUFFIXES)}) with a .txt caption beside each"
+                f"{self.folder} has no captioned images: expected {' or '.join(METADATA_NAMES)} with file_name and "
+                f"text, or images ({', '.join(IMAGE_SUFFIXES)}) with a .txt caption beside each"
             )
         if len(self.skipped) > MAX_SKIPPED * found or not len(self):
             raise DataError(f"only {len(self)} of {found} images can be used: {self.description}")
@@ -118,18 +96,18 @@ class ImageFolderDataset:
 
 def read_image(file: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Read an image file as uint8 RGB: upright, opaque, scaled, and cropped to the centre square."""
-    return np.asarray(ImageOps.fit(open_image(file), (size, size), Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(open_image(file, at_least=size), (size, size), Image.Resampling.LANCZOS))
 
 
-def unreadable(file: Path) -> str:
-    """Explain in words why an image file cannot be used; an empty string if it can."""
+def unreadable(file: Path, size: int | None = None) -> str:
+    """Explain in words why an image file cannot be used at a ``size``; an empty string if it can."""
     if not file.is_file():
-        return "no such file"
+        return f"a link to {file.readlink()}, which is not there" if file.is_symlink() else "no such file"
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 return f"{image.width}×{image.height} pixels, more than {MAX_IMAGE_PIXELS // 1_000_000} million"
-        open_image(file)
-    except (*UNREADABLE, DataError, UsageError):
-        return "not a readable image"
+        open_image(file, at_least=size)
+    except (*UNREADABLE, DataError, UsageError) as error:
+        return "truncated" if "truncated" in str(error) else "not a readable image"
     return ""

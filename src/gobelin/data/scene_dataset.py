@@ -1,5 +1,6 @@
 """Procedural scenes as an image-text dataset."""
 
+import hashlib
 from dataclasses import dataclass
 
 from gobelin import scenes
@@ -35,6 +36,11 @@ class SceneDataset:
         return f"{self.count:,} scenes of the world {self.world.name!r} ({self.split})"
 
     @property
+    def fingerprint(self) -> str:
+        """A SHA-256 of what the scenes follow from."""
+        return hashlib.sha256(repr((self.world, self.count, self.seed, self.split)).encode()).hexdigest()
+
+    @property
     def size(self) -> int:
         """Height and width of the images, in pixels."""
         return self.world.size
@@ -47,7 +53,7 @@ class SceneDataset:
             raise IndexError(f"there is no scene {index}: the last is {self.count - 1}")
         sample = self.sample(index)
         negatives = scenes.hard_negatives(sample, index)
-        return CaptionedImage(image=sample.image, caption=sample.caption, negatives=tuple(negatives))
+        return CaptionedImage(image=sample.image, captions=(sample.caption,), negatives=tuple(negatives))
 
     def sample(self, index: int) -> scenes.Sample:
         """Render the scene of an index, with its masks and words."""

@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from gobelin.data import find_world
-from gobelin.data.image_folder import METADATA, read_image, unreadable
+from gobelin.data.captioned_files import METADATA
+from gobelin.data.image_folder import read_image, unreadable
 from gobelin.errors import DataError, UsageError
 from gobelin.evaluate.image_list import ALL_TASKS, MAX_PROMPTS, RequestedImage
 from gobelin.formats.files import write_text

@@ -29,6 +29,8 @@ class DataConfig:
 
     path: Annotated[str | None, "the name of a folder"] = None
     """A folder of captioned images; without one, procedural scenes are drawn."""
+    caption_column: Annotated[str | None, "the name of a column"] = None
+    """The column of the metadata with the captions; without it, text, caption or prompt, whichever is there."""
     world: str = "nano"
     """The world of scenes: nano, core or rich."""
     count: Count = 16_000

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
-from gobelin.data import CachedDataset
+from gobelin.data import CachedDataset, CaptionIndex
 from gobelin.images import tensor_to_images
 from gobelin.layers import Attention
 from gobelin.schedule import NoiseSchedule
@@ -99,7 +99,7 @@ class TextStage:
     def loss(self, indices: Int[Tensor, " batch"], generator: Generator) -> dict[str, Float[Tensor, ""]]:
         """Compute the loss, its two terms, and the accuracy of finding each image's caption in the batch."""
         text_encoder, image_encoder = self.module.text, self.module.image
-        captions = self._caption_index[indices]
+        captions = self._caption_index.pick(indices, generator)
         images = self._dataset.images(indices).to(text_encoder.device)
         token_ids = torch.cat([self._token_ids[captions], self._hard_negatives(indices, generator)]).to(images.device)
         mask = token_ids != text_encoder.config.eos_token_id
@@ -194,7 +194,7 @@ class UNetStage:
 
     ``latents`` and ``stds`` are the posterior's mean and standard deviation, scaled. ``texts`` holds every caption
     once, the empty one last: text embeddings, or token ids if the text encoder is trained too. ``caption_index``
-    gives each image's row in it. ``sample`` draws the sample grid.
+    has each image's rows in it. ``sample`` draws the sample grid.
     """
 
     name = "unet"
@@ -206,7 +206,7 @@ class UNetStage:
         latents: Float[Tensor, "images channels h w"],
         stds: Float[Tensor, "images channels h w"],
         texts: Float[Tensor, "captions length dim"] | Int[Tensor, "captions length"],
-        caption_index: Int[Tensor, " images"],
+        caption_index: CaptionIndex,
         config: UNetStageConfig,
         sample: Callable[[TrainedModules, int], Image.Image],
     ):
@@ -228,7 +228,7 @@ class UNetStage:
         noise = torch.randn(means.shape, generator=generator)
         timesteps = self._timesteps(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self._config.caption_dropout
-        captions = torch.where(dropped, len(self._texts) - 1, self._caption_index[indices])
+        captions = torch.where(dropped, len(self._texts) - 1, self._caption_index.pick(indices, generator))
 
         rows = distributed.shard()
         latents, noise, timesteps = latents[rows], noise[rows], timesteps[rows]

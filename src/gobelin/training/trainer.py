@@ -25,8 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from gobelin.errors import TrainingError
-from gobelin.formats.files import replacing
+from gobelin.errors import TrainingError, is_out_of_memory
+from gobelin.formats.files import replacing, write_text
 from gobelin.training import distributed
 from gobelin.training.checkpoints import load_checkpoint, save_checkpoint
 from gobelin.training.config import OptimConfig
@@ -35,6 +35,7 @@ from gobelin.training.precision import autocast
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_METRICS = "metrics.jsonl"
 _LOG_EVERY = 50  # steps a line of metrics.jsonl is the mean of
 
 
@@ -82,8 +83,27 @@ class Run:
         if not distributed.is_main_process():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / _METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, **values}) + "\n")
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Remove a stage's lines after ``step`` from ``metrics.jsonl``: those steps are to be trained again."""
+        file = self.folder / _METRICS
+        if not distributed.is_main_process() or not file.exists():
+            return
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not _is_after(line, stage, step)]
+        if len(kept) < len(lines):
+            write_text(file, "".join(kept))
+
+
+def _is_after(line: str, stage: str, step: int) -> bool:
+    """Tell whether a line of the metrics is of a later step, or was cut off while it was written."""
+    try:
+        found = json.loads(line)
+        return found["stage"] == stage and found["step"] > step
+    except (ValueError, KeyError, TypeError):
+        return True
 
 
 def fit(stage: Stage[Module], run: Run) -> Module:
@@ -117,10 +137,11 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                 group["lr"] = group["lr_ratio"] * learning_rate(optim, step)
             generator = Generator().manual_seed(derive_seed(run.seed, stage.name, step))
             indices = batch_indices(run.seed, stage.name, step, optim.batch_size, stage.dataset_size)
-            with autocast(run.device, optim.precision):
-                losses = stage.loss(indices, generator)
             module.zero_grad(set_to_none=True)
-            losses["loss"].backward()
+            with _memory_of(stage):
+                with autocast(run.device, optim.precision):
+                    losses = stage.loss(indices, generator)
+                losses["loss"].backward()
             losses = {name: value.detach().float() for name, value in losses.items()}
             stopping = torch.tensor(float(stop()), device=run.device)
             gradients = (parameter.grad for parameter in module.parameters() if parameter.grad is not None)
@@ -155,10 +176,26 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                 distributed.broadcast(
                     done
                 )  # torchrun ends all processes when one ends: not before the checkpoint stands
+                run.console.print(f"{stage.name}: stopped; step {done} is saved, and --resume goes on from it")
                 raise KeyboardInterrupt
             if main_process and (done % run.sample_every == 0 or last):
                 _save_sample_grid(stage, run, cast(Module, average.module), done)
     return cast(Module, average.module.eval())
+
+
+@contextmanager
+def _memory_of(stage: Stage) -> Iterator[None]:
+    """Raise :class:`TrainingError` that says what to lower where a batch does not fit into memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        section = stage.name.removesuffix("_encoder")
+        raise TrainingError(
+            f"stage {stage.name}: a batch of {stage.optim.batch_size} images does not fit into memory: give a smaller "
+            f"one, --{section}.optim.batch-size; the last checkpoint stands"
+        ) from error
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -230,11 +267,13 @@ def _restore(
     """Load the newest checkpoint; returns its step, 0 if there is none."""
     saved = load_checkpoint(run.checkpoint_folder(stage))
     if saved is None:
+        run.forget_after(stage.name, 0)
         return 0
     module.load_state_dict(saved["module"])
     average.load_state_dict(saved["average"])
     for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(values)
+    run.forget_after(stage.name, saved["step"])
     return saved["step"]
 
 

@@ -7,7 +7,9 @@ until a stage is done, its checkpoints.
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -19,12 +21,13 @@ from rich.progress import Progress
 from gobelin.checkpoint import Model
 from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from gobelin.data import CachedDataset, Dataset, ImageFolderDataset, SceneDataset, find_world
-from gobelin.errors import DataError, TrainingError, UsageError
+from gobelin.errors import TrainingError, UsageError
 from gobelin.formats.files import read_json, write_json, write_text
 from gobelin.pipeline import Pipeline, find_device
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.training import distributed
+from gobelin.training.checkpoints import newest_step
 from gobelin.training.config import TrainConfig
 from gobelin.training.model_card import model_card
 from gobelin.training.stages import (
@@ -44,6 +47,8 @@ StageName = Literal["tokenizer", "text_encoder", "vae", "unet"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 IMAGE_ENCODER = "image_encoder"
 _INITIAL_TEXT_ENCODER = "training/text_encoder"  # from its own stage: the U-Net's stage starts here, resumed or not
+# Fields that change no weight: when something is written, where the same data and the device are, what is recommended.
+_HARMLESS = ("save_every", "sample_every", "device", "data.path", "recommended.")
 _GRID_COLUMNS = 8  # images in a row of the sample grid
 _LATENT_STATISTICS = 8192  # images for the latents' mean and variance: 2 million values a channel at 64×64
 
@@ -106,8 +111,6 @@ class _FromScratch:
         self.folder = out / "training"
         self.source = open_dataset(config)
         console.print(f"data: {self.source.description}", highlight=False)
-        if len(self.source) < 2:
-            raise DataError(f"one image is too few to train on, 2 at least are needed: {self.source.description}")
         if config.unet.optim.batch_size % distributed.world_size():
             raise TrainingError(
                 f"a batch of {config.unet.optim.batch_size} cannot be shared evenly among {distributed.world_size()} "
@@ -147,7 +150,8 @@ class _FromScratch:
     def tokenizer(self) -> None:
         """Learn a byte-pair vocabulary from the captions."""
         config = self.config.tokenizer
-        tokenizer = Tokenizer.train(self.dataset.captions, config.vocab_size, config.max_length)
+        captions = chain.from_iterable(self.dataset.captions)
+        tokenizer = Tokenizer.train(captions, config.vocab_size, config.max_length)
         self._save(tokenizer, "tokenizer")
         self.console.print(f"tokenizer: {len(tokenizer.vocab)} tokens")
 
@@ -283,21 +287,49 @@ class _FromScratch:
                 raise TrainingError(
                     f"{self.out} holds no training run to resume: leave out --resume (resume=True) to start one"
                 )
-            write_json(data, {"description": self.source.description})
+            write_json(data, self._data())
             write_json(recorded, config)
             return []
         if not resume:
             raise TrainingError(
                 f"{self.out} holds a training run: add --resume (resume=True) to go on, or choose another folder"
             )
-        if difference := first_difference(read_json(recorded), config):
-            raise TrainingError(f"the run in {self.out} has another configuration: {difference}")
-        if (was := read_json(data)["description"]) != self.source.description:
+        done = read_json(self.folder / "done.json")["stages"] if (self.folder / "done.json").exists() else []
+        for name, was, now in differences(read_json(recorded), config):
+            if not name.startswith(_HARMLESS) and not self._is_longer(name, was, now, done):
+                raise TrainingError(
+                    f"the run in {self.out} has another configuration: {name} was {was!r} and is {now!r}"
+                )
+        before, today = read_json(data), self._data()
+        if before["fingerprint"] != today["fingerprint"]:
             raise TrainingError(
-                f"the run in {self.out} began with other data: {was}; now it is {self.source.description}"
+                f"the run in {self.out} began with other data: {before['description']}; now it is "
+                f"{today['description']}"
+                + (", with other captions or images" if before["count"] == today["count"] else "")
             )
-        done = self.folder / "done.json"
-        return read_json(done)["stages"] if done.exists() else []
+        write_json(recorded, config)
+        return done
+
+    def _data(self) -> dict[str, Any]:
+        """Describe the data, so that a run does not go on with other."""
+        source = self.source
+        return {"description": source.description, "count": len(source), "fingerprint": source.fingerprint}
+
+    def _is_longer(self, name: str, was: Any, now: Any, done: list[StageName]) -> bool:
+        """Tell whether a change makes a stage longer while its learning rate holds: its steps so far are the same."""
+        section, _, field = name.partition(".")
+        if field != "optim.steps" or not now > was:
+            return False
+        stage: StageName = "text_encoder" if section == "text" else cast(StageName, section)
+        optim = getattr(self.config, section).optim
+        saved = newest_step(self.folder / "checkpoints" / stage)
+        falls = min(max(optim.warmup_steps, round(optim.hold * steps)) for steps in (was, now))
+        if stage in done or saved > falls:
+            raise TrainingError(
+                f"{name} was {was} and is {now}: a stage can be made longer until its learning rate falls, at step "
+                f"{falls}, and {'it is done' if stage in done else f'it is saved at step {saved}'}"
+            )
+        return True
 
 
 def config_file(out: Path) -> Path:
@@ -309,19 +341,18 @@ def open_dataset(config: TrainConfig) -> Dataset:
     """Open the dataset of a configuration: a folder of images, or scenes."""
     data = config.data
     if data.path is not None:
-        return ImageFolderDataset(data.path, data.size)
+        return ImageFolderDataset(data.path, data.size, data.caption_column)
     world = dataclasses.replace(find_world(data.world), size=data.size)
     return SceneDataset(world=world, count=data.count, seed=config.seed)
 
 
-def first_difference(old: Any, new: Any, name: str = "") -> str:
-    """Describe the first field in which two configurations differ; an empty string if none does."""
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """List the fields in which two configurations differ: (dotted name, old value, new value)."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            if found := first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip(".")):
-                return found
-        return ""
-    return "" if old == new else f"{name} was {old!r} and is now {new!r}"
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield name, old, new
 
 
 def _network_config(config_class: Any, preset: str) -> Any:
