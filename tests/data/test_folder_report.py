@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gobelin import scenes
 from gobelin.data import ImageFolderDataset
 from gobelin.data.folder_report import FolderReport, report_folder
 
@@ -68,6 +69,15 @@ def test_every_count_is_of_what_was_made(report: FolderReport) -> None:
         "CMYK, converted": 1,
         "palette": 1,
     }
+
+
+def test_drawings_on_one_ground_are_not_all_alike(tmp_path: Path) -> None:
+    for index in range(60):
+        Image.fromarray(scenes.sample(1, index, scenes.NANO, "train").image).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("a scene")
+    Image.open(tmp_path / "7.png").save(tmp_path / "again.jpg", quality=90)
+    (tmp_path / "again.txt").write_text("a scene")
+    assert report_folder(ImageFolderDataset(tmp_path, 64), 1000, 24).near_duplicates == (("7.png", "again.jpg"),)
 
 
 def test_lines_say_what_to_look_at(report: FolderReport) -> None:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from gobelin.data.captioned_files import SkippedImage
@@ -20,7 +20,8 @@ from gobelin.tokenizer import Tokenizer
 LOSES_MUCH = 1 / 3
 """The share of an image that the square crop cuts off, from which on it is counted."""
 _HASH_SIDE = 8
-_BITS_APART, _COLOUR_APART = 3, 12  # of 64 bits; of 255 levels
+_THUMBNAIL = 16
+_BITS_APART, _LEVELS_APART = 3, 24  # of 64 bits; of 255 levels, in any pixel of the thumbnails
 _MOST_COMPARED = 2000  # images that share a quarter of the hash, such as drawings on white: more take too long
 _ALPHA, _TURNED, _ANIMATED = "transparent, laid on white", "turned by EXIF", "animated, first frame taken"
 _DEEP, _CMYK, _GREY, _PALETTE = "16 bits or more, scaled to 8", "CMYK, converted", "grey", "palette"
@@ -97,7 +98,7 @@ def report_folder(
     encodings: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
     by_content: defaultdict[str, list[str]] = defaultdict(list)
-    looks: list[tuple[int, Float[np.ndarray, " rgb"]]] = []
+    looks: list[tuple[int, UInt8[np.ndarray, "16 16 3"]]] = []
     names = [one.file.relative_to(dataset.folder).as_posix() for one in dataset.files]
     for number, (name, one) in enumerate(zip(names, dataset.files, strict=True), start=1):
         with Image.open(one.file) as image:
@@ -153,24 +154,26 @@ def _encodings(image: Image.Image) -> list[str]:
     return [name for name, is_so in told.items() if is_so]
 
 
-def _look(file: Path) -> tuple[int, Float[np.ndarray, " rgb"]]:
-    """Hash what an image looks like (dHash): whether each of 8×8 pixels is lighter than its neighbour; and its colour.
+def _look(file: Path) -> tuple[int, UInt8[np.ndarray, "16 16 3"]]:
+    """Hash what an image looks like (dHash): whether each of 8×8 pixels is lighter than its neighbour; and shrink it.
 
-    The mean colour keeps apart images of one colour each, in which no pixel is lighter than another.
+    The hash finds, and the small image tells: drawings on white have few hashes.
     """
-    small = ImageOps.fit(open_image(file, at_least=_HASH_SIDE), (_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BOX)
-    levels = np.asarray(small, dtype=np.int16)
-    lighter = levels.sum(axis=2)[:, 1:] > levels.sum(axis=2)[:, :-1] + 8
-    return int.from_bytes(np.packbits(lighter).tobytes(), "big"), levels.mean(axis=(0, 1))
+    image = open_image(file, at_least=_THUMBNAIL)
+    small = ImageOps.fit(image, (_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BOX)
+    levels = np.asarray(small, dtype=np.int16).sum(axis=2)
+    lighter = np.packbits(levels[:, 1:] > levels[:, :-1] + 8)
+    thumbnail = ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    return int.from_bytes(lighter.tobytes(), "big"), np.asarray(thumbnail)
 
 
-def _groups_alike(looks: Sequence[tuple[int, Float[np.ndarray, " rgb"]]]) -> list[list[int]]:
-    """Group images whose hashes differ in three bits at most and whose colours are near.
+def _groups_alike(looks: Sequence[tuple[int, UInt8[np.ndarray, "16 16 3"]]]) -> list[list[int]]:
+    """Group images whose hashes differ in three bits at most and whose pixels, at 16×16, are near.
 
     Of four quarters of two such hashes one at least is equal: only images that share a quarter are compared.
     """
     hashes = np.array([one for one, _ in looks], dtype=np.uint64)
-    colours = np.stack([colour for _, colour in looks])
+    thumbnails = np.stack([thumbnail for _, thumbnail in looks]).astype(np.int16)
     group = list(range(len(looks)))
 
     def first(index: int) -> int:
@@ -185,9 +188,9 @@ def _groups_alike(looks: Sequence[tuple[int, Float[np.ndarray, " rgb"]]]) -> lis
         for shared in np.split(order, np.flatnonzero(np.diff(values[order])) + 1):
             for place, index in enumerate(shared[:-1][:_MOST_COMPARED]):
                 others = shared[place + 1 :]
-                apart = np.bitwise_count(hashes[others] ^ hashes[index])
-                near = (apart <= _BITS_APART) & (abs(colours[others] - colours[index]).max(axis=1) <= _COLOUR_APART)
-                for other in others[near]:
+                others = others[np.bitwise_count(hashes[others] ^ hashes[index]) <= _BITS_APART]
+                apart = abs(thumbnails[others] - thumbnails[index]).max(axis=(1, 2, 3), initial=0)
+                for other in others[apart <= _LEVELS_APART]:
                     group[first(int(other))] = first(int(index))
     found: defaultdict[int, list[int]] = defaultdict(list)
     for index in range(len(looks)):
