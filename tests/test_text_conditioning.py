@@ -47,6 +47,15 @@ def test_break_at_the_end_begins_none_and_has_no_weight(clip) -> None:
         chunk_prompt(tokenizer, "(a BREAK cat:1.2)", "a1111")
 
 
+def test_break_is_refused_where_there_are_no_chunks() -> None:
+    tokenizer = Tokenizer.train(["a red cat"], max_length=16)
+    with pytest.raises(UsageError, match="begins a new chunk of 77 tokens, and this model takes one of 16"):
+        chunk_prompt(tokenizer, "a red BREAK cat", "a1111")
+    for syntax in ("none", "comfyui"):
+        assert len(chunk_prompt(tokenizer, "a red BREAK cat", syntax).token_ids) == 1
+    chunk_prompt(tokenizer, "a BREAKING cat", "a1111")
+
+
 def embedded(clip, prompt: str, syntax: str) -> torch.Tensor:
     tokenizer, encoder = clip
     with torch.no_grad():

@@ -85,6 +85,11 @@ def chunk_prompt(tokenizer: Tokenizer, prompt: str, syntax: PromptSyntax = "a111
     for part in parts:
         borders.append(start)
         pieces = _BREAK.split(part.text) if in_chunks and syntax == "a1111" else [part.text]
+        if not in_chunks and syntax == "a1111" and _BREAK.search(part.text):
+            raise UsageError(
+                f"the prompt has a BREAK, which begins a new chunk of {CHUNKED_LENGTH} tokens, and this model takes "
+                f"one of {tokenizer.max_length}: leave it out, or give weights='none' to draw the word"
+            )
         if len(pieces) > 1 and part.weight != 1:
             raise UsageError(
                 f"the prompt has a BREAK with a weight of {part.weight:g}: put it outside of the brackets, as a new "
