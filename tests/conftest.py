@@ -50,8 +50,12 @@ jaxtyping.install_import_hook(
     f"{__name__}.{type_checked.__name__}",
 )
 
-# Many runs of what other tests run with the checks: without them they take a quarter less time.
-_REPEATS = ("test_combinations.py", "test_modes.py", "test_lora.py", "test_compatibility.py", "test_from_scratch.py")
+# Whole runs of what the tests of single modules run with the checks: without them they take a quarter less time.
+_REPEATS = (
+    *("test_combinations.py", "test_modes.py", "test_lora.py", "test_compatibility.py", "test_from_scratch.py"),
+    *("test_loading.py", "test_hostile_models.py", "test_opens_in_diffusers.py", "test_pipeline_edit.py"),
+    *("test_generate.py", "test_evaluate.py", "test_edit.py", "test_look.py", "test_cli.py", "test_models.py"),
+)
 
 
 @pytest.fixture(autouse=True)
