@@ -21,7 +21,8 @@ from tests.checkpoint.file_kinds import (
     dtypes_of,
     rounded,
 )
-from tests.oracles import differences, small_pipeline
+from tests.checkpoint.refused_kinds import CHANGES, CONTRADICTIONS
+from tests.oracles import differences, original_weights, small_pipeline
 
 from gobelin.errors import ModelError
 from gobelin.pipeline import Pipeline
@@ -45,6 +46,13 @@ REFUSED = """
 ## Files that are refused
 
 Each with the sentence that says what it is. Nothing of them is loaded.
+
+"""
+INSIDE = """
+## Models that are refused for what is in them
+
+Whole models whose images would be others than their maker's: a tensor too many or too few, or two places that
+contradict each other.
 
 """
 
@@ -74,7 +82,18 @@ def main() -> None:
         for kind_name, (tensor, _) in FOREIGN_TENSORS.items():
             save_file({tensor: torch.ones(2)}, file)
             refused.append(f"| {kind_name} | {_sentence(file)} |")
-    page = HEADER + "\n".join(rows) + "\n" + REFUSED + "\n".join(refused) + "\n"
+        inside = ["| what is in it, or beside it | sentence |", "|---|---|"]
+        weights = original_weights(make_oracle())
+        for change_name, (change, _) in CHANGES.items():
+            save_file(change(dict(weights)), file)
+            inside.append(f"| {change_name} | {_sentence(file, words)} |")
+        for change_name, (metadata, configuration, _) in CONTRADICTIONS.items():
+            save_file(weights | {"v_pred": torch.zeros(0)}, file, metadata)
+            file.with_suffix(".yaml").unlink(missing_ok=True)
+            if configuration is not None:
+                file.with_suffix(".yaml").write_text(configuration)
+            inside.append(f"| {change_name} | {_sentence(file, words)} |")
+    page = HEADER + "\n".join(rows) + "\n" + REFUSED + "\n".join(refused) + "\n" + INSIDE + "\n".join(inside) + "\n"
     (ROOT / "docs" / "compatibility.md").write_text(page, encoding="utf-8")
 
 
@@ -92,12 +111,13 @@ def _difference(kind: Kind, dtype: str, words: Path, make_oracle: Callable[..., 
         return max(differences(pipe, oracle).values())
 
 
-def _sentence(file: Path) -> str:
+def _sentence(file: Path, tokenizer: Path | None = None) -> str:
     """Open what is refused; returns the sentence, with the file's name alone."""
     try:
-        Pipeline.from_pretrained(file, "cpu", allow_pickle=True)
+        Pipeline.from_pretrained(file, "cpu", allow_pickle=True, tokenizer=tokenizer)
     except ModelError as error:
-        return str(error).replace(str(file), "`FILE`").replace("|", "\\|")
+        said = str(error).replace(str(file), "`FILE`").replace(str(file.with_suffix(".yaml")), "`FILE.yaml`")
+        return said.replace("|", "\\|")
     raise AssertionError(f"{file} opened")
 
 

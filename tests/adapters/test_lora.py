@@ -426,6 +426,12 @@ def test_patterns_that_take_long_to_match_are_refused(pattern, oracle_folder, tm
         Pipeline.from_pretrained(oracle_folder, "cpu").load_lora(tmp_path / "x.safetensors")
 
 
+def test_a_tensor_with_a_name_of_any_length_is_refused(oracle_folder, tmp_path):
+    save_file({"attn2.to_k.lora_A" * 10_000: torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="a tensor whose name has 170,000 characters"):
+        Pipeline.from_pretrained(oracle_folder, "cpu").load_lora(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
 def test_a_lora_of_whole_numbers_is_refused(dtype, oracle_folder, tmp_path):
     save_file({name: one.to(dtype) for name, one in LAYER.items()}, tmp_path / "x.safetensors")
@@ -471,7 +477,7 @@ TEXT_LAYER = "text_model_encoder_layers_0_mlp_fc1"
         ("lora_unet_double_blocks_0_img_attn_proj.lora_up.weight", "is a LoRA of Flux"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "is a LoRA of Flux"),
         ("lora_unet_joint_blocks_0_x_block_attn_proj.alpha", "is a LoRA of Stable Diffusion 3"),
-        ("x" * 50_000, "belongs to no layer of this model"),
+        ("x" * 50_000, "has a tensor whose name has 50,000 characters"),
     ],
 )
 def test_other_kinds_and_families_are_refused_by_name(

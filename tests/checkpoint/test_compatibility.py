@@ -20,6 +20,7 @@ from tests.checkpoint.file_kinds import (
     dtypes_of,
     rounded,
 )
+from tests.checkpoint.refused_kinds import CHANGES, CONTRADICTIONS
 from tests.oracles import differences, original_weights
 from transformers import CLIPTokenizerFast
 
@@ -72,22 +73,6 @@ def test_a_kind_opens_to_the_oracles_numbers(name, dtype, files):
     assert kind.schedule or pipe.schedule.prediction_type == "epsilon"
 
 
-_OUT = f"{ldm.UNET_PREFIX}out.2."
-
-
-def _in_float8(weights: dict[str, Any]) -> dict[str, Any]:
-    """The U-Net in float8, and the rest as it is."""
-    return {
-        name: tensor.to(torch.float8_e4m3fn) if name.startswith(ldm.UNET_PREFIX) else tensor
-        for name, tensor in weights.items()
-    }
-
-
-def _note(kind: str) -> torch.Tensor:
-    """ComfyUI's note on a quantized weight."""
-    return torch.tensor(list(f'{{"format": "{kind}"}}'.encode()), dtype=torch.uint8)
-
-
 def said_of(path: Path, **options) -> str:
     with pytest.raises(ModelError) as error:
         Pipeline.from_pretrained(path, "cpu", **options)
@@ -118,74 +103,16 @@ def test_a_file_of_another_kind_is_named(name, tmp_path):
 def test_the_page_has_every_kind(tmp_path):
     page = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE)
-    for name in (*KINDS, *FOREIGN_FILES, *FOREIGN_TENSORS):
+    for name in (*KINDS, *FOREIGN_FILES, *FOREIGN_TENSORS, *CHANGES, *CONTRADICTIONS):
         assert name in rows, f"{name} is not on the page: python -m scripts.site.compatibility"
     millionths = [float(number) for number in re.findall(r"\| (\d+\.\d) (?=\|)", page)]
     assert len(millionths) == sum(len(dtypes_of(kind)) for kind in KINDS.values())
     assert max(millionths) <= 20
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda w: {k: t for k, t in w.items() if not k.startswith(ldm.VAE_PREFIX)}, r"has no VAE: give one, as vae"),
-        (lambda w: {k: t for k, t in w.items() if not k.startswith(ldm.TEXT_PREFIX)}, "has no text encoder"),
-        (
-            lambda w: {ldm.map_ema_key(k) if k.startswith(ldm.UNET_PREFIX) else k: t for k, t in w.items()},
-            r"has only the average \(EMA\) of its U-Net's weights: take it, with ema",
-        ),
-        (
-            lambda w: w | {f"{ldm.UNET_PREFIX}label.weight": torch.ones(2)},
-            "holds 'model.diffusion_model.label.weight', which no part of Stable Diffusion 1.x has",
-        ),
-        (
-            lambda w: w | {f"{ldm.VAE_PREFIX}decoder.mid.attn_2.q.weight": torch.ones(2)},
-            "holds 'first_stage_model.decoder.mid.attn_2.q.weight', which no part",
-        ),
-        (
-            lambda w: w | {"sampling.shift": torch.ones(1)},
-            "holds the marker 'sampling.shift', whose meaning is unknown",
-        ),
-        (lambda w: w | {"edm_vpred.sigma_max": torch.ones(1)}, "was trained with EDM's noise levels"),
-        (
-            lambda w: (
-                w
-                | {f"{ldm.UNET_PREFIX}out.2.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
-            ),
-            "says 'nvfp4', and only float8 is read",
-        ),
-        (
-            lambda w: {k: t.to(torch.int8) if k == f"{ldm.UNET_PREFIX}out.2.weight" else t for k, t in w.items()},
-            "is of int8: weights quantized to whole numbers are not read",
-        ),
-        (
-            lambda w: w | {"alphas_cumprod": torch.linspace(1, 0, 1000)},
-            "its table alphas_cumprod is of another noise schedule",
-        ),
-        (
-            lambda w: _in_float8(w) | {f"{_OUT}scale_weight": torch.ones(1)},
-            "'model.diffusion_model.time_embed.0.weight' is in float8 and lacks the scale that others have",
-        ),
-        (
-            lambda w: _in_float8(w) | {f"{_OUT}scale_weight": torch.ones(1), f"{_OUT}weight_scale": torch.ones(1)},
-            "holds two scales of 'model.diffusion_model.out.2.weight'",
-        ),
-        (lambda w: _in_float8(w) | {f"{_OUT}scale_weight": torch.zeros(1)}, r"scale_weight' is \[0\.0\]: no scale"),
-        (lambda w: w | {f"{_OUT}scale_weight": torch.ones(1)}, "scale_weight' is no scale of its weight"),
-        (
-            lambda w: _in_float8(w) | {f"{_OUT}comfy_quant": _note("float8_e4m3fn")},
-            "says 'float8_e4m3fn', and its weight is of float8_e4m3fn without a scale",
-        ),
-        (
-            lambda w: (
-                _in_float8(w) | {f"{_OUT}comfy_quant": _note("float8_e5m2"), f"{_OUT}weight_scale": torch.ones(1)}
-            ),
-            "says 'float8_e5m2', and its weight is of float8_e4m3fn",
-        ),
-        (lambda w: w | {f"{_OUT}comfy_quant": torch.zeros(4000, dtype=torch.uint8)}, "is no note on how a weight"),
-    ],
-)
-def test_what_would_change_an_image_is_refused(change, sentence, oracle, words, tmp_path):
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_would_change_an_image_is_refused(name, oracle, words, tmp_path):
+    change, sentence = CHANGES[name]
     save_file(change(original_weights(oracle)), tmp_path / "model.safetensors")
     assert re.search(sentence, said_of(tmp_path / "model.safetensors", tokenizer=words))
 
@@ -198,47 +125,9 @@ def test_other_channels_are_named(channels, what, make_oracle, words, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("metadata", "configuration", "sentence"),
-    [
-        (
-            {"modelspec.prediction_type": "epsilon"},
-            None,
-            r"'v_prediction' by its key 'v_pred' and 'epsilon' by its metadata",
-        ),
-        ({}, "model: {params: {parameterization: eps}}", r"and 'epsilon' by .*model\.yaml: say which"),
-        ({"modelspec.prediction_type": "flow"}, None, "prediction_type is 'flow', expected epsilon or v"),
-        ({}, "model: {params: {parameterization: x0}}", "parameterization is 'x0', expected eps or v"),
-        (
-            {},
-            "model: {params: {beta_schedule: cosine, parameterization: v}}",
-            "beta_schedule is 'cosine', expected linear",
-        ),
-        ({}, "model: {params: {parameterization: v, linear_start: x}}", "linear_start is 'x', expected a number"),
-        ({}, "a: [", r"has no model\.params"),
-        ({}, "[]", r"has no model\.params"),
-        ({"ss_v_parameterization": "False"}, None, "and 'epsilon' by its metadata's ss_v_parameterization"),
-        (
-            {"gobelin": '{"schedule": {"prediction_type": "epsilon"}}'},
-            None,
-            "'epsilon' by its metadata under 'gobelin'",
-        ),
-        ({}, "model: {params: {parameterization: v, given_betas: [1]}}", "it gives its betas one by one"),
-        ({}, "model: {params: {parameterization: v, ztsnr: 'true'}}", "ztsnr is 'true', expected true or false"),
-        (
-            {},
-            "model: {params: {parameterization: v, unet_config: {params: {num_heads: -1, num_head_channels: 32}}}}",
-            "num_head_channels is 32; Stable Diffusion 1.x has num_heads instead",
-        ),
-        ({}, 'model: {params: {timesteps: !!int "_"}}', r"has no model\.params"),
-        ({}, 'model: {params: {timesteps: !!timestamp "x"}}', r"has no model\.params"),
-        ({}, f"model: {{params: {{scale_factor: 0x{'f' * 5000}}}}}", "a number of very many digits, expected a number"),
-        ({}, f"model: {{params: {{linear_start: {'1:' * 400}.5}}}}", "model.yaml"),
-        ({}, "a: &a [x]\nmodel: {params: *a}", r"has no model\.params"),
-        ({}, "a: " + "[x, " * 20_000, "is larger than any configuration"),
-    ],
-)
-def test_what_contradicts_itself_asks_which(metadata, configuration, sentence, oracle, words, tmp_path):
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_what_contradicts_itself_asks_which(name, oracle, words, tmp_path):
+    metadata, configuration, sentence = CONTRADICTIONS[name]
     path = tmp_path / "model.safetensors"
     save_file(original_weights(oracle) | {"v_pred": torch.zeros(0)}, path, metadata)
     if configuration is not None:
@@ -260,6 +149,10 @@ def test_a_yaml_says_the_vaes_scale_the_heads_and_the_betas(oracle, words, tmp_p
     assert model.vae.config.scaling_factor == 0.2
     assert model.unet.config.attention_head_dim == 4
     assert (model.schedule.config.beta_start, model.schedule.config.beta_end) == (0.001, 0.01)
+    save_file(dict(oracle.vae.state_dict()), tmp_path / "vae.safetensors")
+    assert "scaling_factor is 0.18215 by its metadata or the VAE given and 0.2 by the .yaml" in said_of(
+        path, tokenizer=words, vae=tmp_path / "vae.safetensors"
+    )
 
 
 def test_a_vae_file_with_other_layers_is_refused(oracle, oracle_folder, tmp_path):

@@ -27,7 +27,7 @@ _PREDICTION_TYPES = {
     "v_prediction": ("v", "v_prediction", "v-prediction", "v_pred", "vpred", "velocity"),
 }
 _PREDICTION_METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
-_MAX_YAML = 50_000  # bytes, read in a fraction of a second; CompVis' have 2,000
+_MAX_YAML = 20_000  # bytes, read in a fraction of a second; CompVis' have 2,000
 _MAX_NUMBER = 1e6
 
 

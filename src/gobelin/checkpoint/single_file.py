@@ -32,6 +32,7 @@ from gobelin.validation import shown
 
 _ComponentT = TypeVar("_ComponentT", bound=Component)
 
+_SCALED_MARKER = "scaled_fp8"  # by which ComfyUI knows that matrices are scaled
 _LONGEST_NOTE = 1000  # bytes of JSON
 _METADATA_KEY = "gobelin"  # of the safetensors metadata: what tensors do not tell, the configurations
 
@@ -64,9 +65,11 @@ def open_single_file(
     for what, ours, said in (
         ("scaling_factor", file.metadata.get("vae", {}).get("scaling_factor"), hints.scaling_factor),
         ("attention_head_dim", file.metadata.get("unet", {}).get("attention_head_dim"), hints.heads),
+        ("scaling_factor", vae.config.scaling_factor if vae is not None else None, hints.scaling_factor),
     ):
         if None not in (ours, said) and ours != said:
-            raise ModelError(f"{path}: {what} is {ours} by its metadata and {said} by the .yaml beside it: remove one")
+            where = "its metadata or the VAE given"
+            raise ModelError(f"{path}: {what} is {ours} by {where} and {said} by the .yaml beside it: remove one")
     heads = {} if hints.heads is None else {"attention_head_dim": hints.heads}
     unet_config = file.config(UNetConfig, "unet", lambda shapes: ldm.infer_unet_config(shapes) | heads)
     if "unet" not in file.metadata:
@@ -276,7 +279,7 @@ class _LDMFile:
         stored = {key: self._stored[original] for key, original in originals.items() if original in self._stored}
         tensors = self._file.read(stored.values(), dtype)
         scaled = dict(self._scales(originals[key] for key in stored))
-        if scaled:
+        if scaled or any(key.endswith(_SCALED_MARKER) for key in self._stored):
             self._refuse_unscaled(originals[key] for key in stored if originals[key] not in scaled)
         for key, scale in scaled.items():
             weight = self._stored[key]
@@ -326,7 +329,7 @@ class _LDMFile:
         self._loaded.add(quant)
 
     def _refuse_unscaled(self, keys: Iterable[str]) -> None:
-        """Raise :class:`ModelError` for a matrix in float8 without a scale, in a network where others have one."""
+        """Raise :class:`ModelError` for a matrix in float8 without a scale, where others have one or are said to."""
         for key in keys:
             if self.dtype(key).itemsize == 1 and len(self.shapes[key]) == 2:
                 raise ModelError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gobelin.errors import ModelError
 
-_MAX_JSON = 8_000_000  # bytes; the longest of a model, CLIP's tokenizer.json, has some 3 million
+_MAX_JSON = 6_000_000  # bytes; the longest of a model, CLIP's tokenizer.json, has some 3 million
 _LFS_POINTER = "version https://git-lfs"
 
 

@@ -63,7 +63,9 @@ _FAMILY_MARKS = {
     "Stable Diffusion 3": ("lora_unet_joint_blocks_", "transformer.transformer_blocks.", "lora_transformer_"),
     "Stable Diffusion XL": ("lora_te2_", "text_encoder_2.", "lora_unet_label_emb", "lora_unet_add_embedding"),
 }
-_CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:lora_down|lora_A.*|down|lora\.down)\.weight$")
+_CONTEXT = re.compile(
+    r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:lora_down|lora_A(?:\.\w+)?|down|lora\.down)\.weight$"
+)
 _FAMILY_CONTEXTS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}  # widths of text embeddings
 
 

@@ -33,6 +33,7 @@ _SAFETENSORS_DTYPES = {
 }
 # Bytes mapped at a time while tensors are cast, so that a file and its copy are never both whole in memory.
 _PORTION = 256 * 2**20
+_LONGEST_NAME = 500  # characters; the longest of any program's have some 130
 _MAX_HEADER = 100_000_000  # bytes, as in safetensors
 
 
@@ -46,6 +47,10 @@ class TensorFile(ABC):
         dtypes: Mapping[str, torch.dtype],
         metadata: Mapping[str, str] | None = None,
     ):
+        if longest := next((name for name in shapes if len(name) > _LONGEST_NAME), ""):
+            raise ModelError(
+                f"{path} has a tensor whose name has {len(longest):,} characters: it is no file of weights"
+            )
         self.path, self.shapes, self.dtypes, self.metadata = path, shapes, dtypes, metadata or {}
 
     def read(self, names: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ _CONSTANTS = {
 # Nodes that change no image, or whose every input is read.
 _HARMLESS = {
     *("SaveImage", "PreviewImage", "SaveAnimatedWEBP", "SaveImageWebsocket", "VAEDecode", "CLIPTextEncode"),
-    *("Reroute", _CLIP_SKIP, _ZERO_OUT, "SaveLatent"),
+    *("Reroute", _CLIP_SKIP, _ZERO_OUT),
     *_CONSTANTS,
 }
 # Nodes whose first two outputs are the conditionings of their inputs "positive" and "negative": ComfyUI's own, and
