@@ -129,6 +129,8 @@ def _opened(
         image.load()
         return ImageOps.exif_transpose(image)
     except UNREADABLE as error:
+        if isinstance(source, str | PathLike):
+            image.close()
         where = fspath(source) if isinstance(source, str | PathLike) else name
         raise DataError(f"{where} cannot be read as an image: {error}") from error
 

@@ -158,6 +158,14 @@ def test_metadata_counts_for_its_folder_and_those_below(tmp_path: Path) -> None:
         list_captioned_files(tmp_path)
 
 
+def test_files_that_metadata_names_besides_are_no_images_left_out(tmp_path: Path) -> None:
+    for name in ("a.png", "masks/a.png", "b.png", "c.png", "d.png"):
+        image(tmp_path / name)
+    metadata(tmp_path, {"file_name": "a.png", "text": "a", "mask_file_name": "masks/a.png"})
+    assert set(reasons(tmp_path)) == {"b.png", "c.png", "d.png"}
+    assert len(ImageFolderDataset(tmp_path, 8)) == 1, "which are said, and no reason to refuse the folder"
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [

@@ -139,7 +139,13 @@ def _write_scenes(options: Scenes) -> None:
         numbers = np.arange(1, len(sample.masks) + 1, dtype=np.uint8)[:, None, None]
         Image.fromarray((sample.masks * numbers).max(axis=0).astype(np.uint8)).save(options.out / "masks" / name)
         words = [[word, list(things)] for word, things in sample.words]
-        entry = {"file_name": name, "text": sample.caption, "scene": sample.scene.to_json(), "words": words}
+        entry = {
+            "file_name": name,
+            "mask_file_name": f"masks/{name}",
+            "text": sample.caption,
+            "scene": sample.scene.to_json(),
+            "words": words,
+        }
         lines.append(json.dumps(entry, ensure_ascii=False))
     write_text(options.out / METADATA, "\n".join(lines) + "\n")
     print(f"{dataset.description}: {options.out}")

@@ -23,6 +23,8 @@ METADATA = "metadata.jsonl"
 METADATA_NAMES = (METADATA, "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 """Columns of metadata that are looked for where none is named; the first that the file has is taken."""
+NOT_LISTED = "not listed in"
+"""How the reason begins for images that metadata does not name, which may be no one's mistake."""
 # Images by their suffix that Pillow does not open; a folder's other files are no images.
 _OTHER_IMAGES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".xcf", ".raw", ".cr2", ".nef", ".arw", ".dng", ".mp4")
 _SIDECARS = (".txt", ".caption")
@@ -98,7 +100,7 @@ class _Listing:
         elif not file.is_file():
             return  # a folder with an image's suffix, or no file
         elif governed is not None:
-            self.skip(file, f"not listed in {os.path.relpath(governed, self.folder)}")
+            self.skip(file, f"{NOT_LISTED} {os.path.relpath(governed, self.folder)}")
         else:
             self._take(file, *_read_sidecar(file))
 
@@ -127,6 +129,10 @@ class _Listing:
             if file in self._listed:
                 raise DataError(f"{where}: {shown(name)} is listed a second time: give several captions as a list")
             self._listed.add(file)
+            beside = [value for key, value in entry.items() if key.endswith("_file_name") and key != "file_name"]
+            self._listed.update(
+                metadata.parent / name for name in beside if isinstance(name, str)
+            )  # masks and the like
             self._take(file, _captions(entry, self._column_of(entry, where), where))
 
     def _column_of(self, entry: dict[str, Any], where: str) -> str:

@@ -30,7 +30,7 @@ _ORIENTATION = 0x0112
 
 @dataclass(frozen=True, kw_only=True)
 class FolderReport:
-    """What is in a folder of captioned images; counts are of the images that can be used, at ``size`` pixels.
+    """Report on a folder of captioned images; counts are of those that can be used, at ``size`` pixels.
 
     ``enlarged`` are smaller than ``size``; ``cropped`` lose more than a third to the square crop. ``encodings`` and
     ``formats`` count images. ``tokens`` are the shortest, the median and the longest caption's, of a tokenizer trained

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from gobelin.data.captioned_files import (
     IMAGE_SUFFIXES,
     METADATA_NAMES,
+    NOT_LISTED,
     CaptionedFile,
     SkippedImage,
     list_captioned_files,
@@ -84,13 +85,14 @@ class ImageFolderDataset:
 
     def _refuse_if_mostly_unusable(self) -> None:
         """Raise :class:`DataError` for a folder without images, or with too many that cannot be used."""
-        found = len(self) + len(self.skipped)
+        unusable = sum(not skip.reason.startswith(NOT_LISTED) for skip in self.skipped)
+        found = len(self) + unusable
         if not found:
             raise DataError(
                 f"{self.folder} has no captioned images: expected {' or '.join(METADATA_NAMES)} with file_name and "
                 f"text, or images ({', '.join(IMAGE_SUFFIXES)}) with a .txt caption beside each"
             )
-        if len(self.skipped) > MAX_SKIPPED * found or not len(self):
+        if unusable > MAX_SKIPPED * found or not len(self):
             raise DataError(f"only {len(self)} of {found} images can be used: {self.description}")
 
 

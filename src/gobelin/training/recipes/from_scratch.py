@@ -7,7 +7,7 @@ until a stage is done, its checkpoints.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -71,10 +71,12 @@ def train(
         folder = gobelin.train(config, "runs/mine")
         gobelin.Pipeline.from_pretrained(folder)("a red circle").save("out")
 
-    ``resume`` continues the run in ``out``, with the same configuration; finished stages are kept. ``stage`` trains one
-    stage alone: tokenizer, text_encoder, vae or unet. ``console`` shows progress; by default that is standard error if
-    it is a terminal, and nothing is printed otherwise (``out/training/metrics.jsonl`` has the losses). SIGINT (Ctrl-C)
-    and SIGTERM save a checkpoint and raise KeyboardInterrupt. Torch's global random generator is seeded.
+    ``resume`` continues the run in ``out``, with the same configuration and data; finished stages are kept. What
+    changes no weight may be other: ``save_every``, ``sample_every``, the device, the place of the data, what is
+    recommended; and a stage may be longer while its learning rate holds. ``stage`` trains one stage alone: tokenizer,
+    text_encoder, vae or unet. ``console`` shows progress; by default that is standard error if it is a terminal, and
+    nothing is printed otherwise (``out/training/metrics.jsonl`` has the losses). SIGINT (Ctrl-C) and SIGTERM save a
+    checkpoint and raise KeyboardInterrupt. Torch's global random generator is seeded.
 
     Under ``torchrun`` the processes share the U-Net's batches; the other stages are computed alike in each.
 
@@ -109,7 +111,11 @@ class _FromScratch:
         self.out = out
         self.console = console
         self.folder = out / "training"
-        self.source = open_dataset(config)
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("opening images")
+            self.source = open_dataset(
+                config, advance=lambda done, total: progress.update(task, completed=done, total=total)
+            )
         console.print(f"data: {self.source.description}", highlight=False)
         if config.unet.optim.batch_size % distributed.world_size():
             raise TrainingError(
@@ -337,11 +343,11 @@ def config_file(out: Path) -> Path:
     return out / "training" / "config.json"
 
 
-def open_dataset(config: TrainConfig) -> Dataset:
-    """Open the dataset of a configuration: a folder of images, or scenes."""
+def open_dataset(config: TrainConfig, advance: Callable[[int, int], None] = lambda done, total: None) -> Dataset:
+    """Open the dataset of a configuration: a folder of images, or scenes; ``advance`` is called after each image."""
     data = config.data
     if data.path is not None:
-        return ImageFolderDataset(data.path, data.size, data.caption_column)
+        return ImageFolderDataset(data.path, data.size, data.caption_column, advance)
     world = dataclasses.replace(find_world(data.world), size=data.size)
     return SceneDataset(world=world, count=data.count, seed=config.seed)
 
