@@ -7,7 +7,7 @@ configurations are inferred from the tensors' shapes.
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gobelin.checkpoint.detect import SUPPORTED, describe_network_file, refuse_unsupported_file
+from gobelin.checkpoint.float8_scales import read_float8_scales
 from gobelin.checkpoint.model import Model, recommended_from_json
 from gobelin.checkpoint.schedule_hints import MARKER_KEYS, read_schedule_hints
 from gobelin.clip import TextEncoder, TextEncoderConfig
@@ -28,12 +29,9 @@ from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
-from gobelin.validation import shown
 
 _ComponentT = TypeVar("_ComponentT", bound=Component)
 
-_SCALED_MARKER = "scaled_fp8"  # by which ComfyUI knows that matrices are scaled
-_LONGEST_NOTE = 1000  # bytes of JSON
 _METADATA_KEY = "gobelin"  # of the safetensors metadata: what tensors do not tell, the configurations
 
 
@@ -278,63 +276,13 @@ class _LDMFile:
                 raise ModelError(f"{path} has no average (EMA) of its U-Net's weights: it lacks {missing[0]!r}")
         stored = {key: self._stored[original] for key, original in originals.items() if original in self._stored}
         tensors = self._file.read(stored.values(), dtype)
-        scaled = dict(self._scales(originals[key] for key in stored))
-        if scaled or any(key.endswith(_SCALED_MARKER) for key in self._stored):
-            self._refuse_unscaled(originals[key] for key in stored if originals[key] not in scaled)
-        for key, scale in scaled.items():
+        scales, read = read_float8_scales(self._file, self._stored, [originals[key] for key in stored])
+        for key, scale in scales.items():
             weight = self._stored[key]
             tensors[weight] = (self._file.read([weight])[weight].float() * scale).to(dtype or torch.float32)
         load_into(module, {key: _to_linear(originals[key], tensors[name]) for key, name in stored.items()}, path, dtype)
-        self._loaded.update(originals.values())
+        self._loaded.update(originals.values(), read)
         return module.eval()
-
-    def _scales(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield, for each weight that is stored scaled, its key and its scale, in float32.
-
-        ComfyUI's layouts of float8 (``comfy/utils.py``, ``convert_old_quants``): the weight is ``weight · scale``.
-        Raises :class:`ModelError` for weights that were quantized in another way, and for scales that do not belong to
-        their weights.
-        """
-        for key in keys:
-            start = key.removesuffix("weight")
-            names = [name for name in (f"{start}scale_weight", f"{start}weight_scale") if name in self._stored]
-            if len(names) > 1:
-                raise ModelError(f"{self.path} holds two scales of {self._stored[key]!r}")
-            if (quant := f"{start}comfy_quant") in self._stored:
-                self._refuse_other_quantization(key, quant, has_scale=bool(names))
-            for name in names:
-                stored = self._stored[name]
-                if self.dtype(key).itemsize != 1 or prod(self.shapes[name]) not in (1, self.shapes[key][0]):
-                    raise ModelError(f"{self.path}: {stored!r} is no scale of its weight")
-                scale = self._file.read([stored])[stored].float()
-                if not (torch.isfinite(scale).all() and (scale > 0).all()):
-                    raise ModelError(f"{self.path}: {stored!r} is {shown(scale.flatten()[:3].tolist())}: no scale")
-                self._loaded.add(name)
-                yield key, scale.reshape(-1, *[1] * (len(self.shapes[key]) - 1))
-
-    def _refuse_other_quantization(self, key: str, quant: str, has_scale: bool) -> None:
-        """Raise :class:`ModelError` unless ComfyUI's note on a weight says the float8 that the weight is stored in."""
-        stored = self._stored[quant]
-        if prod(self.shapes[quant]) > _LONGEST_NOTE or self._file.dtypes[stored] != torch.uint8:
-            raise ModelError(f"{self.path}: {stored!r} is no note on how a weight is quantized")
-        note = bytes(self._file.read([stored])[stored].flatten().tolist()).decode("utf-8", "replace")
-        kind = parse_json(note, f"{self.path}: {stored}").get("format")
-        if kind not in ("float8_e4m3fn", "float8_e5m2"):
-            raise ModelError(f"{self.path}: {stored!r} says {shown(kind)}, and only float8 is read")
-        if str(self.dtype(key)) != f"torch.{kind}" or not has_scale:
-            raise ModelError(
-                f"{self.path}: {stored!r} says {kind!r}, and its weight is of {str(self.dtype(key))[6:]}"
-                + ("" if has_scale else " without a scale")
-            )
-        self._loaded.add(quant)
-
-    def _refuse_unscaled(self, keys: Iterable[str]) -> None:
-        """Raise :class:`ModelError` for a matrix in float8 without a scale, where others have one or are said to."""
-        for key in keys:
-            if self.dtype(key).itemsize == 1 and len(self.shapes[key]) == 2:
-                raise ModelError(
-                    f"{self.path}: {self._stored[key]!r} is in float8 and lacks the scale that others have"
-                )
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the precision in which a tensor is stored."""
