@@ -62,7 +62,7 @@ def test_every_count_is_of_what_was_made(report: FolderReport) -> None:
     assert report.heights[2] == 200, "turned as its EXIF says"
     assert (report.captions, report.distinct_captions) == (15, 9)
     assert report.encodings == {
-        "transparent, laid on white": 1,
+        "transparent, laid on the background": 1,
         "turned by EXIF": 1,
         "animated, first frame taken": 1,
         "16 bits or more, scaled to 8": 1,
@@ -85,10 +85,21 @@ def test_lines_say_what_to_look_at(report: FolderReport) -> None:
     for part in (
         "15 captioned images can be used, 1 skipped",
         "1 images smaller than 64 pixels and enlarged: small.png",
-        "3 images lose more than a third to the square crop",
+        "3 images lose more than a third to the crop",
         "1 images have captions of more than 24 tokens",
         "2 images are the same file as another, in 1 groups",
         "3 images are nearly the same image as another",
         "skipped, not a readable image: 1",
     ):
         assert part in said
+
+
+def test_buckets_count_those_that_have_images(tmp_path: Path) -> None:
+    for number, size in enumerate(((64, 64), (80, 80), (200, 100))):
+        Image.effect_noise(size, 50).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("noise")
+    report = report_folder(ImageFolderDataset(tmp_path, 64, buckets=True), 1000, 24)
+    assert report.buckets == {"64×64": 2, "80×48": 1}
+    assert report.cropped_away == pytest.approx((1 - (80 / 48) / 2) / 3)
+    padded = report_folder(ImageFolderDataset(tmp_path, 64, buckets=True, fit="pad"), 1000, 24)
+    assert (padded.cropped_away, padded.cropped) == (0, ())

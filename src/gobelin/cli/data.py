@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from gobelin.cli.options import parse, write_report
-from gobelin.data import ImageFolderDataset, SceneDataset, find_world
-from gobelin.data.captioned_files import METADATA
+from gobelin.data import SceneDataset, find_world
+from gobelin.data.captioned_files import METADATA, legible
 from gobelin.data.folder_report import FolderReport, report_folder
+from gobelin.data.indexed_images import IndexedImages
+from gobelin.data.webdataset import open_images
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import write_text
 from gobelin.formats.png import write_png
@@ -30,11 +33,11 @@ _SHEET_IMAGES, _SHEET_COLUMNS = 48, 8
 _ACTIONS = ("scenes", "check", "grader")
 
 _HELP = """usage: gobelin data scenes --out DIR [--count N --world NAME --seed N --split NAME]
-       gobelin data check DIR [--size N --caption-column NAME --sheet PNG --json FILE]
+       gobelin data check PATH [--size N --buckets --fit crop|pad --caption-column NAME --sheet PNG --json FILE]
        gobelin data grader [--world NAME --count N --vae MODEL --json FILE]
 
   scenes   write captioned scenes: PNG images, metadata.jsonl, and for each its scene and masks
-  check    read a folder of captioned images: sizes, captions, duplicates, and what cannot be used, and why
+  check    read captioned images, a folder or tars: sizes, captions, duplicates, and what cannot be used, and why
   grader   calibrate the scenes' grader on images whose truth is known
 
 examples:
@@ -66,19 +69,28 @@ class Scenes:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Read a folder of captioned images: sizes, encodings, captions, duplicates; what is skipped, cropped and cut.
+    """Read captioned images, a folder or tars: sizes, encodings, captions, duplicates; what is skipped, cropped, cut.
 
     Some examples:
       gobelin data check my-images
       gobelin data check my-images --size 128 --sheet sheet.png --json report.json
+      gobelin data check shards --size 512 --buckets --index shards-index
     """
 
     folder: Positional[Path]
-    """Images with metadata.jsonl, .csv or .parquet, or with a .txt caption beside each."""
+    """Images with metadata.jsonl, .csv or .parquet, or a .txt caption beside each; or tars of such images."""
     size: int = 64
     """Height and width in pixels that the images are to be trained at."""
+    buckets: bool = False
+    """Train each image at the nearest of several aspects, with no more pixels than the square."""
+    fit: Literal["crop", "pad"] = "crop"
+    """Crop what stands over on both sides, or pad what is missing with the background."""
+    background: str = "white"
+    """The colour behind transparent images and around padded ones."""
+    index: Path | None = None
+    """A folder that keeps what was found, so that unchanged images are not opened again."""
     caption_column: str | None = None
-    """The column of the metadata with the captions; without it, text, caption or prompt."""
+    """The column of the metadata, or the key of the JSON, with the captions; without it, text, caption or prompt."""
     vocab_size: int = 2048
     """Tokens of the tokenizer that is trained on the captions."""
     max_length: int = 32
@@ -159,11 +171,15 @@ def _check(options: Check) -> None:
         raise UsageError(f"--max-length is {options.max_length}: give 3 tokens or more")
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("opening images")
-        dataset = ImageFolderDataset(
+        dataset = open_images(
             options.folder,
             options.size,
             options.caption_column,
             advance=lambda done, total: progress.update(task, completed=done, total=total),
+            index=options.index,
+            buckets=options.buckets,
+            fit=options.fit,
+            background=options.background,
         )
         task = progress.add_task("looking at them")
         report = report_folder(
@@ -175,7 +191,7 @@ def _check(options: Check) -> None:
     for line in report.lines():
         print(line)
     for skip in report.skipped[:_MOST_SKIPPED]:
-        print(f"  {skip.name}: {skip.reason}")
+        print(f"  {legible(skip.name)}: {legible(skip.reason)}")
     if len(report.skipped) > _MOST_SKIPPED:
         print(f"  and {len(report.skipped) - _MOST_SKIPPED:,} more: --json lists them")
     if options.sheet is not None:
@@ -184,9 +200,9 @@ def _check(options: Check) -> None:
     write_report(options.json, report.json())
 
 
-def _folder_sheet(dataset: ImageFolderDataset, report: FolderReport) -> Image.Image:
+def _folder_sheet(dataset: IndexedImages, report: FolderReport) -> Image.Image:
     """Draw images from all over the folder as training sees them, and those that are enlarged or cropped."""
-    names = [one.file.relative_to(dataset.folder).as_posix() for one in dataset.files]
+    names = [legible(name) for name in dataset.names]
     chosen = range(0, len(names), -(-len(names) // _SHEET_IMAGES))
     rows: list[tuple[str, Sequence[int]]] = [("", chosen)]
     for label, some in (("enlarged", report.enlarged), ("cropped", report.cropped)):
@@ -202,7 +218,7 @@ def _folder_sheet(dataset: ImageFolderDataset, report: FolderReport) -> Image.Im
         )
         for label, indices in rows
     ]
-    title = f"{report.images:,} captioned images in {dataset.folder.name or dataset.folder}"
+    title = f"{report.images:,} captioned images in {legible(dataset.source.name or str(dataset.source))}"
     return captioned_grid(tiles, columns=_SHEET_COLUMNS, side=max(96, dataset.size), title=title)
 
 

@@ -2,13 +2,14 @@
 
 Layout: Hugging Face's "imagefolder" (``datasets/packaged_modules/folder_based_builder``): a ``metadata.jsonl``,
 ``.csv`` or ``.parquet`` in the folder or in one below, whose ``file_name`` is relative to it; and the sidecars of
-kohya's sd-scripts (``a.txt`` or ``a.caption`` beside ``a.png``).
+kohya's sd-scripts and of img2dataset (``a.txt``, ``a.caption`` or ``a.json`` beside ``a.png``).
 """
 
 import csv
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,17 @@ METADATA = "metadata.jsonl"
 METADATA_NAMES = (METADATA, "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 """Columns of metadata that are looked for where none is named; the first that the file has is taken."""
+TEXT_SUFFIXES = (".txt", ".caption")
+"""Suffixes of a caption beside an image; a ``.json`` may be one too."""
+NO_CAPTION = "no caption"
 NOT_LISTED = "not listed in"
 """How the reason begins for images that metadata does not name, which may be no one's mistake."""
+NO_IMAGE_BESIDE = "a text without an image beside it"
+SECOND_IMAGE = "not the image of its sample"
+MAX_SIDECAR = 4_000_000  # bytes; img2dataset's .json has the EXIF of an image in it
 # Images by their suffix that Pillow does not open; a folder's other files are no images.
 _OTHER_IMAGES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".xcf", ".raw", ".cr2", ".nef", ".arw", ".dng", ".mp4")
-_SIDECARS = (".txt", ".caption")
+_ALL_IMAGES = frozenset((*IMAGE_SUFFIXES, *_OTHER_IMAGES))
 _EXAMPLE = 'an object like {"file_name": "a.png", "text": "a cat"}'
 _MAX_CAPTION = 10_000  # characters
 
@@ -42,80 +49,97 @@ class CaptionedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedImage:
-    """An image that cannot be used, and the reason; ``name`` is relative to the folder."""
+    """An image that cannot be used, and the reason; ``name`` is relative to the data set."""
 
     name: str
     reason: str
 
+    @property
+    def kind(self) -> str:
+        """The reason without what is said of this image alone, to count by."""
+        return self.reason.partition(" (")[0]
 
-def list_captioned_files(folder: Path, column: str | None = None) -> tuple[list[CaptionedFile], list[SkippedImage]]:
-    """List the images of a folder and of those below it that have captions, and those that have not, with the reason.
+
+def iterate_captioned_files(folder: Path, column: str | None = None) -> Iterator[CaptionedFile | SkippedImage]:
+    """Find the images of a folder and of those below it that have captions, and those that have not, with the reason.
 
     Metadata counts for the files of its folder and of those below that have none of their own. Images come in the order
     of their metadata, else by name. Hidden files and folders are passed over, and links to folders are not followed.
-    ``column`` is that of the captions; None takes the first of :data:`CAPTION_COLUMNS`. Raises :class:`DataError` that
-    names the line for metadata that cannot be read, and for captions that are no text.
+    ``column`` is that of the captions; None takes the first of :data:`CAPTION_COLUMNS`. Of the names, 16 bytes of those
+    in metadata are kept, and one folder's at a time. Raises :class:`DataError` that names the line for metadata that
+    cannot be read, and for captions that are no text.
     """
-    listing = _Listing(folder, column)
-    listing.walk(folder, governed=None)
-    return listing.files, listing.skipped
+    return _Listing(folder, column).walk(folder, governed=None)
 
 
 class _Listing:
-    """The images found so far, and the metadata that was read."""
+    """The metadata that was read, as the keys of what it names."""
 
     def __init__(self, folder: Path, column: str | None):
         self.folder, self.column = folder, column
-        self.files: list[CaptionedFile] = []
-        self.skipped: list[SkippedImage] = []
-        self._listed: set[Path] = set()
+        self._listed: set[bytes] = set()
+        self._inside = folder.resolve()
+        self._resolved: dict[Path, Path] = {}
+        self._walked: set[Path] = set()
 
-    def walk(self, folder: Path, governed: Path | None) -> None:
+    def walk(self, folder: Path, governed: Path | None) -> Iterator[CaptionedFile | SkippedImage]:
         """List a folder and those below; ``governed`` is the metadata file that counts for it, if there is one."""
-        with os.scandir(folder) as found:
-            entries = sorted((one for one in found if not _is_hidden(one.name)), key=lambda one: one.name)
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted((one for one in found if not is_hidden(one.name)), key=lambda one: one.name)
+        except OSError as error:
+            raise unlisted(error) from error
         metadata = [folder / one.name for one in entries if one.name in METADATA_NAMES]
         if len(metadata) > 1:
             raise DataError(f"{folder} has {metadata[0].name} and {metadata[1].name}: keep one")
         if metadata:
             governed = metadata[0]
-            self._read_metadata(governed)
+            yield from self._read_metadata(governed)
+        self._walked.add(folder)
+        beside = {one.name for one in entries}
         for entry in entries:
-            file = folder / entry.name
             if entry.is_dir(follow_symlinks=False):
-                self.walk(file, governed)
-            elif file.suffix.lower() in (*IMAGE_SUFFIXES, *_OTHER_IMAGES) and file not in self._listed:
-                self._take_unlisted(file, governed)
+                yield from self.walk(folder / entry.name, governed)
+            elif _suffix(entry.name) in _ALL_IMAGES and not self._is_listed(folder / entry.name):
+                yield from self._unlisted(entry, folder / entry.name, governed, beside)
+        if governed is None:
+            yield from self._texts_alone(folder, [one.name for one in entries if not one.is_dir()])
 
-    def skip(self, file: Path, reason: str) -> None:
-        """Add an image to those that cannot be used."""
-        self.skipped.append(SkippedImage(name=os.path.relpath(file, self.folder).replace(os.sep, "/"), reason=reason))
+    def _skipped(self, file: Path, reason: str) -> SkippedImage:
+        return SkippedImage(name=os.path.relpath(file, self.folder).replace(os.sep, "/"), reason=reason)
 
-    def _take_unlisted(self, file: Path, governed: Path | None) -> None:
+    def _is_listed(self, file: Path) -> bool:
+        """Tell whether metadata names a file."""
+        return bool(self._listed) and _key(file) in self._listed
+
+    def _unlisted(
+        self, entry: os.DirEntry[str], file: Path, governed: Path | None, beside: Set[str]
+    ) -> Iterator[CaptionedFile | SkippedImage]:
         """Take an image that no metadata names."""
-        if file.suffix.lower() in _OTHER_IMAGES:
-            self.skip(file, f"{file.suffix.lower()} is not one of {' '.join(IMAGE_SUFFIXES)}")
-        elif file.is_symlink() and not file.exists():
-            self.skip(file, f"a link to {file.readlink()}, which is not there")
-        elif not file.is_file():
+        if _suffix(entry.name) in _OTHER_IMAGES:
+            yield self._skipped(file, f"{_suffix(entry.name)} is not one of {' '.join(IMAGE_SUFFIXES)}")
+        elif entry.is_symlink() and not file.exists():
+            yield self._skipped(file, broken_link(file))
+        elif not entry.is_file():
             return  # a folder with an image's suffix, or no file
         elif governed is not None:
-            self.skip(file, f"{NOT_LISTED} {os.path.relpath(governed, self.folder)}")
+            yield self._skipped(file, f"{NOT_LISTED} {os.path.relpath(governed, self.folder)}")
         else:
-            self._take(file, *_read_sidecar(file))
+            yield self._taken(file, *_read_sidecar(file, self.column, beside))
 
-    def _take(self, file: Path, captions: tuple[str, ...], reason: str = "no caption") -> None:
+    def _texts_alone(self, folder: Path, names: list[str]) -> Iterator[SkippedImage]:
+        """Name the captions that have no image, of a failed download perhaps."""
+        images = {part for name in names if _suffix(name) in _ALL_IMAGES for part in (name, _stem(name))}
+        for name in names if images else ():
+            if _suffix(name) in TEXT_SUFFIXES and _stem(name) not in images:
+                yield self._skipped(folder / name, NO_IMAGE_BESIDE)
+
+    def _taken(self, file: Path, captions: tuple[str, ...], reason: str = NO_CAPTION) -> CaptionedFile | SkippedImage:
         """Take an image with its captions; without any it is skipped for the reason."""
-        clean = tuple(text for caption in captions if (text := " ".join(caption.split())))
-        if odd := next((problem for text in clean if (problem := _problem(text))), ""):
-            self.skip(file, odd)
-        elif clean:
-            self.files.append(CaptionedFile(file=file, captions=clean))
-        else:
-            self.skip(file, reason)
+        clean, reason = clean_captions(captions, reason)
+        return CaptionedFile(file=file, captions=clean) if clean else self._skipped(file, reason)
 
-    def _read_metadata(self, metadata: Path) -> None:
-        inside = self.folder.resolve()
+    def _read_metadata(self, metadata: Path) -> Iterator[CaptionedFile | SkippedImage]:
         for where, entry in _entries(metadata):
             name = entry.get("file_name")
             if not isinstance(name, str) or not name:
@@ -123,17 +147,27 @@ class _Listing:
                     f'{where}: expected a "file_name" and a "text", as in {_EXAMPLE}; '
                     f"it has {shown(', '.join(map(str, entry)) or 'nothing')}"
                 )
-            file = metadata.parent / name
-            if "\0" in name or not _lexically(file).is_relative_to(inside):
-                raise DataError(f"{where}: {shown(name)} lies outside the folder")
-            if file in self._listed:
+            file = self._named(metadata, name, where)
+            if _key(file) in self._listed:
                 raise DataError(f"{where}: {shown(name)} is listed a second time: give several captions as a list")
-            self._listed.add(file)
-            beside = [value for key, value in entry.items() if key.endswith("_file_name") and key != "file_name"]
-            self._listed.update(
-                metadata.parent / name for name in beside if isinstance(name, str)
-            )  # masks and the like
-            self._take(file, _captions(entry, self._column_of(entry, where), where))
+            self._listed.add(_key(file))
+            beside = [value for key, value in entry.items() if key.endswith("_file_name")]  # masks and the like
+            self._listed.update(_key(metadata.parent / name) for name in beside if isinstance(name, str))
+            yield self._taken(file, _captions(entry, self._column_of(entry, where), where))
+
+    def _named(self, metadata: Path, name: str, where: str) -> Path:
+        """Find the file that metadata names, in the folder; a link to an image elsewhere is its owner's own."""
+        if "\0" not in name:
+            file = self.folder / os.path.relpath(metadata.parent / name, self.folder)
+            if file.parent not in self._resolved:
+                self._resolved[file.parent] = file.parent.resolve()
+            if file.parent in self._walked:
+                raise DataError(
+                    f"{where}: {shown(name)} was listed before this file was read: move it up to that folder"
+                )
+            if self._resolved[file.parent].is_relative_to(self._inside):
+                return file
+        raise DataError(f"{where}: {shown(name)} lies outside the folder")
 
     def _column_of(self, entry: dict[str, Any], where: str) -> str:
         """Find the column of the captions in an entry."""
@@ -155,13 +189,16 @@ def _entries(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _parquet_entries(metadata)
         return
     try:
-        text = metadata.read_text(encoding="utf-8-sig")
+        with metadata.open(encoding="utf-8-sig", newline="" if metadata.suffix == ".csv" else "\n") as lines:
+            yield from (_csv_entries if metadata.suffix == ".csv" else _json_entries)(metadata, lines)
     except UnicodeDecodeError as error:
         raise DataError(f"{metadata} is not UTF-8 text: {error}") from error
-    if metadata.suffix == ".csv":
-        yield from _csv_entries(metadata, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
+    except OSError as error:
+        raise DataError(f"{metadata} cannot be read: {error.strerror or error}") from error
+
+
+def _json_entries(metadata: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{metadata}, line {number}"
@@ -174,8 +211,8 @@ def _entries(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, entry
 
 
-def _csv_entries(metadata: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
+def _csv_entries(metadata: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = csv.DictReader(lines, strict=True)
     try:
         for row in rows:
             where = f"{metadata}, line {rows.line_num}"
@@ -211,23 +248,84 @@ def _captions(entry: dict[str, Any], column: str, where: str) -> tuple[str, ...]
     raise DataError(f"{where}: {column!r} is {shown(value)}, expected a caption, or a list of captions")
 
 
-def _read_sidecar(file: Path) -> tuple[tuple[str, ...], str]:
+def _read_sidecar(file: Path, column: str | None, beside: Set[str]) -> tuple[tuple[str, ...], str]:
     """Read the caption beside an image: (captions, the reason where there is none)."""
-    names = [f"{start}{suffix}" for start in (file.stem, file.name) for suffix in _SIDECARS]
-    names += [f"{file.stem}{suffix.upper()}" for suffix in _SIDECARS]
-    sidecar = next((path for name in names if (path := file.with_name(name)).is_file()), None)
-    if sidecar is None:
-        return (), f"no caption (looked for {names[0]}, {names[1]} and {names[2]})"
+    own, stem = file.name, _stem(file.name)
+    names = (
+        name
+        for suffix in sidecar_suffixes(column)
+        for name in (f"{stem}{suffix}", f"{own}{suffix}", f"{stem}{suffix.upper()}")
+    )
+    found = next((name for name in names if name in beside), None)
+    if found is None:
+        return (), f"{NO_CAPTION} (looked for {stem}.txt, {stem}.caption, {stem}.json and {own}.txt)"
     try:
-        return (sidecar.read_text(encoding="utf-8-sig"),), f"{sidecar.name} is empty"
+        with file.with_name(found).open("rb") as opened:
+            return read_captions(found, opened.read(MAX_SIDECAR + 1), column)
+    except OSError as error:
+        return (), f"its caption cannot be read ({found}: {error.strerror})"
+
+
+def sidecar_suffixes(column: str | None) -> tuple[str, ...]:
+    """Order the suffixes of captions beside an image: texts first, but where a ``column`` of the JSON is named."""
+    return (".json", *TEXT_SUFFIXES) if column else (*TEXT_SUFFIXES, ".json")
+
+
+def read_captions(name: str, content: bytes, column: str | None) -> tuple[tuple[str, ...], str]:
+    """Read the bytes of a text, or of a ``.json`` as img2dataset writes: (captions, the reason where there is none)."""
+    if len(content) > MAX_SIDECAR:
+        return (), f"its caption file has more than {MAX_SIDECAR:,} bytes ({name})"
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return (), f"{sidecar.name} is not UTF-8 text"
+        return (), f"its caption is not UTF-8 text ({name})"
+    if _suffix(name) != ".json":
+        return (text,), f"its caption is empty ({name})"
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        return (), f"its caption is not JSON ({name})"
+    columns = [column] if column else CAPTION_COLUMNS
+    found = next((one for one in columns if one in entry), None) if isinstance(entry, dict) else None
+    if found is None:
+        return (), f"no {' or '.join(map(repr, columns))} in its JSON ({name})"
+    try:
+        return _captions(entry, found, name), f"its caption is empty ({name})"
+    except DataError:
+        return (), f"its caption is no text ({name})"
+
+
+def clean_captions(captions: tuple[str, ...], reason: str) -> tuple[tuple[str, ...], str]:
+    """Make runs of white space one space: (captions, the reason where there is none that can be learned)."""
+    clean = tuple(text for caption in captions if (text := " ".join(caption.split())))
+    odd = next((problem for text in clean if (problem := _problem(text))), "")
+    return ((), odd) if odd else (clean, reason)
+
+
+def unlisted(error: OSError) -> DataError:
+    """Make the error for a folder that cannot be listed, in which images may be."""
+    return DataError(f"{error.filename} cannot be listed ({error.strerror}): its images would be left out")
+
+
+def is_besides(reason: str) -> bool:
+    """Recognise the reasons that may be no one's mistake: a mask, a preview, a text about the folder."""
+    return reason.startswith((NOT_LISTED, NO_IMAGE_BESIDE, SECOND_IMAGE))
+
+
+def broken_link(file: Path) -> str:
+    """Give the reason for a link to a file that is not there."""
+    return f"a link to a file that is not there ({file.readlink()})"
+
+
+def legible(text: str) -> str:
+    """Write a file's name on one line, in characters that every terminal and file takes."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def _problem(caption: str) -> str:
     """Say why a caption cannot be learned; an empty string if it can."""
     if len(caption) > _MAX_CAPTION:
-        return f"a caption of {len(caption):,} characters, more than {_MAX_CAPTION:,}"
+        return f"a caption of more than {_MAX_CAPTION:,} characters ({len(caption):,})"
     if "\0" in caption:
         return "a caption with a NUL character"
     if any("\ud800" <= character <= "\udfff" for character in caption):
@@ -235,11 +333,19 @@ def _problem(caption: str) -> str:
     return ""
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Recognise hidden files and folders, and what macOS packs beside the files of an archive."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _lexically(file: Path) -> Path:
-    """Resolve ``..`` in a path, and links in its folder alone: a link to an image elsewhere is its owner's own."""
-    return file.parent.resolve() / file.name
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _key(file: Path) -> bytes:
+    """Hash where a file is, the same for ``a/../b.png`` and ``b.png``; of 10 million no two are the same."""
+    return hashlib.blake2b(os.path.normpath(file).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,36 +1,41 @@
 """Image folder: anyone's captioned images, each opened once before training, so that nothing bad is found later."""
 
-import hashlib
-from collections.abc import Callable
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import IO, Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 
-from gobelin.data.captioned_files import (
-    IMAGE_SUFFIXES,
-    METADATA_NAMES,
-    NOT_LISTED,
-    CaptionedFile,
-    SkippedImage,
-    list_captioned_files,
+from gobelin.data.buckets import Preprocessing
+from gobelin.data.captioned_files import IMAGE_SUFFIXES, METADATA_NAMES, SkippedImage, iterate_captioned_files
+from gobelin.data.indexed_images import (
+    UNREADABLE_FILE,
+    Candidate,
+    IndexedImages,
+    absent,
+    inspect_image,
+    map_in_threads,
+    problem,
+    read_file,
 )
-from gobelin.data.dataset import CaptionedImage
-from gobelin.errors import DataError, UsageError
-from gobelin.images import MAX_IMAGE_PIXELS, UNREADABLE, open_image
-
-MAX_SKIPPED = 0.5  # a folder with a larger share of unusable images is refused: it is likely the wrong folder
+from gobelin.data.pair_index import NO_SHARD, Pair, PairIndex, PairIndexWriter
+from gobelin.errors import DataError
 
 
-class ImageFolderDataset:
+class ImageFolderDataset(IndexedImages):
     """Read a folder of captioned images, with its subfolders, as Hugging Face's "imagefolder" datasets are laid out.
 
-    :func:`~gobelin.data.captioned_files.list_captioned_files` says where captions come from; ``caption_column`` is
-    that of the metadata. Every image is opened once, after which ``advance`` is called; unusable ones are listed in
-    ``skipped``. Images are rotated by their EXIF orientation, composited on white, scaled so that the shorter side is
-    ``size`` pixels, and cropped to the centre; of an animation the first frame counts. Raises :class:`DataError` for a
-    missing folder, broken metadata, or if less than half of the images can be used.
+    :func:`~gobelin.data.captioned_files.iterate_captioned_files` says where captions come from; ``caption_column`` is
+    that of the metadata. Every image is opened once, after which ``advance`` is called with their number so far and in
+    all; unusable ones are listed in ``skipped``. With ``index``, a folder, those whose name, size and time of change
+    are as in the run before are not opened again. ``size``, ``buckets``, ``fit`` and ``background`` are those of
+    :class:`~gobelin.data.buckets.Preprocessing`; of an animation the first frame counts. Raises :class:`DataError` for
+    a missing folder, broken metadata, or if less than half of the images can be used.
     """
 
     def __init__(
@@ -39,77 +44,77 @@ class ImageFolderDataset:
         size: int = 64,
         caption_column: str | None = None,
         advance: Callable[[int, int], None] = lambda done, total: None,
+        index: Path | None = None,
+        *,
+        buckets: bool = False,
+        fit: Literal["crop", "pad"] = "crop",
+        background: str = "white",
     ):
         self.folder = Path(folder)
-        self.size = size
+        self._column, self._advance = caption_column, advance
+        preprocessing = Preprocessing(size=size, buckets=buckets, fit=fit, background=background)
         if not self.folder.is_dir():
             raise DataError(f"no folder at {self.folder}: expected images with captions there")
-        listed, self.skipped = list_captioned_files(self.folder, caption_column)
-        self.files: list[CaptionedFile] = []
-        for number, one in enumerate(listed, start=1):
-            if reason := unreadable(one.file, size):
-                name = one.file.relative_to(self.folder).as_posix()
-                self.skipped.append(SkippedImage(name=name, reason=reason))
+        super().__init__(self.folder, self.folder, preprocessing, index, kind="folder")
+        del self._advance  # a progress bar's: it is in no copy that another process gets
+
+    def _fill(self, writer: PairIndexWriter, earlier: PairIndex | None) -> None:
+        with tempfile.TemporaryFile("w+", dir=writer.folder, encoding="ascii") as listed:
+            total = self._list(writer, listed)
+            listed.seek(0)
+            found = map_in_threads(partial(self._pair, earlier), _read_list(listed, self.folder))
+            for number, one in enumerate(found, start=1):
+                if isinstance(one, Pair):
+                    writer.add(one)
+                else:
+                    writer.skip(one)
+                self._advance(number, total)
+
+    def _list(self, writer: PairIndexWriter, listed: IO[str]) -> int:
+        """Write names and captions to a file, so that their number is known and none stays in memory."""
+        total = 0
+        for one in iterate_captioned_files(self.folder, self._column):
+            if isinstance(one, SkippedImage):
+                writer.skip(one)
             else:
-                self.files.append(one)
-            advance(number, len(listed))
-        self._refuse_if_mostly_unusable()
+                name = one.file.relative_to(self.folder).as_posix()
+                listed.write(json.dumps([name, one.captions]) + "\n")
+                total += 1
+        return total
 
-    @property
-    def description(self) -> str:
-        """One line for people: the number of images, the folder, and the first skipped files."""
-        text = f"{len(self):,} captioned images in {self.folder}"
-        if self.skipped:
-            first = ", ".join(f"{skip.name} ({skip.reason})" for skip in self.skipped[:5])
-            more = f" and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
-            text += f"; skipped {len(self.skipped)}: {first}{more}"
-        return text
+    def _pair(self, earlier: PairIndex | None, one: Candidate) -> Pair | SkippedImage:
+        """Take what the earlier index says of an image that is as it was, or open it."""
+        known = earlier.find(one.name) if earlier is not None else None
+        if known is not None and known.shard == NO_SHARD:
+            try:
+                said = one.file.stat()
+            except OSError:
+                return inspect_image(one)
+            if (said.st_size, said.st_mtime_ns) == (known.size, known.time):
+                return replace(known, captions=one.captions)
+        return inspect_image(one)
 
-    @property
-    def fingerprint(self) -> str:
-        """A SHA-256 of what is learned: names, captions and the files' bytes, wherever the folder is."""
-        digest = hashlib.sha256()
-        for one in self.files:
-            name = one.file.relative_to(self.folder).as_posix()
-            with one.file.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(repr((name, one.captions, content)).encode())
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> CaptionedImage:
-        one = self.files[index]
-        return CaptionedImage(image=read_image(one.file, self.size), captions=one.captions)
-
-    def _refuse_if_mostly_unusable(self) -> None:
-        """Raise :class:`DataError` for a folder without images, or with too many that cannot be used."""
-        unusable = sum(not skip.reason.startswith(NOT_LISTED) for skip in self.skipped)
-        found = len(self) + unusable
-        if not found:
-            raise DataError(
-                f"{self.folder} has no captioned images: expected {' or '.join(METADATA_NAMES)} with file_name and "
-                f"text, or images ({', '.join(IMAGE_SUFFIXES)}) with a .txt caption beside each"
-            )
-        if unusable > MAX_SKIPPED * found or not len(self):
-            raise DataError(f"only {len(self)} of {found} images can be used: {self.description}")
+    def _nothing(self) -> str:
+        return (
+            f"{self.folder} has no captioned images: expected {' or '.join(METADATA_NAMES)} with file_name and "
+            f"text, or images ({', '.join(IMAGE_SUFFIXES)}) with a .txt caption beside each"
+        )
 
 
 def read_image(file: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Read an image file as uint8 RGB: upright, opaque, scaled, and cropped to the centre square."""
-    return np.asarray(ImageOps.fit(open_image(file, at_least=size), (size, size), Image.Resampling.LANCZOS))
+    return Preprocessing(size=size).read(read_file(file), str(file))
 
 
-def unreadable(file: Path, size: int | None = None) -> str:
-    """Explain in words why an image file cannot be used at a ``size``; an empty string if it can."""
-    if not file.is_file():
-        return f"a link to {file.readlink()}, which is not there" if file.is_symlink() else "no such file"
+def unreadable(file: Path) -> str:
+    """Explain in words why an image file cannot be used; an empty string if it can."""
     try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                return f"{image.width}×{image.height} pixels, more than {MAX_IMAGE_PIXELS // 1_000_000} million"
-        open_image(file, at_least=size)
-    except (*UNREADABLE, DataError, UsageError) as error:
-        return "truncated" if "truncated" in str(error) else "not a readable image"
-    return ""
+        return absent(file) or problem(read_file(file))
+    except DataError:
+        return UNREADABLE_FILE
+
+
+def _read_list(listed: IO[str], folder: Path) -> Iterator[Candidate]:
+    for line in listed:
+        name, captions = json.loads(line)
+        yield Candidate(name=name, captions=tuple(captions), file=folder / name)
