@@ -83,7 +83,7 @@ _FOREIGN = (
     _Foreign(
         _matches(r"<lyco:[^<>]*>", re.IGNORECASE),
         "a LyCORIS network to load",
-        remedy="if it is a plain LoRA, load it with load_lora (--lora FILE), and leave this out",
+        remedy="load it with load_lora (--lora FILE), if it is a LoRA, LoHa or LoKr, and leave this out",
     ),
     _Foreign(
         _matches(r"<hypernet:[^<>]*>", re.IGNORECASE),

@@ -1,4 +1,7 @@
-"""LoRAs (Hu et al. 2021, arXiv 2106.09685) of a model: added and removed, several at once, each with its own weight."""
+"""LoRAs (Hu et al. 2021, arXiv 2106.09685) of a model: added and removed, several at once, each with its own weight.
+
+LyCORIS' LoHas and LoKrs are added in the same way; all are called LoRAs here, as in prompts.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 
 from gobelin.adapters.learned_words import LearnedWords
 from gobelin.errors import ModelError, UsageError
-from gobelin.formats.lora_layouts import LoraDelta, read_lora
+from gobelin.formats.lora_layouts import read_lora
+from gobelin.formats.weight_deltas import WeightDelta
 from gobelin.validation import shown
 
 _GENERIC_NAMES = ("pytorch_lora_weights", "adapter_model")  # which diffusers and PEFT give to every file
@@ -20,7 +24,7 @@ _MAX_WEIGHT = 1e6
 class _LoadedLora:
     """A LoRA's deltas by network and module, its weight, and the words that came with it."""
 
-    deltas: dict[str, dict[str, LoraDelta]]
+    deltas: dict[str, dict[str, WeightDelta]]
     weight: float
     words: list[str] = field(default_factory=list)
 
@@ -119,18 +123,17 @@ class Loras:
             raise UsageError(f"no LoRA {name!r} is loaded: the loaded ones are {', '.join(self._loaded) or 'none'}")
         return self._loaded[name]
 
-    def _check_shape(self, path: Path, network: str, module: str, delta: LoraDelta) -> None:
+    def _check_shape(self, path: Path, network: str, module: str, delta: WeightDelta) -> None:
         """Raise :class:`ModelError` for a delta that is not of its layer's shape; a linear layer counts as 1×1."""
         weight = self._layer(network, module).weight
-        given, expected = (shape + (1,) * (4 - len(shape)) for shape in (delta.shape(), tuple(weight.shape)))
-        if given != expected:
+        if not delta.fits(tuple(weight.shape)):
             raise ModelError(
-                f"{path} is for another model: {module} is {list(weight.shape)} here, and the LoRA has "
-                f"{list(delta.up.shape)} times {list(delta.down.shape)} for it"
+                f"{path} is for another model: {module} is {list(weight.shape)} here, and the {delta.kind} changes "
+                f"one of {list(delta.shape())}"
             )
 
     @torch.no_grad()
-    def _apply(self, deltas: Mapping[str, Mapping[str, LoraDelta]]) -> None:
+    def _apply(self, deltas: Mapping[str, Mapping[str, WeightDelta]]) -> None:
         """Compute the weights of the layers that these deltas change anew, from the layers' originals."""
         for network, of_network in deltas.items():
             for module in of_network:

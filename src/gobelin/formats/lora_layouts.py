@@ -1,18 +1,18 @@
 """LoRA files (Hu et al. 2021, arXiv 2106.09685) in the layouts of kohya's sd-scripts, of diffusers, PEFT and ComfyUI.
 
 A file holds two matrices ``down`` (A) and ``up`` (B) of a small rank for each layer that it changes, and perhaps an
-``alpha``: the layer's weight gains ΔW = up · down · alpha / rank. Names are mapped forward from Gobelin's module names,
-as kohya's, in which dots became underscores, cannot be mapped back. Which names mean a layer is taken from ComfyUI's
-``comfy/lora.py`` (``model_lora_keys_unet``, ``model_lora_keys_clip``).
+``alpha``: the layer's weight gains ΔW = up · down · alpha / rank. LyCORIS' LoHa and LoKr have other matrices
+(:mod:`gobelin.formats.weight_deltas`) under the same names of layers. Names are mapped forward from Gobelin's module
+names, as kohya's, in which dots became underscores, cannot be mapped back. Which names mean a layer is taken from
+ComfyUI's ``comfy/lora.py`` (``model_lora_keys_unet``, ``model_lora_keys_clip``).
 """
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gobelin.errors import ModelError
@@ -21,12 +21,14 @@ from gobelin.formats.files import parse_json, read_json
 from gobelin.formats.ldm import UNET_PREFIX, map_unet_keys
 from gobelin.formats.tensor_file import TensorFile
 from gobelin.formats.textual_inversion import checked_vectors, find_vectors
+from gobelin.formats.weight_deltas import DELTA_TENSORS, WeightDelta, make_delta
 from gobelin.formats.weights import and_more, open_tensors
 from gobelin.validation import shown
 
-_PEFT_METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
-_KOHYA_PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}  # the second as for two encoders
-_PEFT_PREFIX = "base_model.model."
+PEFT_METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
+# ``lora_te1_`` as for two encoders; ``lycoris_`` by LyCORIS' ``create_lycoris``, which SimpleTuner calls.
+KOHYA_PREFIXES = {"unet": ("lora_unet_", "lycoris_"), "text_encoder": ("lora_te_", "lora_te1_", "lycoris_")}
+PEFT_PREFIX = "base_model.model."
 _FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
 _MAX_PATTERN = 200  # characters
 _MAX_ALPHA = 1e6
@@ -34,7 +36,7 @@ _BUNDLED = "bundle_emb."  # embeddings that come with a LoRA (AUTOMATIC1111's ``
 
 _ROLES = re.compile(
     r"(?P<base>.*?)(?:"
-    r"\.lora_(?P<kohya>down|up|mid)\.weight"
+    rf"\.(?P<kohya>{'|'.join(map(re.escape, DELTA_TENSORS))})"
     r"|\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"
     r"|(?:\.lora|\.lora_linear_layer|(?P<processor>_lora))\.(?P<diffusers>down|up)\.weight"
     r"|\.(?P<alpha>alpha)"
@@ -43,8 +45,8 @@ _ROLES = re.compile(
 # Parts of names, and the kind of a file that has them, as LyCORIS, PEFT (``prefix`` in ``tuners/*/model.py``) and
 # cloneofsimo's lora name them.
 _OTHER_KINDS = (
-    (re.compile(r"[._]hada_[wt]"), "a LoHa"),
-    (re.compile(r"[._]lokr_[wt]"), "a LoKr"),
+    (re.compile(r"base_model\.model\..*\.hada_"), "a LoHa in PEFT's layout"),
+    (re.compile(r"base_model\.model\..*\.lokr_"), "a LoKr in PEFT's layout"),
     (re.compile(r"\.dora_scale$|lora_magnitude"), "a DoRA"),
     (re.compile(r"\.diff(_b)?$"), "a file of full differences of weights"),
     (re.compile(r"\.[wb]_norm$"), "a file of differences of norms"),
@@ -64,42 +66,17 @@ _FAMILY_MARKS = {
     "Stable Diffusion XL": ("lora_te2_", "text_encoder_2.", "lora_unet_label_emb", "lora_unet_add_embedding"),
 }
 _CONTEXT = re.compile(
-    r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:lora_down|lora_A(?:\.\w+)?|down|lora\.down)\.weight$"
+    r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\."
+    r"(?:(?:lora_down|lora_A(?:\.\w+)?|down|lora\.down)\.weight|hada_w1_b)$"
 )
 _FAMILY_CONTEXTS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}  # widths of text embeddings
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraDelta:
-    """LoRA's change of one layer's weight: ΔW = scale · up · (mid ·) down.
-
-    ``down`` is [rank, in, …], ``up`` [out, rank, …] and ``mid``, of convolutions alone, [rank, rank, height, width].
-    """
-
-    down: Tensor
-    up: Tensor
-    mid: Tensor | None
-    scale: float
-
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of :meth:`delta_weight` without computing it."""
-        middle = self.down if self.mid is None else self.mid
-        return (len(self.up), self.down.shape[1], *middle.shape[2:])
-
-    def delta_weight(self) -> Tensor:
-        """Compute ΔW in float32: [out, in] for a linear layer, [out, in, height, width] for a convolution."""
-        down, up = self.down.float(), self.up.float()
-        if self.mid is not None:
-            return self.scale * torch.einsum("or,rshw,si->oihw", up.flatten(1), self.mid.float(), down.flatten(1))
-        product = self.scale * up.flatten(1) @ down.flatten(1)
-        return product.reshape(len(up), *down.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
     """A LoRA file's content: deltas by network ("unet", "text_encoder") and module, and embeddings by word."""
 
-    deltas: dict[str, dict[str, LoraDelta]]
+    deltas: dict[str, dict[str, WeightDelta]]
     embeddings: dict[str, Tensor]
 
 
@@ -118,7 +95,7 @@ def read_lora(path: Path, modules: Mapping[str, Iterable[str]], allow_pickle: bo
         raise ModelError(f"{path} is a LoRA of {family}, and this model is of Stable Diffusion 1.x")
     for mark, kind in _OTHER_KINDS:
         if found := [name for name in names if mark.search(name)]:
-            raise ModelError(f"{path} is {kind} ({shown(found[0])}), and only plain LoRAs can be added")
+            raise ModelError(f"{path} is {kind} ({shown(found[0])}), and only LoRAs, LoHas and LoKrs can be added")
     places = {
         name: (network, module)
         for network, layers in modules.items()
@@ -133,29 +110,23 @@ def read_lora(path: Path, modules: Mapping[str, Iterable[str]], allow_pickle: bo
         if role is None or base not in places:
             unknown.append(name)
             continue
-        kind = role["kohya"] or {"A": "down", "B": "up"}.get(role["peft"] or "") or role["diffusers"] or "alpha"
+        way = {"A": "down", "B": "up"}.get(role["peft"]) or role["diffusers"]
+        kind = role["kohya"] or (f"lora_{way}.weight" if way else "alpha")
         if (other := roles.setdefault(places[base], {}).setdefault(kind, name)) != name:
             raise ModelError(f"{path} holds {shown(other)} and {shown(name)}, which are for one layer")
     if unknown:
         what = "no layer of this model" if roles else "no layer of this model, like all others in this file"
         raise ModelError(f"{path} holds {shown(unknown[0])}{and_more(unknown)}, which belongs to {what}")
-    for found in roles.values():
-        if missing := {"down", "up"} - found.keys():
-            raise ModelError(f"{path} lacks the {min(missing)} that goes with {min(found.values())!r}")
     if not roles and not bundled:
         raise ModelError(f"{path} is not a LoRA: it holds no tensors")
     tensors, settings = file.read(names), _peft_settings(file)
-    deltas: dict[str, dict[str, LoraDelta]] = {}
+    deltas: dict[str, dict[str, WeightDelta]] = {}
     for (network, module), found in roles.items():
         here = {kind: tensors[name] for kind, name in found.items()}
-        _check_matrices(path, found, here)
-        alpha = here["alpha"].item() if "alpha" in here else None
-        deltas.setdefault(network, {})[module] = LoraDelta(
-            down=here["down"],
-            up=here["up"],
-            mid=here.get("mid"),
-            scale=_scale(path, len(here["down"]), alpha, module, settings.get(network, {})),
-        )
+        alpha = _read_alpha(path, found["alpha"], here.pop("alpha")) if "alpha" in found else None
+        delta = make_delta(path, found, here)
+        scale = _scale(path, delta.rank, alpha, module, settings.get(network, {}))
+        deltas.setdefault(network, {})[module] = replace(delta, scale=scale)
     return LoraFile(deltas=deltas, embeddings=_read_bundled(file, bundled))
 
 
@@ -183,21 +154,13 @@ def _find_family(file: TensorFile) -> str | None:
     return next((family for width, family in _FAMILY_CONTEXTS.items() if widths == {width}), None)
 
 
-def _check_matrices(path: Path, names: Mapping[str, str], here: Mapping[str, Tensor]) -> None:
-    """Raise :class:`ModelError` for NaN or infinity, and for shapes that have no rank in common."""
-    for kind, tensor in here.items():
-        if kind != "alpha" and not tensor.is_floating_point():
-            raise ModelError(f"{path}: {names[kind]!r} is of whole numbers: quantized LoRAs are not read")
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            raise ModelError(f"{path}: {names[kind]!r} holds NaN or infinity: the file is damaged, or its training was")
-    down, up, mid = here["down"], here["up"], here.get("mid")
-    matrices = down.ndim in (2, 4) and up.ndim in (2, 4) and down.numel() and up.numel()
-    fits = matrices and up.shape[1] == len(down) and set(up.shape[2:]) <= {1}
-    if mid is not None:
-        fits = fits and mid.ndim == 4 and mid.shape[:2] == (len(down), len(down)) and set(down.shape[2:]) <= {1}
-    if not fits or ("alpha" in here and here["alpha"].numel() != 1):
-        shapes = ", ".join(f"{names[kind]!r} {list(tensor.shape)}" for kind, tensor in here.items())
-        raise ModelError(f"{path} holds tensors whose shapes have no common rank: {shapes}")
+def _read_alpha(path: Path, name: str, tensor: Tensor) -> float:
+    """Read an alpha; raises :class:`ModelError` for what is not one finite number."""
+    value = float(tensor.item()) if tensor.numel() == 1 else None
+    if value is None or not abs(value) < _MAX_ALPHA:
+        came = f"of the shape {list(tensor.shape)}" if value is None else shown(value)
+        raise ModelError(f"{path}: {name!r} is {came}, expected a number")
+    return value
 
 
 def layer_names(network: str, modules: Collection[str]) -> dict[str, list[str]]:
@@ -213,14 +176,12 @@ def layer_names(network: str, modules: Collection[str]) -> dict[str, list[str]]:
 def _names_of_layer(network: str, module: str, original: str | None) -> list[str]:
     """List the names of one layer; ``original`` is the one in the original code, with its prefix."""
     names = [module] if network == "unet" else [module, module.removeprefix("text_model.")]
-    prefixes = (f"{network}.", "", _PEFT_PREFIX, f"{network}.{_PEFT_PREFIX}")
+    prefixes = (f"{network}.", "", PEFT_PREFIX, f"{network}.{PEFT_PREFIX}")
     dotted = [f"{prefix}{name}" for name in names for prefix in prefixes]
     if found := re.fullmatch(r"(.*\.attn[12])\.(to_[qkv]|to_out)(?:\.0)?", module):
         dotted += [f"{prefix}{found[1]}.processor.{found[2]}_lora" for prefix in (f"{network}.", "")]
-    for prefix in _KOHYA_PREFIXES[network]:
+    for prefix in KOHYA_PREFIXES[network]:
         dotted += [prefix + module.replace(".", "_"), f"{prefix[:-1]}.{module}"]
-    if network == "unet":
-        dotted.append(f"lycoris_{module.replace('.', '_')}")  # SimpleTuner's
     if original is not None:
         plain = original.removeprefix(UNET_PREFIX)
         dotted += [f"diffusion_model.{plain}", f"lora_unet_{plain.replace('.', '_')}"]
@@ -232,9 +193,9 @@ def _peft_settings(file: TensorFile) -> dict[str, dict[str, Any]]:
 
     Raises :class:`ModelError` for a file with PEFT's names alone and without settings, which hold the alpha.
     """
-    if _PEFT_METADATA_KEY in file.metadata:
-        source = f"{file.path}: its {_PEFT_METADATA_KEY}"
-        settings = parse_json(file.metadata[_PEFT_METADATA_KEY], source)
+    if PEFT_METADATA_KEY in file.metadata:
+        source = f"{file.path}: its {PEFT_METADATA_KEY}"
+        settings = parse_json(file.metadata[PEFT_METADATA_KEY], source)
         plain = {name: value for name, value in settings.items() if "." not in name}
         return {
             network: plain
@@ -243,23 +204,23 @@ def _peft_settings(file: TensorFile) -> dict[str, dict[str, Any]]:
                 for name, one in settings.items()
                 if name.startswith(f"{network}.")
             }
-            for network in _KOHYA_PREFIXES
+            for network in KOHYA_PREFIXES
         }
-    if not any(name.startswith(_PEFT_PREFIX) for name in file.shapes):
+    if not any(name.startswith(PEFT_PREFIX) for name in file.shapes):
         return {}
     beside = file.path.with_name("adapter_config.json")
     if not beside.exists() and any(name.endswith(".alpha") for name in file.shapes):
         return {}
-    return dict.fromkeys(_KOHYA_PREFIXES, read_json(beside))
+    return dict.fromkeys(KOHYA_PREFIXES, read_json(beside))
 
 
-def _scale(path: Path, rank: int, alpha: float | None, module: str, settings: Mapping[str, Any]) -> float:
-    """Compute alpha / rank (rsLoRA: alpha / √rank); 1 where nothing says an alpha."""
+def _scale(path: Path, rank: int | None, alpha: float | None, module: str, settings: Mapping[str, Any]) -> float:
+    """Compute alpha / rank (rsLoRA: alpha / √rank); 1 where nothing says an alpha, or nothing has a rank."""
     if alpha is None:
         patterns = settings.get("alpha_pattern") or {}
         named = patterns.items() if isinstance(patterns, dict) else ()
         alpha = next((one for name, one in named if _is_for(path, name, module)), settings.get("lora_alpha"))
-    if alpha is None:
+    if alpha is None or rank is None:
         return 1.0
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
         raise ModelError(f"{path}: the alpha of {module} is {shown(alpha)}, expected a number")
