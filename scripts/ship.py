@@ -11,7 +11,8 @@ from gobelin.clip import ImageEncoder
 from gobelin.evaluate.benchmark import benchmark_report
 from gobelin.formats.files import read_json, write_text
 from gobelin.pipeline import Pipeline, shipped_model
-from gobelin.training.recipes.from_scratch import IMAGE_ENCODER, config_file
+from gobelin.training.recipes.claim import config_file
+from gobelin.training.recipes.from_scratch import IMAGE_ENCODER
 
 NOTES = """## The recipe
 

@@ -148,7 +148,8 @@ def micro():
 
     Half precision is many times slower on processors without instructions for it: one test asks for it.
     """
-    from gobelin.training.config import DataConfig, find_preset
+    from gobelin.training import find_preset
+    from gobelin.training.config import DataConfig
 
     def make(steps: int = 4, precision: str = "float32", **changes):
         preset = find_preset("nano")
@@ -159,7 +160,8 @@ def micro():
             save_every=2,
             sample_every=2,
             device="cpu",
-            data=DataConfig(count=32),
+            data=DataConfig(count=32, validation=4),
+            samples=4,
             text=dataclasses.replace(preset.text, width=32, optim=dataclasses.replace(preset.text.optim, **half)),
             vae=dataclasses.replace(preset.vae, optim=dataclasses.replace(preset.vae.optim, **optim)),
             unet=dataclasses.replace(preset.unet, optim=dataclasses.replace(preset.unet.optim, **half)),
@@ -173,7 +175,7 @@ def micro():
 @pytest.fixture(scope="session")
 def trained(micro, tmp_path_factory) -> Path:
     """The folder of a model that was trained for a moment."""
-    from gobelin.training.recipes.from_scratch import train
+    from gobelin.training.train_model import train
 
     return train(micro(), tmp_path_factory.mktemp("trained") / "model", console=Console(quiet=True))
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from gobelin.schedule import NoiseSchedule, ScheduleConfig
     from gobelin.settings import Settings
     from gobelin.tokenizer import Tokenizer
-    from gobelin.training import TrainConfig
-    from gobelin.training.recipes.from_scratch import train
+    from gobelin.training import FineTuneConfig, TrainConfig
+    from gobelin.training.train_model import train
     from gobelin.unet import UNet, UNetConfig
     from gobelin.vae import VAE, VAEConfig
 
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 _PACKAGES = ("control", "guidance", "samplers", "scenes", "training")
 _HOMES = {
+    "FineTuneConfig": "training",
     "GobelinError": "errors",
     "Model": "checkpoint",
     "NoiseSchedule": "schedule",
@@ -42,11 +43,12 @@ _HOMES = {
     "VAE": "vae",
     "VAEConfig": "vae",
     "open_model": "checkpoint",
-    "train": "training.recipes.from_scratch",
+    "train": "training.train_model",
 }
 
 __all__ = [
     "VAE",
+    "FineTuneConfig",
     "GobelinError",
     "Model",
     "NoiseSchedule",

@@ -9,7 +9,7 @@ from gobelin.evaluate.benchmark import Benchmark, benchmark_report
 from gobelin.evaluate.caption_sensitivity import CaptionSensitivity
 from gobelin.evaluate.image_list import requested_images
 from gobelin.evaluate.intervals import Mean, Share
-from gobelin.evaluate.report import Report, ReportTable, as_json, mean_cell, share_cell
+from gobelin.evaluate.measurement_report import Report, ReportTable, as_json, mean_cell, share_cell
 from gobelin.evaluate.retrieval import Retrieval
 from gobelin.evaluate.sanity_checks import run_sanity_checks
 from gobelin.evaluate.scored_images import score_images

@@ -15,7 +15,7 @@ from gobelin.cli.train import config_to_toml
 from gobelin.errors import TrainingError
 from gobelin.pipeline import Pipeline
 from gobelin.training.config import DataConfig
-from gobelin.training.recipes.from_scratch import train
+from gobelin.training.train_model import train
 
 IN_EACH_PROCESS = """
 import json, pathlib, sys, torch
@@ -48,7 +48,7 @@ def launch(count, *arguments):
 
 @pytest.fixture
 def config(micro):
-    config = micro(data=DataConfig(count=16), save_every=9, sample_every=9)
+    config = micro(data=DataConfig(count=16, validation=0), save_every=9, sample_every=9)
     return dataclasses.replace(
         config,
         unet=dataclasses.replace(

@@ -20,12 +20,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import gobelin
+from gobelin.data.batches import Order
 from gobelin.errors import DataError, TrainingError, UsageError
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.training import find_preset, trainer
 from gobelin.training.config import DataConfig
-from gobelin.training.recipes.from_scratch import STAGES, differences, train
-from gobelin.training.trainer import Run, batch_indices, fit
+from gobelin.training.recipes.claim import differences
+from gobelin.training.recipes.from_scratch import STAGES
+from gobelin.training.run_folder import Run
+from gobelin.training.train_model import train
+from gobelin.training.trainer import fit
 
 QUIET = Console(quiet=True)
 
@@ -52,6 +56,8 @@ def test_the_folder_holds_a_model_its_card_and_its_history(trained):
         "scheduler/scheduler_config.json",
         "training/samples/unet-000004.png",
         "training/samples/vae-000004.png",
+        "training/samples/words-000004.png",
+        "training/report.html",
     ):
         assert (trained / name).is_file(), name
     lines = [json.loads(line) for line in (trained / "training" / "metrics.jsonl").read_text().splitlines()]
@@ -91,13 +97,15 @@ class Interrupted(Exception):
 def test_a_killed_run_resumes_to_the_same_weights(trained, micro, tmp_path, monkeypatch, stage):
     interrupted = []
 
-    def dying(seed, name, step, batch_size, dataset_size):
-        if name == stage and step == 3 and not interrupted:
+    original = Order.indices
+
+    def dying(self, step):
+        if self.stage == stage and step == 3 and not interrupted:
             interrupted.append(step)
             raise Interrupted
-        return batch_indices(seed, name, step, batch_size, dataset_size)
+        return original(self, step)
 
-    monkeypatch.setattr("gobelin.training.trainer.batch_indices", dying)
+    monkeypatch.setattr(Order, "indices", dying)
     out = tmp_path / "model"
     with pytest.raises(Interrupted):
         train(micro(), out, console=QUIET)
@@ -127,14 +135,14 @@ def pictures(folder: Path, count: int) -> Path:
 def stopped_at(step: int) -> Iterator[None]:
     """Ask the run to stop after a step, as Ctrl-C does."""
     with pytest.MonkeyPatch.context() as patch:
-        original = trainer.batch_indices
+        original = trainer.learning_rate
 
-        def counted(seed, stage, at, *rest):
+        def counted(optim, at):
             if at == step:
                 os.kill(os.getpid(), signal.SIGINT)
-            return original(seed, stage, at, *rest)
+            return original(optim, at)
 
-        patch.setattr(trainer, "batch_indices", counted)
+        patch.setattr(trainer, "learning_rate", counted)
         yield
 
 
@@ -193,24 +201,32 @@ def test_a_folder_of_pictures_trains_all_stages(micro, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
+    class NoNumber(torch.nn.Linear):
+        def forward(self, batch):
+            return {"loss": self.weight.sum() * float("nan")}
+
+    class Nothing:
+        def to(self, device):
+            return self
+
     class Broken:
         lr_ratios: ClassVar = {}
-        name, dataset_size, optim = (
-            "broken",
-            4,
-            dataclasses.replace(find_preset("nano").vae.optim, steps=3, batch_size=2),
-        )
-        module = torch.nn.Linear(1, 1)
+        name, is_divisible = "broken", True
+        optim = dataclasses.replace(find_preset("nano").vae.optim, steps=3, batch_size=2)
+        module = NoNumber(1, 1)
 
-        def loss(self, indices, generator):
-            return {"loss": self.module.weight.sum() * float("nan")}
+        def batch(self, step, rows):
+            return Nothing()
 
-        def sample_grid(self, module, step):
+        def describe(self, step):
+            return "images 3, 1…"
+
+        def evaluate(self, module, step, run):
             return None
 
     run = Run(folder=tmp_path, seed=0, device=torch.device("cpu"), save_every=1, sample_every=9, console=QUIET)
     before = Broken.module.weight.clone()
-    with pytest.raises(TrainingError, match=r"stage broken, step 0, .* the loss is nan"):
+    with pytest.raises(TrainingError, match=r"stage broken, step 0, images 3, 1…: the loss is nan"):
         fit(Broken(), run)
     assert torch.equal(Broken.module.weight, before)
 
@@ -229,7 +245,7 @@ def test_the_stages_are_named_in_order():
 
 
 def test_it_is_a_call_of_the_library_and_silent_outside_a_terminal(micro, tmp_path, capfd):
-    small = DataConfig(count=16)
+    small = DataConfig(count=16, validation=0)
     folder = gobelin.train(micro(steps=1, precision="bfloat16", data=small, sample_every=9), str(tmp_path / "mine"))
     assert folder == tmp_path / "mine"
     assert capfd.readouterr() == ("", "")
@@ -307,7 +323,9 @@ def test_a_stage_is_made_longer_while_its_rate_holds(micro, tmp_path):
     def config(steps: int):
         made = micro(steps=2)
         held = dataclasses.replace(made.vae.optim, steps=steps, hold=0.9, batch_size=4)
-        return dataclasses.replace(made, vae=dataclasses.replace(made.vae, optim=held), data=DataConfig(count=8))
+        return dataclasses.replace(
+            made, vae=dataclasses.replace(made.vae, optim=held), data=DataConfig(count=8, validation=0)
+        )
 
     whole = train(config(20), tmp_path / "whole", stage="vae", console=QUIET)
     out = tmp_path / "longer"
@@ -324,4 +342,6 @@ def test_the_shipped_model_was_trained_with_its_preset():
     recorded = json.loads((shipped_model() / "training.json").read_text())
     preset = json.dumps(dataclasses.asdict(find_preset("tiny")))
     preset = preset.replace('"precision": "auto"', '"precision": "bfloat16"')  # of the processor that it was trained on
-    assert list(differences(recorded, json.loads(preset))) == []
+    preset = preset.replace('"size": null', '"size": 64')  # as where none is named
+    found = list(differences(recorded, json.loads(preset)))
+    assert [one for one in found if one[1] is not None] == [], "settings that came later are not in its record"

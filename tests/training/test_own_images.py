@@ -14,7 +14,7 @@ from gobelin.data import ImageFolderDataset
 from gobelin.evaluate.sanity_checks import psnr, vae_round_trip
 from gobelin.pipeline import Pipeline
 from gobelin.training import TrainConfig, find_preset
-from gobelin.training.recipes.from_scratch import train
+from gobelin.training.train_model import train
 
 COPIES = 10
 Draw = ImageDraw.ImageDraw

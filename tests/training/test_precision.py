@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gobelin.training.config import find_preset
+from gobelin.training import find_preset
 from gobelin.training.precision import autocast
 
 CPU = torch.device("cpu")

@@ -4,46 +4,23 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 
 from gobelin.errors import TrainingError
-from gobelin.training.checkpoints import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from gobelin.training.checkpoints import MANIFEST, load_checkpoint, save_checkpoint
 from gobelin.training.config import OptimConfig
-from gobelin.training.trainer import Run, batch_indices, derive_seed, fit, learning_rate, make_optimizers
+from gobelin.training.run_folder import Run, locked
+from gobelin.training.trainer import fit, learning_rate, make_optimizers
+from gobelin.training.weight_average import WeightAverage
 
 OPTIM = OptimConfig(steps=10, batch_size=3, learning_rate=0.5, warmup_steps=4, ema=0.5)
-
-
-@given(dataset_size=st.integers(1, 40), batch_size=st.integers(1, 30))
-def test_every_epoch_sees_every_sample_once(dataset_size, batch_size):
-    steps = -(-3 * dataset_size // batch_size)
-    order = torch.cat([batch_indices(5, "vae", step, batch_size, dataset_size) for step in range(steps)])
-    epochs = order[: 3 * dataset_size].reshape(3, dataset_size)
-    for epoch in epochs:
-        assert sorted(epoch.tolist()) == list(range(dataset_size))
-
-
-def test_orders_differ_by_seed_stage_and_epoch():
-    first = batch_indices(0, "vae", 0, 30, 30).tolist()
-    assert first == batch_indices(0, "vae", 0, 30, 30).tolist()
-    for other in ((1, "vae", 0), (0, "unet", 0), (0, "vae", 1)):
-        assert first != batch_indices(*other, 30, 30).tolist()
-
-
-def test_seeds_fit_a_generator_and_differ():
-    seeds = {
-        derive_seed(seed, purpose, number) for seed in (0, 1, 2**40) for purpose in ("a", "b") for number in range(5)
-    }
-    assert len(seeds) == 30
-    for seed in seeds:
-        torch.Generator().manual_seed(seed)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_end():
@@ -80,25 +57,54 @@ def test_only_matrices_decay():
     assert (decay["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
 
 
-class Line:
+@dataclasses.dataclass
+class Numbers:
+    x: torch.Tensor
+
+    def to(self, device):
+        return self
+
+
+class LineLoss(nn.Module):
     """Learn y = 3x: small enough to see everything."""
 
-    name, dataset_size, optim, lr_ratios = "line", 7, OPTIM, {}
-
-    def __init__(self, on_step=lambda count: None):
-        self.module = nn.Linear(1, 1)
-        for parameter in self.module.parameters():
+    def __init__(self, on_step):
+        super().__init__()
+        self.line = nn.Linear(1, 1)
+        for parameter in self.parameters():
             nn.init.zeros_(parameter)
-        self.on_step, self.count = on_step, 0
+        self.on_step = on_step
 
-    def loss(self, indices, generator):
-        self.count += 1
-        self.on_step(self.count)
-        x = torch.randn(len(indices), 1, generator=generator)
-        return {"loss": (self.module(x) - 3 * x).square().mean()}
+    def forward(self, batch):
+        self.on_step()
+        return {"loss": (self.line(batch.x) - 3 * batch.x).square().mean()}
 
-    def sample_grid(self, module, step):
-        return None
+
+class Line:
+    name, optim, lr_ratios, is_divisible = "line", OPTIM, {}, True
+
+    def __init__(self, on_step=lambda count: None, **changes):
+        self.optim = dataclasses.replace(OPTIM, **changes)
+        self.count = 0
+        self.evaluated = []
+
+        def counted():
+            self.count += 1
+            on_step(self.count)
+
+        self.module = LineLoss(counted)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def batch(self, step, rows):
+        return Numbers(torch.randn(self.optim.batch_size, 1, generator=torch.Generator().manual_seed(step))[rows])
+
+    def describe(self, step):
+        return f"numbers of step {step}"
+
+    def evaluate(self, module, step, run):
+        self.evaluated.append((step, module.line.weight.item()))
 
 
 @pytest.fixture
@@ -113,11 +119,34 @@ def run(tmp_path):
     )
 
 
-def test_the_average_is_what_comes_out(run):
+def test_the_average_is_what_comes_out(run, monkeypatch):
     stage = Line()
+    last = []
+    original = WeightAverage.swap
+    monkeypatch.setattr(
+        WeightAverage, "swap", lambda self: (last.append(stage.module.line.weight.item()), original(self))[1]
+    )
     averaged = fit(stage, run)
-    assert averaged is not stage.module
-    assert 0 < averaged.weight.item() < stage.module.weight.item()
+    assert 0 < averaged.line.weight.item() < last[-1], "the weights themselves are ahead of their average"
+    assert [step for step, _ in stage.evaluated] == [0, OPTIM.steps]
+    assert stage.evaluated[-1][1] == averaged.line.weight.item(), "and so is what was evaluated"
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(run):
+    whole = fit(Line(batch_size=6), dataclasses.replace(run, folder=run.folder / "whole"))
+    parts = Line(batch_size=6, accumulate=3)
+    torch.testing.assert_close(fit(parts, run).line.weight, whole.line.weight)
+    assert parts.count == 3 * OPTIM.steps
+
+
+def test_frozen_weights_have_no_average_no_state_and_are_in_no_checkpoint(run):
+    stage = Line()
+    stage.module.line.bias.requires_grad_(False)
+    fit(stage, run)
+    (file,) = (run.checkpoint_folder("line") / "step-00000010").glob("*.safetensors")
+    names = load_file(file)
+    assert any(name.startswith("weights.line.weight") for name in names)
+    assert not any("bias" in name for name in names)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -127,34 +156,45 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(run, number):
     with pytest.raises(KeyboardInterrupt):
         fit(Line(on_step=lambda count: os.kill(os.getpid(), number) if count == 6 else None), run)
     assert signal.getsignal(number) is before
-    assert [path.name for path in run.checkpoint_folder(Line()).iterdir()] == ["step-00000006"]
+    assert [path.name for path in run.checkpoint_folder("line").iterdir()] == ["step-00000006"]
     rest = Line()
     resumed = fit(rest, run)
     assert rest.count == 4
-    assert torch.equal(resumed.weight, whole.weight)
+    assert torch.equal(resumed.line.weight, whole.line.weight)
 
 
 def test_it_trains_outside_the_main_thread_where_no_signal_can_be_caught(run):
     whole = fit(Line(), dataclasses.replace(run, folder=run.folder / "whole"))
     with ThreadPoolExecutor(1) as pool:
         averaged = pool.submit(fit, Line(), run).result()
-    assert torch.equal(averaged.weight, whole.weight)
+    assert torch.equal(averaged.line.weight, whole.line.weight)
+
+
+def saved(folder, step):
+    save_checkpoint(folder, step, {"x": torch.full((3,), float(step)), "none": torch.tensor(step)})
 
 
 def test_checkpoints_replace_each_other_only_when_whole(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, {"x": torch.ones(1)})
-    save_checkpoint(tmp_path, 2, {"x": torch.full((1,), 2.0)})
-    save_checkpoint(tmp_path, 3, {"x": torch.full((1,), 3.0)})
+    for step in (1, 2, 3):
+        saved(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
-    def full_disk(*_):
+    def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr("gobelin.training.checkpoints.state_dict_saver.save", full_disk)
     with pytest.raises(TrainingError, match=r"step 4 could not be written.*the disk is full.*that of step 3 stands"):
-        save_checkpoint(tmp_path, 4, {})
+        saved(tmp_path, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-    assert load_checkpoint(tmp_path)["x"].item() == 3
+    state = {"x": torch.zeros(3), "none": torch.tensor(0)}
+    assert load_checkpoint(tmp_path, state) == 3
+    assert state["x"].tolist() == [3, 3, 3]
+    assert state["none"].item() == 3
+
+
+def test_a_checkpoint_holds_no_pickle(tmp_path):
+    saved(tmp_path, 1)
+    assert {path.suffix for path in (tmp_path / "step-00000001").iterdir()} == {".safetensors", ".json"}
 
 
 def test_a_request_in_the_last_step_stops_the_run_too(run):
@@ -166,30 +206,67 @@ def test_a_request_in_the_last_step_stops_the_run_too(run):
     assert rest.count == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "random", "one bit"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "random", "one bit", "no manifest", "another stage"])
 def test_a_damaged_checkpoint_is_named(damage, tmp_path):
-    assert load_checkpoint(tmp_path) is None
+    state = {"x": torch.zeros(3), "none": torch.tensor(0)}
+    assert load_checkpoint(tmp_path, state) == 0
     for step in (2, 4):
-        save_checkpoint(tmp_path, step, {"x": torch.arange(1000)})
-    file = tmp_path / "step-00000004" / CHECKPOINT_FILE
+        saved(tmp_path, step)
+    (file,) = (tmp_path / "step-00000004").glob("*.safetensors")
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    contents = {"cut": whole[:-100], "empty": b"", "random": bytes(range(256)) * 40, "one bit": bytes(flipped)}
+    contents = {"cut": whole[:-10], "empty": b"", "random": bytes(range(256)) * 40, "one bit": bytes(flipped)}
     if damage == "gone":
         file.unlink()
+    elif damage == "no manifest":
+        (file.parent / MANIFEST).unlink()
+    elif damage == "another stage":
+        state["y"] = torch.zeros(1)
     else:
         file.write_bytes(contents[damage])
     with pytest.raises(
-        TrainingError, match=r"step-00000004.* is damaged: remove its folder to go on from step 2"
+        TrainingError, match=r"step-00000004 is damaged: remove its folder to go on from step 2"
     ) as error:
-        load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path, state)
     assert "\n" not in str(error.value)
-    assert "weights_only" not in str(error.value)
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    with (
+        locked(tmp_path / "training"),
+        pytest.raises(TrainingError, match=r"another run is training in .* \(process \d+\): wait for it"),
+        locked(tmp_path / "training"),
+    ):
+        pass
+    with locked(tmp_path / "training"):
+        pass
+
+
+def test_batches_are_made_ahead_and_the_wait_for_them_is_measured(run):
+    class Slow(Line):
+        def batch(self, step, rows):
+            time.sleep(0.02)
+            return super().batch(step, rows)
+
+    fit(Slow(), run)
+    (line,) = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert 0.3 < line["data_wait"] <= 1, "next to nothing is computed in this stage"
+    assert line["memory_mb"] > 10
+    fit(Line(), dataclasses.replace(run, folder=run.folder / "fast"))
+
+
+def test_an_error_in_making_a_batch_ends_the_run(run):
+    class Broken(Line):
+        def batch(self, step, rows):
+            raise OSError("the image is gone")
+
+    with pytest.raises(OSError, match="the image is gone"):
+        fit(Broken(), run)
 
 
 def test_metrics_have_each_step_once_whatever_was_killed(run, monkeypatch):
-    monkeypatch.setattr("gobelin.training.trainer._LOG_EVERY", 1)
+    monkeypatch.setattr("gobelin.training.trainer.LOG_EVERY", 1)
     run = dataclasses.replace(run, save_every=4)
 
     def killed(count):

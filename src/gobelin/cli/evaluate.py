@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from gobelin.cli.options import parse, write_report
 from gobelin.errors import UsageError
 from gobelin.evaluate.image_list import ALL_TASKS, MAX_PROMPTS, requested_images
-from gobelin.evaluate.report import Report
+from gobelin.evaluate.measurement_report import Report
 from gobelin.formats.files import replacing, write_text
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""``gobelin train``: train a model from scratch on captioned images or scenes."""
+"""``gobelin train``: train a model on captioned images or scenes, from scratch or from a model."""
 
 import argparse
 import dataclasses
@@ -17,21 +17,28 @@ from tyro.conf import Positional
 from gobelin.cli.options import parse
 from gobelin.errors import UsageError
 from gobelin.formats.files import read_json
-from gobelin.training import TRAINING_PRESETS, TrainConfig, distributed, find_preset
-from gobelin.training.recipes.from_scratch import STAGES, config_file, train
+from gobelin.training import TRAINING_PRESETS, FineTuneConfig, TrainConfig, distributed, find_preset
+from gobelin.training.config import RunConfig
+from gobelin.training.recipes.claim import config_file
+from gobelin.training.train_model import train
 
-_HELP = f"""Train a model from scratch: tokenizer, text encoder, VAE, U-Net.
+_SCRATCH = ("nano", "tiny")
+_HELP = f"""Train a model: from scratch (tokenizer, text encoder, VAE, U-Net), or from a model.
 
 Every setting of a preset can be changed, in a TOML file or as --section.key VALUE; `--preset NAME --help` lists them,
 `--print-config` prints the resulting configuration.
 
-Presets: {", ".join(TRAINING_PRESETS)}. Stages: {", ".join(STAGES)}.
+Presets from scratch: {", ".join(_SCRATCH)}; from a model (--model): {
+    ", ".join(name for name in TRAINING_PRESETS if name not in _SCRATCH)
+}.
 
 Some examples:
   gobelin train --preset nano --out runs/mine
   gobelin train --preset nano --out runs/mine --resume
   gobelin train --data.path my-images --out runs/mine --unet.optim.steps 8000
   gobelin train mine.toml --out runs/mine --stage vae
+  gobelin train --preset lora --data.path my-images --out runs/style
+  torchrun --nproc-per-node 2 -m gobelin train --preset nano --out runs/mine
 """
 
 
@@ -42,23 +49,34 @@ class Train:
     preset: str = "nano"
     """The preset to start from."""
     out: Path | None = None
-    """The model folder to write; its `training` subfolder keeps metrics, samples and checkpoints."""
+    """The folder to write; its `training` subfolder keeps metrics, samples, checkpoints and a report."""
     resume: bool = False
     """Continue the run in --out."""
     stage: str | None = None
-    """Train this stage alone."""
+    """Train this stage alone: tokenizer, text_encoder, vae or unet."""
     print_config: bool = False
     """Print the whole configuration and exit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFromScratch(Train):
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The run's configuration."""
 
 
-Train.__doc__ = _HELP
+@dataclass(frozen=True, kw_only=True)
+class TrainFromModel(Train):
+    config: Annotated[FineTuneConfig, tyro.conf.arg(name="")]
+    """The run's configuration."""
+
+
+TrainFromScratch.__doc__ = TrainFromModel.__doc__ = _HELP
 
 
 def run(arguments: Sequence[str]) -> None:
     """Run ``gobelin train``."""
-    options = parse(Train, "train", arguments, default=_defaults(arguments))
+    defaults = _defaults(arguments)
+    options: Any = parse(type(defaults), "train", arguments, default=defaults)
     if options.config_file is not None and str(options.config_file) != arguments[0]:
         raise UsageError(f"{options.config_file} comes too late: the configuration file goes before all options")
     if options.print_config:
@@ -72,12 +90,12 @@ def run(arguments: Sequence[str]) -> None:
         print(folder)
 
 
-def config_to_toml(config: TrainConfig) -> str:
+def config_to_toml(config: RunConfig) -> str:
     """Write a configuration as TOML; fields that are None are left out, as TOML has no such value."""
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def _defaults(arguments: Sequence[str]) -> Train:
+def _defaults(arguments: Sequence[str]) -> TrainFromScratch | TrainFromModel:
     """Make the options' defaults: a preset overridden by the TOML file, or the configuration of the resumed run."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--preset", default=Train.preset)
@@ -88,12 +106,17 @@ def _defaults(arguments: Sequence[str]) -> Train:
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; the presets are {', '.join(TRAINING_PRESETS)}") from error
     config = find_preset(known.preset)
-    if known.resume and known.out is not None and (recorded := config_file(known.out)).exists():
-        return Train(preset=known.preset, config=_override(config, read_json(recorded), str(recorded)))
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if file is not None:
+    if known.resume and known.out is not None and (recorded := config_file(known.out)).exists():
+        values, source = read_json(recorded), str(recorded)
+        # A run says by its sections which kind it is, so that --resume needs no preset.
+        config = find_preset("finetune" if "method" in values else "nano")
+        config = _override(config, values, source)
+    elif file is not None:
         config = _override(config, _read_toml(Path(file)), file)
-    return Train(preset=known.preset, config=config)
+    if isinstance(config, FineTuneConfig):
+        return TrainFromModel(preset=known.preset, config=config)
+    return TrainFromScratch(preset=known.preset, config=config)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

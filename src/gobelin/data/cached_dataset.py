@@ -1,70 +1,120 @@
-"""A dataset read once for training: captions and, if they fit, images kept in memory."""
+"""A dataset read once for training: its images on disk as pixels, if they fit, and its captions."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import chain
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Generator, Tensor
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
 
 from gobelin.data.dataset import Dataset
+from gobelin.data.pair_columns import ColumnFile, StringWriter, map_strings, string_files
+from gobelin.data.row_cache import RowCache, content_hash, fill, hash_array
+from gobelin.data.scene_dataset import SceneDataset
+from gobelin.errors import DataError
+from gobelin.formats.files import read_json, write_json
 
 MAX_CACHED_BYTES = 4 * 2**30  # 350,000 images of 64×64
+_DRAWN_TOGETHER = 4096  # scenes in a shard: 50 MB at 64×64
 
 
 class CachedDataset:
-    """Read every entry of ``dataset`` and keep ``captions``, hard ``negatives``, and images as tensors.
+    """Read the images of ``dataset`` once, and keep them as pixels in ``folder``; what is there is used again.
 
-    Images are cached as bytes while all of them take at most 4 GiB; beyond that each is read again when it is used.
-    ``advance`` is called after each entry, for a progress bar.
+    Pixels are kept while all of them take at most 4 GiB; beyond that each image is read again when it is used, by
+    ``workers`` threads. Captions and hard negatives of what is drawn are kept too. Nothing stays in memory.
+    ``advance`` is called with the images done and all of them.
     """
 
-    def __init__(self, dataset: Dataset, advance: Callable[[], None] = lambda: None):
-        self.size = dataset.size
-        self.captions: list[tuple[str, ...]] = []
-        self.negatives: list[tuple[str, ...]] = []
-        self._dataset = dataset
-        fits = len(dataset) * dataset.size**2 * 3 <= MAX_CACHED_BYTES
-        self._cache = np.empty((len(dataset), dataset.size, dataset.size, 3), np.uint8) if fits else None
-        for index in range(len(dataset)):
-            entry = dataset[index]
-            self.captions.append(entry.captions)
-            self.negatives.append(entry.negatives)
-            if self._cache is not None:
-                self._cache[index] = entry.image
-            advance()
+    def __init__(
+        self,
+        dataset: Dataset,
+        folder: Path,
+        workers: int = 1,
+        advance: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        self.dataset = dataset
+        self.size, self.sizes, self.bucket_index = dataset.size, dataset.sizes, dataset.bucket_index
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
+        self._pixels = None
+        self._texts = None
+        counts = np.bincount(self.bucket_index, minlength=len(self.sizes))
+        pixels = sum(height * width * int(count) for (height, width), count in zip(self.sizes, counts, strict=True))
+        if 3 * pixels <= MAX_CACHED_BYTES:
+            self._pixels = RowCache(folder / f"pixels-{content_hash(dataset.preprocessing_key).hex()}")
+            self._hashes = hash_array(content_hash(one) for one in dataset.hashes)
+            if isinstance(dataset, SceneDataset):
+                self._draw(dataset, folder / f"captions-{dataset.fingerprint[:32]}", self._pixels, advance)
+            else:
+                self._read(self._pixels, advance)
+
+    def _read(self, pixels: RowCache, advance: Callable[[int, int], None]) -> None:
+        """Read the images that are not there yet."""
+        for bucket in np.unique(self.bucket_index):
+            rows = np.flatnonzero(self.bucket_index == bucket)
+            compute = partial(self._read_rows, rows)
+            fill(pixels, self._hashes[rows], compute, advance=advance)
+
+    def _read_rows(self, rows: Int[np.ndarray, " images"], positions: Int[np.ndarray, " batch"]) -> dict[str, Tensor]:
+        return {"pixels": self._decode(rows[positions].tolist())}
+
+    def _draw(self, scenes: SceneDataset, texts: Path, pixels: RowCache, advance: Callable[[int, int], None]) -> None:
+        """Draw every scene, for its pixels, its caption and its hard negatives, unless that was done before."""
+        head = texts.with_suffix(".json")
+        if not head.is_file():
+            with ExitStack() as files:
+                texts.parent.mkdir(parents=True, exist_ok=True)
+                columns = [files.enter_context(ColumnFile(file)) for file in string_files(texts)]
+                writer = StringWriter(*columns)
+                for start in range(0, len(scenes), _DRAWN_TOGETHER):
+                    rows = range(start, min(start + _DRAWN_TOGETHER, len(scenes)))
+                    entries = []
+                    for row in rows:
+                        entries.append(scenes[row])
+                        writer.append(json.dumps([entries[-1].captions, entries[-1].negatives]))
+                        advance(row + 1, len(scenes))
+                    drawn = torch.from_numpy(np.stack([entry.image for entry in entries]))
+                    pixels.append(self._hashes[rows], {"pixels": drawn})
+                for column in columns:
+                    column.finish(sync=True)
+            write_json(head, {"count": writer.count, "bytes": writer.end})
+            pixels.refresh()
+        kept = read_json(head)
+        self._texts = map_strings(texts, kept["count"], kept["bytes"])
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
-    def images(self, indices: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 size size"]:
-        """Load images in [-1, 1], on the CPU."""
-        rows = indices.tolist()
-        cache = self._cache
-        pixels = np.stack([self._dataset[row].image for row in rows]) if cache is None else cache[rows]
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    def images(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 height width"]:
+        """Load images of one bucket in [-1, 1], on the CPU."""
+        pixels = (
+            self._decode(indices)
+            if self._pixels is None
+            else self._pixels.read(self._hashes[np.asarray(indices)])["pixels"]
+        )
+        return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
-    def unique_captions(self) -> tuple[list[str], "CaptionIndex"]:
-        """List every caption once, and for each image the indices of its captions in that list."""
-        indices = {caption: index for index, caption in enumerate(dict.fromkeys(chain.from_iterable(self.captions)))}
-        counts = torch.tensor([len(captions) for captions in self.captions])
-        rows = torch.tensor([indices[caption] for captions in self.captions for caption in captions])
-        return list(indices), CaptionIndex(rows=rows, starts=counts.cumsum(0) - counts, counts=counts)
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Read the captions of an image."""
+        return self.dataset.captions(index) if self._texts is None else tuple(json.loads(self._texts[index])[0])
 
+    def negatives(self, index: int) -> tuple[str, ...]:
+        """Read the hard negatives of an image, if its source knows any."""
+        if self._texts is not None:
+            return tuple(json.loads(self._texts[index])[1])
+        return self.dataset[index].negatives if isinstance(self.dataset, SceneDataset) else ()
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CaptionIndex:
-    """The captions of each image, by their indices in a list: ``rows`` of all images one after the other."""
+    def _decode(self, indices: Sequence[int]) -> UInt8[Tensor, "batch height width 3"]:
+        """Read images of one bucket from their files."""
+        return torch.from_numpy(np.stack(list(self._pool.map(self._decode_one, indices))))
 
-    rows: Int[Tensor, " captions"]
-    starts: Int[Tensor, " images"]
-    counts: Int[Tensor, " images"]
-
-    def pick(self, images: Int[Tensor, " batch"], generator: Generator) -> Int[Tensor, " batch"]:
-        """Pick a caption of each image: its only one, or any of them, drawn where some image has several."""
-        if len(self.rows) == len(self.counts):
-            return self.rows[images]
-        drawn = torch.rand(len(images), generator=generator) * self.counts[images]
-        return self.rows[self.starts[images] + drawn.long()]
+    def _decode_one(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
+        try:
+            return self.dataset[index].image
+        except (OSError, DataError) as error:
+            raise DataError(f"image {index} could be read when training began, and now cannot: {error}") from error

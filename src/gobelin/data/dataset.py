@@ -1,5 +1,6 @@
 """The contract of an image-text dataset: captioned images by index."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +15,7 @@ class CaptionedImage:
     ``negatives`` are hard negatives: captions that are wrong in one respect, if the source knows any.
     """
 
-    image: UInt8[ndarray, "size size 3"]
+    image: UInt8[ndarray, "height width 3"]
     captions: tuple[str, ...]
     negatives: tuple[str, ...] = ()
 
@@ -40,7 +41,31 @@ class Dataset(Protocol):
 
     @property
     def size(self) -> int:
-        """Height and width of every image, in pixels."""
+        """Height and width of a square image, in pixels."""
+        ...
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each bucket, in pixels: the sizes that images come in."""
+        ...
+
+    @property
+    def bucket_index(self) -> UInt8[ndarray, " images"]:
+        """The bucket of each image, as its place in ``sizes``."""
+        ...
+
+    @property
+    def hashes(self) -> Sequence[bytes]:
+        """A hash of each image's content, by which what was computed from it is found again."""
+        ...
+
+    @property
+    def preprocessing_key(self) -> str:
+        """Everything that decides how the content of an image becomes pixels."""
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Read the captions of an image, without the image."""
         ...
 
     def __len__(self) -> int: ...

@@ -1,7 +1,12 @@
 """Procedural scenes as an image-text dataset."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
 
 from gobelin import scenes
 from gobelin.data.dataset import CaptionedImage
@@ -45,6 +50,30 @@ class SceneDataset:
         """Height and width of the images, in pixels."""
         return self.world.size
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the images, in pixels: one for all."""
+        return ((self.size, self.size),)
+
+    @property
+    def bucket_index(self) -> UInt8[np.ndarray, " images"]:
+        """The bucket of each image: the only one."""
+        return np.zeros(self.count, np.uint8)
+
+    @property
+    def hashes(self) -> "_SceneHashes":
+        """A hash of what each scene follows from."""
+        return _SceneHashes(self)
+
+    @property
+    def preprocessing_key(self) -> str:
+        """Say that scenes are drawn at their size."""
+        return f"scenes of {self.size}"
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Draw the scene of an index for its caption."""
+        return (self.sample(index).caption,)
+
     def __len__(self) -> int:
         return self.count
 
@@ -58,6 +87,22 @@ class SceneDataset:
     def sample(self, index: int) -> scenes.Sample:
         """Render the scene of an index, with its masks and words."""
         return scenes.sample(self.seed, index, self.world, self.split)
+
+
+class _SceneHashes(Sequence[bytes]):
+    """The hashes of a dataset's scenes, computed as they are asked for."""
+
+    def __init__(self, dataset: SceneDataset):
+        self._count = dataset.count
+        self._source = repr((dataset.world, dataset.seed, dataset.split)).encode()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[row] for row in range(self._count)[index]]
+        return hashlib.sha256(self._source + b"/%d" % range(self._count)[index]).digest()
 
 
 def find_world(name: str) -> scenes.World:

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from gobelin.attention import AttentionSite, Trace
 from gobelin.control import suppress
 from gobelin.evaluate.intervals import Mean
-from gobelin.evaluate.report import Report, ReportTable, as_json, mean_cell
+from gobelin.evaluate.measurement_report import Report, ReportTable, as_json, mean_cell
 from gobelin.images import images_to_tensor, tensor_to_images
 from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps, sharp_trace
 from gobelin.pipeline import Pipeline

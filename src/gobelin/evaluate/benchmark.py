@@ -21,7 +21,7 @@ from gobelin.evaluate.caption_sensitivity import (
 from gobelin.evaluate.gallery import read_gallery
 from gobelin.evaluate.image_list import RequestedImage
 from gobelin.evaluate.intervals import Share
-from gobelin.evaluate.report import SPLIT_TITLES, Report, ReportTable, as_json, share_cell
+from gobelin.evaluate.measurement_report import SPLIT_TITLES, Report, ReportTable, as_json, share_cell
 from gobelin.evaluate.retrieval import Retrieval, measure_retrieval, retrieval_tables
 from gobelin.evaluate.sanity_checks import SanityChecks, gate_table, run_sanity_checks
 from gobelin.evaluate.scored_images import GenerationSettings, ScoredImage, generate_images, group_by_task, score_images

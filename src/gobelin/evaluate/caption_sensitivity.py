@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from gobelin.data import SceneDataset
-from gobelin.evaluate.report import ReportTable
+from gobelin.evaluate.measurement_report import ReportTable
 from gobelin.evaluate.retrieval import negative_kind
 from gobelin.images import images_to_tensor
 from gobelin.pipeline import Pipeline

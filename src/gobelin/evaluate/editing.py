@@ -17,7 +17,7 @@ from scipy import ndimage
 from gobelin.errors import UsageError
 from gobelin.evaluate.attribution import found_masks
 from gobelin.evaluate.intervals import Mean, Share
-from gobelin.evaluate.report import Report, ReportTable, as_json, mean_cell, share_cell
+from gobelin.evaluate.measurement_report import Report, ReportTable, as_json, mean_cell, share_cell
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import Detection, Sample, World, grade, sample
 from gobelin.scenes.captions import Mention, Phrasing

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from gobelin.evaluate.report import SPLIT_TITLES
+from gobelin.evaluate.measurement_report import SPLIT_TITLES
 from gobelin.evaluate.scored_images import ScoredImage, group_by_task
 from gobelin.look.contact_sheet import Tile, TileRow, captioned_grid
 from gobelin.scenes import Detection, Prompt

@@ -10,7 +10,7 @@ import torch
 from gobelin.clip import ImageEncoder, TextEncoder
 from gobelin.data import CaptionedImage, SceneDataset
 from gobelin.evaluate.intervals import Share
-from gobelin.evaluate.report import ReportTable, share_cell
+from gobelin.evaluate.measurement_report import ReportTable, share_cell
 from gobelin.images import images_to_tensor
 from gobelin.scenes import World
 from gobelin.scenes.captions import NOUN_WORDS, NUMBERS, WORDINGS

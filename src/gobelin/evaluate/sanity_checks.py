@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gobelin.evaluate.intervals import Share
-from gobelin.evaluate.report import ReportTable, as_json
+from gobelin.evaluate.measurement_report import ReportTable, as_json
 from gobelin.images import images_to_tensor, tensor_to_images
 from gobelin.scenes import Sample, World, grade
 from gobelin.scenes.calibration import add_pixel_noise, blur, category_samples, read_exactly

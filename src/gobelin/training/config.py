@@ -1,13 +1,14 @@
-"""Configuration of a training run: frozen dataclasses, and presets as functions that return a complete one.
+"""Configuration of a training run: frozen dataclasses, of which :mod:`gobelin.training.presets` has complete ones.
 
 Every value is checked when a configuration is made: :class:`UsageError` names the field and the values that it takes.
 Names in quotes are headings of ``docs/decisions.md``.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
+from gobelin.adapters.adapter_file import AdapterLayout
+from gobelin.adapters.trainable import AdapterConfig
 from gobelin.errors import UsageError
 from gobelin.settings import Settings
 from gobelin.tokenizer import MIN_VOCABULARY
@@ -35,12 +36,27 @@ class DataConfig:
     """The world of scenes: nano, core or rich."""
     count: Count = 16_000
     """Number of scenes."""
-    size: Count = 64
-    """Height and width of the images, in pixels: a multiple of 16."""
+    size: Count | None = None
+    """Height and width of the images, in pixels, a multiple of 16; without one, the model's, from scratch 64."""
+    buckets: bool = False
+    """Keep images near their own aspect: sides that are multiples, with an area of at most size × size."""
+    fit: Literal["crop", "pad"] = "crop"
+    """crop: scale to cover, cut what protrudes from the centre; pad: scale to fit, fill up with the background."""
+    background: Annotated[str, "a colour such as white or #808080"] = "white"
+    """Colour behind transparent images, and of what is filled up."""
+    flip: bool = False
+    """Show half of the images mirrored. Captions that say left or right then say wrong things."""
+    workers: Count = 2
+    """Threads that read images."""
+    cache: Annotated[str | None, "the name of a folder"] = None
+    """A folder that keeps images, latents and text embeddings for several runs; without one, the run's own."""
+    validation: WholeNumber = 64
+    """Images that are held out of training, at most a tenth, to measure whether the model hears their captions; of
+    scenes, others are drawn. 0 measures nothing."""
 
     def __post_init__(self) -> None:
         validate_fields(self)
-        if self.size % 16:
+        if self.size is not None and self.size % 16:
             raise UsageError(f"size is {self.size}: give a multiple of 16")
 
 
@@ -51,7 +67,9 @@ class OptimConfig:
     steps: Count
     """Optimizer steps."""
     batch_size: Count
-    """Images a step."""
+    """Images a step, over all processes."""
+    accumulate: Count = 1
+    """Parts that each process's share of a batch is divided into: the same result with less memory, slower."""
     learning_rate: PositiveNumber
     """The highest learning rate, reached after the warm-up."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -74,11 +92,15 @@ class OptimConfig:
     """Largest norm of all gradients together; larger ones are scaled down to it."""
     ema: FractionBelowOne = 0.999
     """Decay of the exponential moving average of the weights, which is what is saved and sampled."""
+    compile: bool = False
+    """Compile the module (torch.compile): minutes at the start, faster steps on GPUs and for long runs."""
     precision: Precision = "float32"
     """bfloat16: autocast; the weights stay float32. auto: bfloat16 on a device that multiplies it in hardware."""
 
     def __post_init__(self) -> None:
         validate_fields(self)
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"accumulate is {self.accumulate}: give a divisor of batch_size, {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +148,17 @@ class TextStageConfig:
             raise UsageError(
                 f"text.optim.batch_size is {self.optim.batch_size}: give 2 or more, the loss compares images of a batch"
             )
+        if self.optim.accumulate > 1:
+            raise UsageError(
+                f"text.optim.accumulate is {self.optim.accumulate}: give 1, the loss compares images of a batch"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEStageConfig:
-    """The autoencoder and the weights of its losses, each a mean over pixels in [-1, 1]."""
+class VAELossConfig:
+    """The weights of the autoencoder's losses, each a mean over pixels in [-1, 1], and its optimizer."""
 
     # The weights: "The VAE's loss, and its noise"
-    preset: Literal["nano", "tiny", "small", "sd15"] = "nano"
-    """Size of the autoencoder."""
     mse: NonNegativeNumber = 4.0
     """Weight of the squared error."""
     coarse_mse: NonNegativeNumber = 4.0
@@ -155,15 +179,20 @@ class VAEStageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetStageConfig:
-    """The U-Net and its diffusion loss."""
+class VAEStageConfig(VAELossConfig):
+    """The autoencoder and its losses."""
 
     preset: Literal["nano", "tiny", "small", "sd15"] = "nano"
-    """Size of the U-Net."""
-    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
-    """epsilon: the U-Net predicts the noise; v_prediction: the velocity."""
-    zero_terminal_snr: bool = True  # with epsilon it is refused: "ε-prediction with zero terminal SNR is refused"
-    """Rescale the noise schedule so that its last timestep is pure noise."""
+    """Size of the autoencoder."""
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The diffusion loss of a U-Net, and its optimizer."""
+
     caption_dropout: Fraction = 0.1  # as Stable Diffusion 1.5 was trained
     """Fraction of captions replaced by the empty one, for classifier-free guidance."""
     train_text_encoder: bool = False  # "Timesteps shifted towards noise": after sketching it need not be
@@ -173,9 +202,29 @@ class UNetStageConfig:
     timestep_shift: PositiveNumber = 3.0  # "Timesteps shifted towards noise"
     """Shift of the sampled timesteps towards noise, where the layout is settled: half of them are beyond
     shift / (1 + shift) of the schedule. 1 samples them uniformly."""
+    min_snr_gamma: Annotated[PositiveNumber | None, "a positive number"] = None
+    """Weigh timesteps by min(SNR, gamma) in terms of the denoised latents (Hang et al. 2023, arXiv 2303.09556; 5
+    there), so that those with little noise count less; None weighs predictions alike."""
+    offset_noise: Fraction = 0.0
+    """Noise of each whole latent channel that is added to the noise, as a fraction of it: darker and lighter images."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     optim: OptimConfig
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetStageConfig(DiffusionConfig):
+    """The U-Net and its diffusion loss."""
+
+    preset: Literal["nano", "tiny", "small", "sd15"] = "nano"
+    """Size of the U-Net."""
+    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    """epsilon: the U-Net predicts the noise; v_prediction: the velocity."""
+    zero_terminal_snr: bool = True  # with epsilon it is refused: "ε-prediction with zero terminal SNR is refused"
+    """Rescale the noise schedule so that its last timestep is pure noise."""
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -207,21 +256,38 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The complete configuration of a training run, apart from the folder that it is written to.
-
-    Start from a preset and change fields: ``dataclasses.replace(find_preset("nano"), seed=1)``.
-    """
+class RunConfig:
+    """Settings of every training run: its seed and device, when it saves and samples, and its data."""
 
     seed: WholeNumber = 0
     """Another seed gives other scenes, weights and noise."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes share: ddp, the batch; fsdp, the weights too, so that each holds a part of them."""
     save_every: Count = 500
     """Steps between checkpoints."""
     sample_every: Count = 1000
-    """Steps between sample grids."""
+    """Steps between sheets of samples, and measurements."""
+    sample_prompts: Annotated[tuple[str, ...], "a list of prompts"] = ()
+    """Prompts to sample while training; without any, captions of the data."""
+    samples: WholeNumber = 24
+    """Captions of the data that are sampled where no prompts are given; 0 samples none."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics and sheets are also sent."""
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """The complete configuration of training from scratch, apart from the folder that it is written to.
+
+    Start from a preset and change fields: ``dataclasses.replace(find_preset("nano"), seed=1)``.
+    """
+
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextStageConfig
     vae: VAEStageConfig
@@ -232,84 +298,69 @@ class TrainConfig:
         validate_fields(self)
 
 
-def nano() -> TrainConfig:
-    """A model of 5 shapes and 6 colours, 1.4 million parameters: about 13 minutes on two CPU cores."""
-    return TrainConfig(
-        # Steps: "How long nano trains". bfloat16: "Plain attention for training in bfloat16 on a CPU".
-        text=TextStageConfig(
-            optim=OptimConfig(
-                steps=280, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="auto"
-            )
-        ),
-        vae=VAEStageConfig(optim=OptimConfig(steps=500, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
-        unet=UNetStageConfig(
-            optim=OptimConfig(
-                steps=2400,
-                batch_size=32,
-                learning_rate=2e-3,
-                warmup_steps=100,
-                ema=0.998,
-                precision="auto",
-            )
-        ),
-    )
+@dataclass(frozen=True, kw_only=True)
+class NewWordConfig:
+    """The new word that textual inversion trains: token embeddings, and nothing else."""
+
+    word: str = "<new>"
+    """How prompts and captions call it."""
+    begin: str = ""
+    """A word of the model that it begins as; without one, the mean of all."""
+    vectors: Count = 1
+    """Token embeddings of the word: each takes a place of the prompt."""
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        if not self.word or any(letter.isspace() for letter in self.word):
+            raise UsageError(f"word is {self.word!r}: give one word without spaces")
 
 
-def tiny() -> TrainConfig:
-    """The model that ships: seven shapes, ten colours, counts and relations, 7.5 million parameters."""
-    return TrainConfig(
-        data=DataConfig(world="core", count=64_000),
-        tokenizer=TokenizerConfig(vocab_size=768),
-        text=TextStageConfig(
-            width=192,
-            layers=4,
-            projection=192,
-            # Full rate, Muon, 204,800 pairs: "The text encoder sketches"
-            text_lr_ratio=1.0,
-            optim=OptimConfig(
-                steps=1600,
-                batch_size=128,
-                learning_rate=3e-3,
-                optimizer="muon",
-                warmup_steps=60,
-                hold=0.6,
-                ema=0.99,
-                precision="auto",
-            ),
-        ),
-        vae=VAEStageConfig(
-            preset="tiny",
-            # Steps: "Noise in the latents does not matter to the decoder"
-            optim=OptimConfig(
-                steps=2400, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="auto"
-            ),
-        ),
-        unet=UNetStageConfig(
-            preset="tiny",
-            # Muon, rate and batch: "Muon for tiny's U-Net". Steps: "The sampling mix, and noise while painting".
-            optim=OptimConfig(
-                steps=15_000,
-                batch_size=64,
-                learning_rate=3e-3,
-                optimizer="muon",
-                warmup_steps=200,
-                hold=0.65,
-                precision="auto",
-            ),
-        ),
-        # ddpm: "The sampling mix, and noise while painting". Guidance: "The long run with both".
-        recommended=SamplingConfig(sampler="ddpm", steps=25, guidance=3.0),
-    )
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """DreamBooth's prior preservation: images of the class by the model itself, learned beside one's own."""
+
+    prompt: str = ""
+    """What the images are of, such as "a dog" for one's own dog; without it there is no prior."""
+    count: Count = 64
+    """Images that the model paints before it trains."""
+    weight: PositiveNumber = 1.0
+    """Weight of their loss beside that of one's own images."""
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
 
 
-TRAINING_PRESETS: dict[str, Callable[[], TrainConfig]] = {"nano": nano, "tiny": tiny}
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(RunConfig):
+    """The complete configuration of training from a model, apart from the folder that it is written to.
 
-
-def find_preset(name: str) -> TrainConfig:
-    """Make the configuration of a preset: nano or tiny.
-
-    Raises :class:`UsageError` with the choices for any other name.
+    Start from a preset: ``dataclasses.replace(find_preset("lora"), model="runs/mine")``.
     """
-    if name not in TRAINING_PRESETS:
-        raise UsageError(f"unknown preset {name!r}: the choices are {', '.join(TRAINING_PRESETS)}")
-    return TRAINING_PRESETS[name]()
+
+    model: Annotated[str | None, "the name of a model"] = None
+    """The model to start from: a folder or file, or a name on the Hub; without one, the model that ships."""
+    method: Literal["full", "adapter", "textual_inversion", "inpainting", "vae"] = "full"
+    """full: all of the U-Net's weights; adapter: a LoRA or its like beside them; textual_inversion: a new word alone;
+    inpainting: the whole U-Net, with channels for a mask; vae: the autoencoder alone."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Kind and size of the adapter that the method adapter trains."""
+    layout: AdapterLayout = "kohya"
+    """Whose layout the adapter is written in: kohya (also AUTOMATIC1111's and ComfyUI's), diffusers, peft."""
+    new_word: NewWordConfig = field(default_factory=NewWordConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    vae: VAELossConfig
+    unet: DiffusionConfig
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        joint = self.unet.train_text_encoder
+        if joint and self.method in ("textual_inversion", "vae"):
+            raise UsageError(f"unet.train_text_encoder is True: the method {self.method} trains no text encoder")
+        if joint and self.method == "adapter" and self.layout == "peft":
+            raise UsageError("layout is 'peft', which holds a U-Net alone: give kohya or diffusers, or freeze the text")
+        if self.prior.prompt and self.method in ("vae", "inpainting"):
+            raise UsageError(f"prior.prompt is {self.prior.prompt!r}: the method {self.method} has no prior")
+        if self.method == "adapter" and self.adapter.kind != "lora" and self.layout != "kohya":
+            raise UsageError(f"layout is {self.layout!r}: a {self.adapter.kind} is written in kohya's alone")
+        if self.data.buckets and self.method == "vae":
+            raise UsageError("data.buckets is True: the VAE is trained on squares")

@@ -4,6 +4,8 @@ In a single process every function here does nothing.
 """
 
 import os
+import resource
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -57,6 +59,29 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """Tell whether this is rank 0, the process that writes files and prints."""
     return not is_torchrun() or os.environ["RANK"] == "0"
+
+
+def rank() -> int:
+    """Return this process's number among those of the group; 0 without one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def is_initialized() -> bool:
+    """Tell whether this process is one of a group."""
+    return distributed.is_initialized()
+
+
+def barrier() -> None:
+    """Wait until every process of the group is here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had: on a GPU if it has one, else resident in main memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def shard() -> slice:

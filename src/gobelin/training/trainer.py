@@ -1,109 +1,86 @@
 """The training loop that every stage with gradients shares.
 
-No random state outlives a step: its batch and its noise follow from (seed, stage, step) alone, so that a resumed run
-is the run that was interrupted.
+No random state outlives a step: its batch and its noise follow from (seed, stage, step, row) alone, so that a resumed
+run is the run that was interrupted, however many processes and micro-batches it is cut into.
 """
 
-import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
+from copy import deepcopy
+from itertools import chain, islice
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
-from zlib import crc32
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 from gobelin.errors import TrainingError, is_out_of_memory
-from gobelin.formats.files import replacing, write_text
 from gobelin.training import distributed
 from gobelin.training.checkpoints import load_checkpoint, save_checkpoint
 from gobelin.training.config import OptimConfig
 from gobelin.training.muon import Muon, muon_parameters
+from gobelin.training.parallelize import parallelize, synchronised
 from gobelin.training.precision import autocast
+from gobelin.training.progress import show_progress
+from gobelin.training.run_folder import Run
+from gobelin.training.weight_average import WeightAverage
 
 Module = TypeVar("Module", bound=nn.Module)
+LOG_EVERY = 50
+"""Steps that a line of metrics.jsonl is the mean of."""
+_AHEAD = 2  # steps whose batches are made before they are needed
+_OPTIMIZER_STATE = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
+_STATE = "state."  # how names of an optimizer's tensors begin; the rest of its state follows from the configuration
 
-_METRICS = "metrics.jsonl"
-_LOG_EVERY = 50  # steps a line of metrics.jsonl is the mean of
+
+@runtime_checkable
+class TrainingBatch(Protocol):
+    """The samples that one process trains on at a time, made on the CPU."""
+
+    def to(self, device: torch.device) -> "TrainingBatch":
+        """Move every tensor to a device."""
+        ...
 
 
 @runtime_checkable
 class Stage(Protocol[Module]):
-    """The contract of a training stage: a module, and a loss over images of its dataset, given by their indices."""
+    """The contract of a training stage: a module whose ``forward`` takes a batch and returns losses, and its batches.
+
+    ``loss`` is the one to minimise. A stage knows one device and one process.
+    """
 
     name: str
     optim: OptimConfig
     module: Module
-    dataset_size: int
-    """Images in an epoch."""
     lr_ratios: dict[str, float]
     """Fractions of the learning rate, by the prefix of parameters' names."""
+    is_divisible: bool
+    """Whether the loss is a mean over samples, so that a batch can be divided; else every process takes all of it."""
 
-    def loss(self, indices: Int[Tensor, " batch"], generator: Generator) -> dict[str, Float[Tensor, ""]]:
-        """Compute losses by name; ``loss`` is the one to minimise. All randomness comes from ``generator`` (CPU).
-
-        A stage that several processes share draws for the whole batch, then computes its own shard.
-        """
+    def batch(self, step: int, rows: slice) -> Any:
+        """Make these rows of a step's batch, on the CPU: a pure function of its arguments, called in any thread."""
         ...
 
-    def sample_grid(self, module: Module, step: int) -> Image.Image | None:
-        """Draw samples of the module, its weights averaged up to ``step``, in one image; None for a stage without."""
+    def describe(self, step: int) -> str:
+        """Name the first samples of a step's batch, for an error."""
         ...
 
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The ``training`` folder of a run, and the settings that all stages share."""
-
-    folder: Path
-    seed: int
-    device: torch.device
-    save_every: int
-    sample_every: int
-    console: Console
-
-    def checkpoint_folder(self, stage: Stage) -> Path:
-        """Name the folder of a stage's checkpoints."""
-        return self.folder / "checkpoints" / stage.name
-
-    def log(self, stage: str, values: dict[str, float]) -> None:
-        """Append a line to ``metrics.jsonl``, in the main process."""
-        if not distributed.is_main_process():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, **values}) + "\n")
-
-    def forget_after(self, stage: str, step: int) -> None:
-        """Remove a stage's lines after ``step`` from ``metrics.jsonl``: those steps are to be trained again."""
-        file = self.folder / _METRICS
-        if not distributed.is_main_process() or not file.exists():
-            return
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if not _is_after(line, stage, step)]
-        if len(kept) < len(lines):
-            write_text(file, "".join(kept))
-
-
-def _is_after(line: str, stage: str, step: int) -> bool:
-    """Tell whether a line of the metrics is of a later step, or was cut off while it was written."""
-    try:
-        found = json.loads(line)
-        return found["stage"] == stage and found["step"] > step
-    except (ValueError, KeyError, TypeError):
-        return True
+    def evaluate(self, module: Module, step: int, run: Run) -> Image.Image | None:
+        """Measure the module, its weights averaged, and draw its samples in one image; None for a stage without."""
+        ...
 
 
 def fit(stage: Stage[Module], run: Run) -> Module:
@@ -113,74 +90,78 @@ def fit(stage: Stage[Module], run: Run) -> Module:
     SIGINT and SIGTERM stop training after the current step, with a checkpoint and a KeyboardInterrupt. Raises
     :class:`TrainingError` for a loss that is not finite; the last checkpoint stands.
     """
-    optim = stage.optim
-    module = stage.module.train().to(run.device)
+    optim, module = stage.optim, stage.module.train().to(run.device)
     if run.device.type == "cuda":
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    whole = deepcopy(module) if distributed.is_initialized() and run.parallelism == "fsdp" else module
+    parallel = parallelize(module, run.parallelism, run.device)
     optimizers = make_optimizers(module, optim, stage.lr_ratios)
-    average = AveragedModel(module, multi_avg_fn=_averager(optim.ema))
+    average = WeightAverage(module, optim.ema)
     start = _restore(stage, run, module, average, optimizers)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     recent: list[dict[str, Tensor]] = []
-    logged_at, logged = time.perf_counter(), start
+    clock = _Clock(optim.batch_size, start)
+    if start == 0:
+        _evaluate(stage, run, whole, average, 0)  # so that what cannot be sampled is said before hours of training
 
-    def save(step: int) -> None:
-        states = {
-            "module": module.state_dict(),
-            "average": average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        }
-        save_checkpoint(run.checkpoint_folder(stage), step, states)
-
-    with _progress(run.console, stage.name, start, optim.steps) as advance, _stop_requested() as stop:
+    with (
+        show_progress(run.console, stage.name, start, optim.steps) as advance,
+        _stop_requested() as stop,
+        _prefetched(stage, start) as batches,
+    ):
         for step in range(start, optim.steps):
             for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = group["lr_ratio"] * learning_rate(optim, step)
-            generator = Generator().manual_seed(derive_seed(run.seed, stage.name, step))
-            indices = batch_indices(run.seed, stage.name, step, optim.batch_size, stage.dataset_size)
             module.zero_grad(set_to_none=True)
-            with _memory_of(stage):
-                with autocast(run.device, optim.precision):
-                    losses = stage.loss(indices, generator)
-                losses["loss"].backward()
-            losses = {name: value.detach().float() for name, value in losses.items()}
+            with clock.waiting():
+                micro_batches = next(batches)
+            losses = _gradients(stage, run, parallel, micro_batches)
             stopping = torch.tensor(float(stop()), device=run.device)
-            gradients = (parameter.grad for parameter in module.parameters() if parameter.grad is not None)
-            distributed.all_reduce_mean_([*gradients, *losses.values(), stopping])
-            norm = nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm)
+            distributed.all_reduce_mean_([*losses.values(), stopping])
+            norm = _whole(nn.utils.clip_grad_norm_(trained, optim.clip_norm))
             if not (losses["loss"].isfinite() and norm.isfinite()):
                 raise TrainingError(
-                    f"stage {stage.name}, step {step}, images {indices[:4].tolist()}…: the loss is "
+                    f"stage {stage.name}, step {step}, {stage.describe(step)}: the loss is "
                     f"{losses['loss'].item()} and its gradient's norm {norm.item()}; the last checkpoint stands, "
                     "start again in another folder with a lower learning rate"
                 )
             for optimizer in optimizers:
                 optimizer.step()
-            average.update_parameters(module)
+            average.update(step)
 
             done = step + 1
             recent.append({**losses, "grad_norm": norm})
-            if done % _LOG_EVERY == 0 or done == optim.steps:
-                now = time.perf_counter()
+            last = done == optim.steps
+            if done % LOG_EVERY == 0 or last:
                 means = {name: torch.stack([r[name] for r in recent]).mean().item() for name in recent[0]}
-                speed = (done - logged) * optim.batch_size / (now - logged_at)
-                run.log(
-                    stage.name,
-                    {"step": done, "lr": learning_rate(optim, step), "samples_per_s": speed, **means},
-                )
-                advance(done, means["loss"], speed)
-                recent, logged_at, logged = [], now, done
-            last, main_process = done == optim.steps, distributed.is_main_process()
-            if main_process and (done % run.save_every == 0 or last or stopping):
-                save(done)
+                speeds = clock.read(done)
+                run.log(stage.name, {"step": done, "lr": learning_rate(optim, step), **means, **speeds})
+                advance(done, means["loss"], speeds)
+                recent = []
+            if done % run.save_every == 0 or last or stopping:
+                state = _state(module, average, optimizers)
+                save_checkpoint(run.checkpoint_folder(stage.name), done, state)
             if stopping:
-                distributed.broadcast(
-                    done
-                )  # torchrun ends all processes when one ends: not before the checkpoint stands
                 run.console.print(f"{stage.name}: stopped; step {done} is saved, and --resume goes on from it")
                 raise KeyboardInterrupt
-            if main_process and (done % run.sample_every == 0 or last):
-                _save_sample_grid(stage, run, cast(Module, average.module), done)
-    return cast(Module, average.module.eval())
+            if done % run.sample_every == 0 or last:
+                with clock.paused():
+                    _evaluate(stage, run, whole, average, done)
+    _put_average(whole, average)
+    return whole.eval()
+
+
+def _gradients(stage: Stage, run: Run, module: nn.Module, batches: list[TrainingBatch]) -> dict[str, Tensor]:
+    """Add up the gradients of a step's micro-batches; returns the means of the losses, detached, in float32."""
+    totals: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches, start=1):
+        with _memory_of(stage), synchronised(module, last=number == len(batches)):
+            with autocast(run.device, stage.optim.precision):
+                losses = module(batch.to(run.device))
+            (losses["loss"] / len(batches)).backward()
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value.detach().float() / len(batches)
+    return totals
 
 
 @contextmanager
@@ -192,10 +173,70 @@ def _memory_of(stage: Stage) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         section = stage.name.removesuffix("_encoder")
+        micro = "" if not stage.is_divisible else f", or divide it: --{section}.optim.accumulate 2"
         raise TrainingError(
             f"stage {stage.name}: a batch of {stage.optim.batch_size} images does not fit into memory: give a smaller "
-            f"one, --{section}.optim.batch-size; the last checkpoint stands"
+            f"one, --{section}.optim.batch-size{micro}; the last checkpoint stands"
         ) from error
+
+
+@contextmanager
+def _prefetched(stage: Stage, start: int) -> Iterator[Iterator[list[TrainingBatch]]]:
+    """Make the micro-batches of the next steps in another thread, while this one computes."""
+    parts = distributed.world_size() * stage.optim.accumulate if stage.is_divisible else 1
+    first = distributed.rank() * stage.optim.accumulate if stage.is_divisible else 0
+    shares = [slice(first + number, None, parts) for number in range(stage.optim.accumulate if parts > 1 else 1)]
+
+    def make(step: int) -> list[TrainingBatch]:
+        return [stage.batch(step, rows) for rows in shares]
+
+    def batches() -> Iterator[list[TrainingBatch]]:
+        steps = iter(range(start, stage.optim.steps))
+        ahead: deque[Future[list[TrainingBatch]]] = deque(pool.submit(make, step) for step in islice(steps, _AHEAD))
+        while ahead:
+            made = ahead.popleft().result()
+            ahead.extend(pool.submit(make, step) for step in islice(steps, 1))
+            yield made
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    try:
+        yield batches()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Clock:
+    """Measure samples a second, the share of the time that is spent waiting for data, and memory."""
+
+    def __init__(self, batch_size: int, step: int):
+        self._batch_size, self._step = batch_size, step
+        self._began, self._waited, self._idle = time.perf_counter(), 0.0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block's time as waiting for data."""
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block's time out of the measurement."""
+        before = time.perf_counter()
+        yield
+        self._idle += time.perf_counter() - before
+
+    def read(self, step: int) -> dict[str, float]:
+        """Return what was measured since the last reading."""
+        now = time.perf_counter()
+        taken = max(now - self._began - self._idle, 1e-9)
+        read = {
+            "samples_per_s": (step - self._step) * self._batch_size / taken,
+            "data_wait": self._waited / taken,
+            "memory_mb": distributed.peak_memory() / 2**20,
+        }
+        self._step, self._began, self._waited, self._idle = step, now, 0.0, 0.0
+        return read
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -208,27 +249,10 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
     return optim.learning_rate * (optim.final_lr_ratio + (1 - optim.final_lr_ratio) * cosine)
 
 
-def batch_indices(seed: int, stage: str, step: int, batch_size: int, dataset_size: int) -> Int[Tensor, " batch"]:
-    """Select the images of a step: consecutive positions in an endless sequence of shuffled epochs."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // dataset_size
-    parts = []
-    for epoch in epochs.unique().tolist():
-        generator = Generator().manual_seed(derive_seed(seed, f"{stage}/order", epoch))
-        order = torch.randperm(dataset_size, generator=generator)
-        parts.append(order[positions[epochs == epoch] % dataset_size])
-    return torch.cat(parts)
-
-
-def derive_seed(seed: int, purpose: str, number: int) -> int:
-    """Derive an independent seed for every purpose and number from the run's seed."""
-    return crc32(f"{seed}/{purpose}/{number}".encode()) | seed << 32 & 0x7FFF_FFFF_FFFF_FFFF
-
-
 def make_optimizers(
     module: nn.Module, optim: OptimConfig, lr_ratios: dict[str, float] | None = None
 ) -> list[torch.optim.Optimizer]:
-    """Make AdamW for all parameters, or Muon and AdamW if the configuration asks for Muon.
+    """Make AdamW for all parameters that are trained, or Muon and AdamW if the configuration asks for Muon.
 
     Weight decay applies to matrices and kernels, not to biases, norms and scalars. ``lr_ratios`` scales the learning
     rate of parameters by the prefix of their names.
@@ -236,6 +260,8 @@ def make_optimizers(
     by_muon = muon_parameters(module) if optim.optimizer == "muon" else set()
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decay = optim.weight_decay if parameter.ndim >= 2 else 0.0
         ratio = next((ratio for prefix, ratio in (lr_ratios or {}).items() if name.startswith(prefix)), 1.0)
         groups.setdefault((name in by_muon, decay, ratio), []).append(parameter)
@@ -247,71 +273,82 @@ def make_optimizers(
             if muon == of_muon
         ]
 
-    adamw = torch.optim.AdamW(param_groups(False), lr=optim.learning_rate, betas=optim.betas, fused=True)
-    return [Muon(param_groups(True), lr=optim.learning_rate), adamw] if by_muon else [adamw]
+    optimizers: list[torch.optim.Optimizer] = []
+    if param_groups(True):
+        optimizers.append(Muon(param_groups(True), lr=optim.learning_rate))
+    if param_groups(False):
+        optimizers.append(torch.optim.AdamW(param_groups(False), lr=optim.learning_rate, betas=optim.betas, fused=True))
+    return optimizers
 
 
-def _averager(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
-    """Make the update of an exponential moving average, whose decay rises from 2/11 to ``decay`` as in TensorFlow's."""
-
-    def update(averages: Any, currents: Any, count: Tensor | int) -> None:
-        step = float(count)
-        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + step) / (10 + step)))  # type: ignore[attr-defined]
-
-    return update
+def _state(module: nn.Module, average: WeightAverage, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """List every tensor that a stage goes on from, by name: trained weights, their averages, the optimizers' state."""
+    weights = {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
+    states = get_optimizer_state_dict(module, optimizers, options=_OPTIMIZER_STATE)
+    return {
+        **{f"weights.{name}": value for name, value in weights.items()},
+        **{f"average.{name}": value for name, value in average.averages.items()},
+        **{f"optimizer.{name}": cast(Tensor, one) for name, one in states.items() if name.startswith(_STATE)},
+    }
 
 
 def _restore(
-    stage: Stage, run: Run, module: nn.Module, average: AveragedModel, optimizers: list[torch.optim.Optimizer]
+    stage: Stage, run: Run, module: nn.Module, average: WeightAverage, optimizers: list[torch.optim.Optimizer]
 ) -> int:
     """Load the newest checkpoint; returns its step, 0 if there is none."""
-    saved = load_checkpoint(run.checkpoint_folder(stage))
-    if saved is None:
-        run.forget_after(stage.name, 0)
-        return 0
-    module.load_state_dict(saved["module"])
-    average.load_state_dict(saved["average"])
-    for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(values)
-    run.forget_after(stage.name, saved["step"])
-    return saved["step"]
+    state = _state(module, average, optimizers)
+    step = load_checkpoint(run.checkpoint_folder(stage.name), state)
+    if step:
+        prefix = "optimizer."
+        states = get_optimizer_state_dict(module, optimizers, options=_OPTIMIZER_STATE)
+        loaded = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+        states.update(cast(dict[str, Any], loaded))
+        set_optimizer_state_dict(module, optimizers, states, options=_OPTIMIZER_STATE)
+    run.forget_after(stage.name, step)
+    distributed.barrier()
+    return step
 
 
-def _save_sample_grid(stage: Stage[Module], run: Run, module: Module, step: int) -> None:
-    """Write the stage's sample grid, if it has one, to ``samples/STAGE-STEP.png``."""
-    module.eval()
-    with torch.no_grad():
-        image = stage.sample_grid(module, step)
-    if image is not None:
-        folder = run.folder / "samples"
-        with replacing(folder / f"{stage.name}-{step:06d}.png") as temporary:
-            image.save(temporary, format="PNG")
+def _evaluate(stage: Stage[Module], run: Run, whole: Module, average: WeightAverage, step: int) -> None:
+    """Let the stage measure and draw itself with averaged weights, in the main process, while the others wait."""
+    with _averaged(whole, average) as averaged:
+        if distributed.is_main_process():
+            averaged.eval()
+            with torch.no_grad():
+                sheet = stage.evaluate(averaged, step, run)
+            if sheet is not None:
+                run.save_sheet(stage.name, step, sheet)
+            averaged.train()
+    distributed.barrier()
 
 
 @contextmanager
-def _progress(console: Console, name: str, start: int, steps: int) -> Iterator:
-    """Show a progress bar on a terminal; elsewhere print one line at the end."""
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    begun = time.perf_counter()
-    note = ""
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=steps, completed=start, note="")
+def _averaged(whole: Module, average: WeightAverage) -> Iterator[Module]:
+    """Put the averaged weights into the module, or into its unsharded copy, while the block runs."""
+    is_copy = _put_average(whole, average)
+    try:
+        yield whole
+    finally:
+        if not is_copy:
+            average.swap()
 
-        def advance(done: int, loss: float, speed: float) -> None:
-            nonlocal note
-            note = f"loss {loss:.4f}, {speed:.0f} samples/s"
-            progress.update(task, completed=done, note=note)
 
-        yield advance
-    if not console.is_terminal:
-        console.print(f"{name}: {steps} steps in {time.perf_counter() - begun:.0f} s; {note}")
+def _put_average(whole: nn.Module, average: WeightAverage) -> bool:
+    """Put the averaged weights into the module; returns whether that is an unsharded copy of the one that is trained.
+
+    Every process takes part in gathering shards.
+    """
+    gathered = {name: _whole(value) for name, value in average.averages.items() if isinstance(value, DTensor)}
+    if gathered:
+        whole.load_state_dict(gathered, strict=False)
+    else:
+        average.swap()
+    return bool(gathered)
+
+
+def _whole(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Gather a tensor from the shards of all processes; one without shards stays itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

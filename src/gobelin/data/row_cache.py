@@ -1,0 +1,201 @@
+"""Row cache: rows of tensors on disk, found by the hash of what they were computed from.
+
+A row is computed once for each content (an image file's bytes, a caption) and each ``folder``, whose name says with
+which model and preprocessing. Rows lie in safetensors shards and are read one by one, without mapping the shard, so
+that memory does not grow with their number.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Shaped
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gobelin.errors import DataError
+from gobelin.formats.files import replacing
+
+Hashes: TypeAlias = Shaped[np.ndarray, " rows"]
+HASH_BYTES = 16
+"""Bytes of a row's hash: among 10 million rows, two have the same one with a chance of 10⁻²⁵."""
+_HASHES = "hashes"
+_SHARD_BYTES = 64 * 2**20  # of a shard: so much is computed again after a kill, and held in memory
+_COMPUTED_TOGETHER = 64  # rows: a batch for a network
+_DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
+_MAX_HEADER = 100_000  # bytes; a shard's header has some 300
+
+
+def content_hash(*parts: bytes | str) -> bytes:
+    """Hash what a row is computed from: the first 16 bytes of a SHA-256."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.digest()[:HASH_BYTES]
+
+
+def hash_array(hashes: Iterable[bytes]) -> Hashes:
+    """Join hashes into an array of 16 bytes each."""
+    return np.frombuffer(b"".join(hashes), f"V{HASH_BYTES}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """A tensor of a shard: where its rows begin in the file, and what each is."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Shard:
+    """A shard's file: its tensors, and the hash of each row."""
+
+    path: Path
+    columns: dict[str, _Column]
+    hashes: Hashes
+
+    def read(self, row: int) -> dict[str, Tensor]:
+        """Read a row of every tensor. The file is opened anew, so that any number of shards and of threads may be."""
+        rows = {}
+        with self.path.open("rb", buffering=0) as file:
+            for name, column in self.columns.items():
+                content = os.pread(file.fileno(), column.row_bytes, column.start + row * column.row_bytes)
+                if len(content) < column.row_bytes:
+                    raise DataError(f"{self.path} is cut off: remove it, its rows are computed again")
+                rows[name] = torch.frombuffer(bytearray(content), dtype=column.dtype).reshape(column.shape)
+        return rows
+
+
+class RowCache:
+    """Open the rows in a ``folder``, which may be new; raises :class:`DataError` for a shard that is not whole."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._shards: list[_Shard] = []
+        self._hashes: Hashes = np.empty(0, f"V{HASH_BYTES}")
+        self._places = np.empty((0, 2), np.int64)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for shards that were written since, by this process or another."""
+        self._shards = [_open_shard(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        if self._shards:
+            every = np.concatenate([shard.hashes for shard in self._shards])
+            places = [
+                np.stack([np.full(len(shard.hashes), number), np.arange(len(shard.hashes))], axis=1)
+                for number, shard in enumerate(self._shards)
+            ]
+            self._hashes, first = np.unique(every, return_index=True)
+            self._places = np.concatenate(places)[first]
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def missing(self, hashes: Hashes) -> Int[np.ndarray, " missing"]:
+        """List the positions in ``hashes`` of rows that are not there, each content once."""
+        absent = np.flatnonzero(~self._find(hashes)[1])
+        return np.sort(absent[np.unique(hashes[absent], return_index=True)[1]])
+
+    def append(self, hashes: Hashes, rows: dict[str, Tensor]) -> None:
+        """Write a shard of rows: tensors by name, the first axis of each as long as ``hashes``.
+
+        Raises :class:`DataError` for a number that is not finite. A killed process leaves no half-written shard.
+        """
+        for name, tensor in rows.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise DataError(f"{name} to cache in {self.folder} are not all finite: the model that made them is not")
+        joined = hashes.tobytes()
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in rows.items()}
+        tensors[_HASHES] = torch.frombuffer(bytearray(joined), dtype=torch.uint8).reshape(-1, HASH_BYTES)
+        path = self.folder / f"{hashlib.sha256(joined).hexdigest()[:32]}.safetensors"
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+
+    def read(self, hashes: Hashes) -> dict[str, Shaped[Tensor, "rows ..."]]:
+        """Read rows by their hashes; all must be there, and of one shape."""
+        places, found = self._find(hashes)
+        if not found.all():
+            raise DataError(f"{self.folder} lacks {int((~found).sum())} of {len(hashes)} rows: was it changed?")
+        rows = [self._shards[shard].read(row) for shard, row in places.tolist()]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _find(self, hashes: Hashes) -> tuple[Int[np.ndarray, "rows 2"], Bool[np.ndarray, " rows"]]:
+        """Find rows: (shard and row of each, whether it is there)."""
+        if not len(self._hashes):
+            return np.zeros((len(hashes), 2), np.int64), np.zeros(len(hashes), bool)
+        at = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
+        return self._places[at], self._hashes[at] == hashes
+
+
+def fill(
+    cache: RowCache,
+    hashes: Hashes,
+    compute: Callable[[Int[np.ndarray, " rows"]], dict[str, Tensor]],
+    *,
+    share: slice = slice(None),
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Compute the rows that a cache lacks, some at a time: ``compute`` is given positions in ``hashes``.
+
+    ``share`` selects what this process computes; the rest is left to other processes. What was written before a run
+    was killed is not computed again. ``advance`` is called with the rows done and all of them.
+    """
+    missing = cache.missing(hashes)
+    # By their place among all: another process may have written some of them by now, and may look at other rows.
+    missing = missing[np.isin(missing, np.arange(len(hashes))[share])]
+    done = 0
+    while done < len(missing):
+        shard, size = [], 0
+        positions: list[Any] = []
+        while done < len(missing) and size < _SHARD_BYTES:
+            part = missing[done : done + _COMPUTED_TOGETHER]
+            shard.append(compute(part))
+            positions.append(part)
+            size += sum(tensor.nbytes for tensor in shard[-1].values())
+            done += len(part)
+            advance(done, len(missing))
+        rows = {name: torch.cat([part[name] for part in shard]) for name in shard[0]}
+        cache.append(hashes[np.concatenate(positions)], rows)
+    cache.refresh()
+
+
+def _open_shard(path: Path) -> _Shard:
+    """Read a shard's header and hashes: safetensors is 8 bytes of length, JSON of that length, then the tensors."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length < _MAX_HEADER:
+                raise ValueError("no header")
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            columns = {
+                name: _Column(
+                    start=8 + length + entry["data_offsets"][0],
+                    shape=tuple(entry["shape"][1:]),
+                    dtype=_DTYPES[entry["dtype"]],
+                )
+                for name, entry in header.items()
+            }
+            rows = header[_HASHES]["shape"][0]
+            ends = [8 + length, *sorted(column.start + rows * column.row_bytes for column in columns.values())]
+            if ends != [*sorted(column.start for column in columns.values()), path.stat().st_size]:
+                raise ValueError("its length is not what its header says")
+            file.seek(columns[_HASHES].start)
+            hashes = np.frombuffer(file.read(rows * HASH_BYTES), f"V{HASH_BYTES}")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): remove it, its rows are computed again") from error
+    del columns[_HASHES]
+    return _Shard(path=path, columns=columns, hashes=hashes)

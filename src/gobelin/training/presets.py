@@ -1,0 +1,176 @@
+"""Presets of training: functions that return a complete configuration, from scratch or from a model.
+
+Names in quotes are headings of ``docs/decisions.md``.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, overload
+
+from gobelin.errors import UsageError
+from gobelin.training.config import (
+    DataConfig,
+    DiffusionConfig,
+    FineTuneConfig,
+    OptimConfig,
+    SamplingConfig,
+    TextStageConfig,
+    TokenizerConfig,
+    TrainConfig,
+    UNetStageConfig,
+    VAELossConfig,
+    VAEStageConfig,
+)
+
+
+def nano() -> TrainConfig:
+    """A model of 5 shapes and 6 colours, 1.4 million parameters: about 13 minutes on two CPU cores."""
+    return TrainConfig(
+        # Steps: "How long nano trains". bfloat16: "Plain attention for training in bfloat16 on a CPU".
+        text=TextStageConfig(
+            optim=OptimConfig(
+                steps=280, batch_size=128, learning_rate=2e-3, warmup_steps=40, ema=0.98, precision="auto"
+            )
+        ),
+        vae=VAEStageConfig(optim=OptimConfig(steps=500, batch_size=16, learning_rate=3e-3, ema=0.99, weight_decay=0.0)),
+        unet=UNetStageConfig(
+            optim=OptimConfig(
+                steps=2400,
+                batch_size=32,
+                learning_rate=2e-3,
+                warmup_steps=100,
+                ema=0.998,
+                precision="auto",
+            )
+        ),
+    )
+
+
+def tiny() -> TrainConfig:
+    """The model that ships: seven shapes, ten colours, counts and relations, 7.5 million parameters."""
+    return TrainConfig(
+        data=DataConfig(world="core", count=64_000),
+        tokenizer=TokenizerConfig(vocab_size=768),
+        text=TextStageConfig(
+            width=192,
+            layers=4,
+            projection=192,
+            # Full rate, Muon, 204,800 pairs: "The text encoder sketches"
+            text_lr_ratio=1.0,
+            optim=OptimConfig(
+                steps=1600,
+                batch_size=128,
+                learning_rate=3e-3,
+                optimizer="muon",
+                warmup_steps=60,
+                hold=0.6,
+                ema=0.99,
+                precision="auto",
+            ),
+        ),
+        vae=VAEStageConfig(
+            preset="tiny",
+            # Steps: "Noise in the latents does not matter to the decoder"
+            optim=OptimConfig(
+                steps=2400, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="auto"
+            ),
+        ),
+        unet=UNetStageConfig(
+            preset="tiny",
+            # Muon, rate and batch: "Muon for tiny's U-Net". Steps: "The sampling mix, and noise while painting".
+            optim=OptimConfig(
+                steps=15_000,
+                batch_size=64,
+                learning_rate=3e-3,
+                optimizer="muon",
+                warmup_steps=200,
+                hold=0.65,
+                precision="auto",
+            ),
+        ),
+        # ddpm: "The sampling mix, and noise while painting". Guidance: "The long run with both".
+        recommended=SamplingConfig(sampler="ddpm", steps=25, guidance=3.0),
+    )
+
+
+def _fine_tuning(**changes: Any) -> FineTuneConfig:
+    """Make the defaults of training from a model; rates are the usual ones for Stable Diffusion 1.5."""
+    config = FineTuneConfig(
+        save_every=250,
+        sample_every=250,
+        samples=4,  # each takes a minute at Stable Diffusion's size on a CPU
+        vae=VAELossConfig(optim=OptimConfig(steps=1000, batch_size=4, learning_rate=1e-4, precision="auto")),
+        # Uniform timesteps, as the model was trained with; a shorter average than from scratch, as are the runs.
+        unet=DiffusionConfig(
+            timestep_shift=1.0,
+            optim=OptimConfig(
+                steps=1000, batch_size=4, learning_rate=1e-5, betas=(0.9, 0.999), ema=0.99, hold=0.8, precision="auto"
+            ),
+        ),
+    )
+    return replace(config, **changes)
+
+
+def finetune() -> FineTuneConfig:
+    """The whole U-Net of a model, on one's own images."""
+    return _fine_tuning()
+
+
+def lora() -> FineTuneConfig:
+    """A LoRA: a small file beside a model that stays as it is."""
+    made = _fine_tuning(method="adapter")
+    return replace(made, unet=replace(made.unet, optim=replace(made.unet.optim, learning_rate=1e-4)))
+
+
+def textual_inversion() -> FineTuneConfig:
+    """A new word for what a few images show; nothing else changes."""
+    made = _fine_tuning(method="textual_inversion")
+    optim = replace(made.unet.optim, learning_rate=5e-3, weight_decay=0.0)
+    return replace(made, unet=replace(made.unet, caption_dropout=0.0, optim=optim))
+
+
+def dreambooth() -> FineTuneConfig:
+    """The U-Net and text encoder on a few images of one thing; add --prior.prompt to keep the rest of its class."""
+    made = _fine_tuning()
+    optim = replace(made.unet.optim, learning_rate=2e-6)
+    return replace(made, unet=replace(made.unet, train_text_encoder=True, text_lr_ratio=1.0, optim=optim))
+
+
+def inpainting() -> FineTuneConfig:
+    """A U-Net with nine channels, that sees the masked image and the mask."""
+    return _fine_tuning(method="inpainting")
+
+
+def vae() -> FineTuneConfig:
+    """The autoencoder of a model alone."""
+    return _fine_tuning(method="vae")
+
+
+TRAINING_PRESETS: dict[str, Callable[[], TrainConfig | FineTuneConfig]] = {
+    "nano": nano,
+    "tiny": tiny,
+    "finetune": finetune,
+    "lora": lora,
+    "textual-inversion": textual_inversion,
+    "dreambooth": dreambooth,
+    "inpainting": inpainting,
+    "vae": vae,
+}
+
+
+@overload
+def find_preset(name: Literal["nano", "tiny"]) -> TrainConfig: ...
+@overload
+def find_preset(
+    name: Literal["finetune", "lora", "textual-inversion", "dreambooth", "inpainting", "vae"],
+) -> FineTuneConfig: ...
+@overload
+def find_preset(name: str) -> TrainConfig | FineTuneConfig: ...
+def find_preset(name: str) -> TrainConfig | FineTuneConfig:
+    """Make the configuration of a preset, of training from scratch (nano, tiny) or from a model (the others).
+
+    Raises :class:`UsageError` with the choices for any other name.
+    """
+    if name not in TRAINING_PRESETS:
+        raise UsageError(f"unknown preset {name!r}: the choices are {', '.join(TRAINING_PRESETS)}")
+    return TRAINING_PRESETS[name]()

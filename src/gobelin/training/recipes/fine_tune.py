@@ -1,0 +1,195 @@
+"""Train from a model: its U-Net, an adapter beside it, a new word, channels for a mask, or its VAE alone.
+
+What is written is what was trained: a diffusers folder, or the file of an adapter or a word. The ``training`` subfolder
+is as in training from scratch.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from gobelin.adapters.adapter_file import write_adapter
+from gobelin.adapters.trainable import add_adapters_
+from gobelin.adapters.trained_words import add_trained_word_, trained_vectors, write_word
+from gobelin.checkpoint import Model, open_model
+from gobelin.data import CachedDataset
+from gobelin.data.captioned_files import METADATA
+from gobelin.data.image_folder import ImageFolderDataset
+from gobelin.errors import DataError, TrainingError
+from gobelin.formats.files import write_text
+from gobelin.formats.png import write_png
+from gobelin.pipeline import Pipeline, shipped_model
+from gobelin.training import distributed
+from gobelin.training.config import FineTuneConfig
+from gobelin.training.fine_tune_stages import InpaintingStage, WithPrior, widen_for_mask_
+from gobelin.training.losses import UNetLoss
+from gobelin.training.model_card import adapter_card, fine_tune_card
+from gobelin.training.recipes.diffusion import Networks, make_unet_stage
+from gobelin.training.recipes.recipe import Recipe
+from gobelin.training.stages import UNetStage, VAEStage
+from gobelin.training.trainer import Stage, fit
+
+ADAPTER_FILE, ADAPTER_FOLDER = "adapter.safetensors", "adapter"
+_SHOWN = 8  # images in the VAE's sample sheet
+_PRIOR_TOGETHER = 4  # images of the prior that are painted at once
+
+
+class FineTune(Recipe[FineTuneConfig]):
+    """The recipe of training from a model: one stage."""
+
+    @property
+    def sections(self) -> dict[str, str]:  # type: ignore[override]
+        """The section of the configuration of the only stage."""
+        return {"vae": "vae"} if self.config.method == "vae" else {"unet": "unet"}
+
+    def stages(self) -> dict[str, Callable[[], None]]:
+        """Name the only stage."""
+        return {"vae": self.vae} if self.config.method == "vae" else {"unet": self.unet}
+
+    @cached_property
+    def model(self) -> Model:
+        """The model to start from, in float32."""
+        return open_model(self._path, self.device, torch.float32)
+
+    @property
+    def _path(self) -> str | Path:
+        return shipped_model() if self.config.model is None else self.config.model
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of a square image: those asked for, or the model's own."""
+        vae, unet = self.model.vae.config, self.model.unet.config
+        size = self.config.data.size or unet.sample_size * vae.factor
+        multiple = vae.factor * 2 ** (len(unet.block_out_channels) - 1)
+        if size % multiple:
+            raise TrainingError(f"data.size is {size}: this model needs a multiple of {multiple}")
+        return size
+
+    def vae(self) -> None:
+        """Train the VAE; the folder holds the whole model with it."""
+        shown = range(min(_SHOWN, len(self.dataset)))
+        stage = VAEStage(self.dataset, self.model.vae, self.config.vae, self.config.seed, shown, fresh=False)
+        fit(stage, self.context)
+        self._write_model(Pipeline(self.model), self.config.vae.optim.steps, self.config.vae.optim.steps)
+
+    def unet(self) -> None:
+        """Train the U-Net, or what is put beside it."""
+        config, model = self.config.unet, self.model
+        self._prepare()
+        networks = Networks(
+            unet=model.unet,
+            vae=model.vae.requires_grad_(False),
+            text_encoder=model.text_encoder,
+            tokenizer=model.tokenizer,
+            schedule=model.schedule,
+            is_text_trained=config.train_text_encoder or self.config.method == "textual_inversion",
+        )
+
+        def write(module: UNetLoss, step: int) -> Pipeline:
+            """Write what is trained as it stands, and return the model that paints with it."""
+            text_encoder = module.text_encoder or model.text_encoder
+            pipeline = Pipeline(dataclasses.replace(model, unet=module.unet, text_encoder=text_encoder))
+            if distributed.is_main_process():
+                self._write(pipeline, step)
+            return pipeline
+
+        kind: Any = UNetStage
+        if self.config.method == "inpainting":
+            kind = lambda *arguments: InpaintingStage(model.vae, *arguments)  # noqa: E731
+        stage: Stage[UNetLoss] = make_unet_stage(self, networks, config, write, stage=kind)
+        if self.config.prior.prompt:
+            prior = make_unet_stage(self, networks, config, write, self._prior(), seed=self.config.seed + 1)
+            stage = WithPrior(stage, prior, self.config.prior.weight)  # type: ignore[assignment]
+        trained = fit(stage, self.context)
+        write(trained, config.optim.steps)
+
+    def _prepare(self) -> None:
+        """Freeze the model but for what the method trains, and put that into it."""
+        config, model = self.config, self.model
+        model.unet.requires_grad_(config.method in ("full", "inpainting"))
+        model.text_encoder.requires_grad_(config.unet.train_text_encoder and config.method == "full")
+        if config.method == "adapter":
+            generator = torch.Generator().manual_seed(config.seed)
+            add_adapters_(model.unet, config.adapter, generator)
+            if config.unet.train_text_encoder:
+                add_adapters_(model.text_encoder, config.adapter, generator)
+        if config.method == "inpainting":
+            widen_for_mask_(model.unet, model.vae.config.latent_channels)
+        if config.method == "textual_inversion":
+            new = config.new_word
+            self._require_word(new.word)
+            add_trained_word_(model.text_encoder, model.tokenizer, new.word, new.begin, new.vectors)
+
+    def _require_word(self, word: str) -> None:
+        """Raise :class:`DataError` where no caption has the new word, and say how many have not."""
+        dataset = self.split[0]
+        having = sum(any(word in caption for caption in dataset.captions(index)) for index in range(len(dataset)))
+        if not having:
+            raise DataError(
+                f"the new word {word!r} is in none of the {len(dataset):,} captions: write it into them, as in "
+                f"'a photo of {word}', or give yours with --new-word.word"
+            )
+        if having < len(dataset):
+            self.console.print(f"{len(dataset) - having:,} of {len(dataset):,} captions are without {word!r}")
+
+    def _write(self, pipeline: Pipeline, step: int) -> None:
+        """Write the adapter, the word, or the whole model, and its card."""
+        config = self.config
+        if config.method == "textual_inversion":
+            path = write_word(self.out, config.new_word.word, trained_vectors(pipeline.text_encoder))
+        elif config.method == "adapter":
+            networks: dict[str, nn.Module] = {"unet": pipeline.unet}
+            if config.unet.train_text_encoder:
+                networks["text_encoder"] = pipeline.text_encoder
+            path = self.out / (ADAPTER_FILE if config.layout != "peft" else ADAPTER_FOLDER)
+            metadata = {"ss_steps": str(step), "ss_learning_rate": str(config.unet.optim.learning_rate)}
+            write_adapter(path, networks, config.layout, metadata)
+        else:
+            self._write_model(pipeline, step, config.unet.optim.steps)
+            return
+        card = adapter_card(config, self._model_name, path.name, self.source.description, step)
+        write_text(self.out / "README.md", card)
+
+    def _write_model(self, pipeline: Pipeline, step: int, steps: int) -> None:
+        if distributed.is_main_process():
+            card = fine_tune_card(self.config, self._model_name, self.source.description, step, steps)
+            write_text(self.out / "README.md", card)
+            pipeline.save_pretrained(self.out)
+
+    @property
+    def _model_name(self) -> str:
+        return "the model that ships with Gobelin" if self.config.model is None else Path(self.config.model).name
+
+    def _prior(self) -> CachedDataset:
+        """Paint the images of the prior with the model as it was, those that are not there yet, and open them."""
+        config = self.config.prior
+        folder = self.folder / "prior"
+        if distributed.is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            missing = [seed for seed in range(config.count) if not (folder / f"{seed:05d}.png").exists()]
+            with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
+                task = progress.add_task(f"painting {config.prompt!r}", total=len(missing))
+                # Opened again: the one in this run has adapters, or weights that a resumed run has trained.
+                pipeline = Pipeline(open_model(self._path, self.device, torch.float32)) if missing else None
+                for start in range(0, len(missing), _PRIOR_TOGETHER):
+                    assert pipeline is not None
+                    seeds = missing[start : start + _PRIOR_TOGETHER]
+                    result = pipeline([config.prompt] * len(seeds), seed=seeds)
+                    for seed, image, settings in zip(seeds, result.images, result.settings, strict=True):
+                        write_png(folder / f"{seed:05d}.png", image, settings)
+                    progress.advance(task, len(seeds))
+            lines = [
+                json.dumps({"file_name": f"{seed:05d}.png", "text": config.prompt}) for seed in range(config.count)
+            ]
+            write_text(folder / METADATA, "\n".join(lines) + "\n")
+        distributed.barrier()
+        data = self.config.data
+        source = ImageFolderDataset(folder, self.image_size, fit=data.fit, background=data.background)
+        return self.cached(source, "reading images of the prior")
