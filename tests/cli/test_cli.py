@@ -66,7 +66,7 @@ def test_resume_takes_the_numbers_of_the_run(gobelin, trained):
     [
         ("[unet]\ncaption_droput = 0.2", "unknown key 'caption_droput': did you mean 'caption_dropout'?"),
         ("unet = 3", "unet is 3, expected a table [unet]"),
-        ("seed = 'x'", "seed is 'x', expected a int like 0"),
+        ("seed = 'x'", "bad.toml: seed is 'x': give a whole number of 0 or more"),
         ("seed = ", "cannot be read"),
         ("[unet.optim]\nlearning_rate = -1", "bad.toml, unet, optim: learning_rate is -1.0: give a number above 0"),
         ("[recommended]\nsteps = 0", "bad.toml, recommended: steps is 0: give a whole number from 1 to 1000"),

@@ -1,11 +1,17 @@
-"""``gobelin data check``, as a user meets it: a folder or tars, buckets, and what is not used."""
+"""``gobelin data check`` and ``cache``, as a user meets them: folders or tars, buckets, what is there already."""
 
 import json
+import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from gobelin.data.cache_use import measure_cache
+from gobelin.vae import VAE
 
 SIDES = ((100, 100), (200, 100), (100, 200), (40, 40))
 
@@ -82,3 +88,92 @@ def test_options_that_mean_nothing_are_refused(refused, images: Path, options: t
     status, said = refused("data", "check", images, *options)
     assert status in (1, 2)
     assert sentence in said
+
+
+def cached(gobelin, *arguments) -> list[str]:
+    status, out, err = gobelin("data", "cache", *arguments, "--device", "cpu")
+    assert status == 0, err
+    return out.splitlines()
+
+
+def counts(lines: list[str]) -> dict[str, tuple[int, int]]:
+    """Rows that were there and that were computed, by kind."""
+    found = [re.match(r"(.*): (\d+) there, (\d+) computed, [\d.]+ MB in all$", line) for line in lines]
+    return {one[1]: (int(one[2]), int(one[3])) for one in found if one}
+
+
+def test_a_cache_is_filled_once_and_training_reads_it(gobelin, images: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    lines = cached(gobelin, images, "--out", cache)
+    # nine captions, and the empty one
+    assert counts(lines) == {"pixels": (0, 9), "latents": (0, 9), "text embeddings": (0, 10)}
+    assert lines[-1] == str(cache)
+    assert counts(cached(gobelin, images, "--out", cache)) == {
+        "pixels": (9, 0),
+        "latents": (9, 0),
+        "text embeddings": (10, 0),
+    }
+    rows = {name: use.rows for name, use in measure_cache(cache).items()}
+    status, _, err = gobelin(
+        *("train", "--preset", "lora", "--data.path", images, "--data.cache", cache, "--out", tmp_path / "run"),
+        *("--device", "cpu", "--samples", 0, "--unet.optim.steps", 1, "--unet.optim.batch-size", 1),
+    )
+    assert status == 0, err
+    assert {name: use.rows for name, use in measure_cache(cache).items()} == rows, "nothing is computed by training"
+
+
+def test_what_changed_is_computed_and_what_is_left_of_others_is_said(gobelin, images: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cached(gobelin, images, "--out", cache)
+    (images / "0.txt").write_text("another caption")
+    Image.new("RGB", (100, 100), "red").save(images / "1.png")
+    found = counts(cached(gobelin, images, "--out", cache))
+    assert found == {"pixels": (8, 1), "latents": (8, 1), "text embeddings": (9, 1)}
+    lines = cached(gobelin, images, "--out", cache, "--size", 32, "--flip")
+    assert counts(lines) == {"pixels": (0, 9), "latents": (0, 18), "text embeddings": (10, 0)}
+    (left,) = [line for line in lines if line.startswith("of other models")]
+    assert re.fullmatch(r"of other models, sizes or settings: 2 folders, \d+\.\d MB; nothing is removed", left)
+    assert counts(cached(gobelin, images, "--out", cache))["latents"] == (9, 0), "what was there is kept"
+
+
+def test_an_interrupted_cache_goes_on(gobelin, images: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VAE, "encode", lambda self, images: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert gobelin("data", "cache", images, "--out", cache, "--device", "cpu")[0] != 0
+    assert counts(cached(gobelin, images, "--out", cache)) == {
+        "pixels": (9, 0),
+        "latents": (0, 9),
+        "text embeddings": (0, 10),
+    }
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_two_at_once_fill_one_cache(gobelin, images: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gobelin", "data", "cache", images, "--out", tmp_path / "cache", "--device", "cpu"]
+    both = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        _, err = process.communicate()
+        assert process.returncode == 0, err.decode()
+    assert counts(cached(gobelin, images, "--out", tmp_path / "cache"))["latents"] == (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--size", 40), "size is 40: give a multiple of 16"),
+        (("--model", "nowhere"), "no model at nowhere: expected a folder"),
+        (("--device", "magic"), "unknown device 'magic'"),
+    ],
+)
+def test_a_cache_that_cannot_be_filled_is_refused(gobelin, images: Path, tmp_path: Path, options, sentence) -> None:
+    status, out, err = gobelin("data", "cache", images, "--out", tmp_path / "cache", *options)
+    assert status in (1, 2)
+    assert out == ""
+    assert sentence in err.splitlines()[-1]
+
+
+def test_a_cache_needs_a_folder(refused, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("dear")
+    assert "is a file: give a folder for the cache" in refused("data", "cache", images, "--out", tmp_path / "file")[1]
+    assert "--out is missing" in refused("data", "cache", images)[1]

@@ -21,12 +21,12 @@ def captions(dataset):
 
 
 def test_a_tenth_at_most_is_held_out_whatever_the_files_are_called(tmp_path):
-    first = folder(tmp_path / "a", [f"{number:03d}" for number in range(50)])
+    first = folder(tmp_path / "a", [f"{number:03d}" for number in range(200)])
     training, held_out = split_held_out(first, 64)
-    assert (len(training), len(held_out)) == (45, 5)
+    assert (len(training), len(held_out)) == (180, 20)
     assert captions(training) | captions(held_out) == captions(first)
     assert not captions(training) & captions(held_out)
-    again = folder(tmp_path / "b", [f"x{199 - number:03d}" for number in range(50)])
+    again = folder(tmp_path / "b", [f"x{399 - number:03d}" for number in range(200)])
     assert captions(split_held_out(again, 64)[1]) == captions(held_out)
     assert (training[3].image == first[int(training._rows[3])].image).all()
     assert training.hashes[3] == first.hashes[int(training._rows[3])]
@@ -40,7 +40,9 @@ def test_a_few_images_are_all_trained_on(tmp_path):
 
 def test_an_image_that_is_there_twice_is_on_one_side(tmp_path):
     data = folder(
-        tmp_path / "data", [f"{number:03d}" for number in range(40)], {number: number - 20 for number in range(20, 40)}
+        tmp_path / "data",
+        [f"{number:03d}" for number in range(320)],
+        {number: number - 160 for number in range(160, 320)},
     )
-    training, held_out = split_held_out(data, 4)
+    training, held_out = split_held_out(data, 20)
     assert not captions(training) & captions(held_out)

@@ -223,7 +223,7 @@ RISING = [record(1000, 0.1, 0.1, right=0.9), record(2000, 0.08, 0.08, right=0.95
 @pytest.mark.parametrize(
     ("held_out", "training", "sentence"),
     [
-        ([], [], "No held-out pairs were validated yet: whether the caption is heard cannot be told."),
+        ([], [], "Whether the caption is heard was not measured: no images were held out."),
         ([record(9, 0.3, 0.3, count=15)], [], "Too few pairs to tell whether the caption is heard: 15 were held out, "),
         ([record(9, error=0.03)], [], "Too few pairs to tell whether the caption is heard: with 200 held out"),
         ([record(2000)], [], "Up to step 2,000 the caption has no effect yet: "),

@@ -3,11 +3,16 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -15,6 +20,7 @@ from gobelin.cli.train import config_to_toml
 from gobelin.errors import TrainingError
 from gobelin.pipeline import Pipeline
 from gobelin.training.config import DataConfig
+from gobelin.training.run_folder import locked
 from gobelin.training.train_model import train
 
 IN_EACH_PROCESS = """
@@ -34,16 +40,30 @@ with distributed.init_process_group(torch.device("cpu")):
 """
 
 
-def launch(count, *arguments):
+def torchrun(count, *arguments, restarts=0):
     """``torchrun`` on this machine alone."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return subprocess.run(
-        [*command, *arguments],
+    options = ["--standalone", f"--nproc-per-node={count}", f"--max-restarts={restarts}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+
+
+def launch(count, *arguments, restarts=0):
+    """Run ``torchrun`` to its end."""
+    run = torchrun(count, *arguments, restarts=restarts)
+    said, errors = run.communicate(timeout=600)
+    return subprocess.CompletedProcess(run.args, run.returncode, said, errors)
+
+
+def sentences(errors):
+    """What the processes said, and not ``torchrun``."""
+    assert "/gobelin/" not in errors, errors  # a traceback of ours; torchrun has one of its own
+    return [line for line in errors.splitlines() if line.startswith("gobelin: ")]
 
 
 @pytest.fixture
@@ -98,3 +118,126 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(config, tmp_path, monke
     with pytest.raises(TrainingError, match="a batch of 5 cannot be shared evenly among 2 processes"):
         train(uneven, tmp_path / "two", console=Console(quiet=True))
     assert not (tmp_path / "two").exists()
+
+
+IN_A_BAD_PROCESS = """
+import os, signal, sys, time
+import torch
+from gobelin.cli.main import main
+from gobelin.data.batches import Order
+from gobelin.training import trainer
+
+how, *arguments = sys.argv[1:]
+rank, is_first = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+indices = Order.indices
+
+def at_step(self, step):
+    if self.stage == "unet" and step == 3 and is_first:
+        if how == "killed" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "not a number":
+            self.__dict__["seed"] = 7
+        if how == "stuck":
+            print("stuck", flush=True)
+            time.sleep(3600 if rank == 1 else 0)
+    return indices(self, step)
+
+Order.indices = at_step
+if how == "not a number":
+    clip = torch.nn.utils.clip_grad_norm_
+    torch.nn.utils.clip_grad_norm_ = lambda *given: clip(*given) * float("nan")
+main(["train", *arguments])
+"""
+
+
+@pytest.fixture
+def bad(tmp_path):
+    script = tmp_path / "bad.py"
+    script.write_text(IN_A_BAD_PROCESS)
+    return str(script)
+
+
+def small(config):
+    """Few samples, and a checkpoint at every other step."""
+    unet = dataclasses.replace(config.unet, train_text_encoder=False)
+    return dataclasses.replace(config, unet=unet, samples=1, save_every=2)
+
+
+@pytest.mark.slow  # it waits for torchrun to notice
+def test_a_killed_process_is_started_again_and_the_run_goes_on_by_itself(config, tmp_path, bad):
+    file, out = written(small(config), tmp_path), tmp_path / "out"
+    done = launch(2, bad, "killed", file, "--out", str(out), "--parallelism", "fsdp", restarts=1)
+    assert done.returncode == 0, done.stderr
+    (said,) = sentences(done.stderr)
+    assert "lost the others" in said or "interrupted" in said, "torchrun ends the others, if they do not see it first"
+    whole = train(small(config), tmp_path / "whole", console=Console(quiet=True))
+    parts = [load_file(one / "unet" / "diffusion_pytorch_model.safetensors") for one in (out, whole)]
+    for name, tensor in parts[1].items():
+        torch.testing.assert_close(parts[0][name], tensor, rtol=0, atol=config.unet.optim.learning_rate / 20, msg=name)
+    again = launch(2, bad, "well", file, "--out", str(out), restarts=1)
+    assert again.returncode != 0, "a run of another launch is not gone on with unasked"
+    assert all("holds a training run: add --resume" in line for line in sentences(again.stderr))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("in use", "another run is training in"),
+        ("no data", "no folder at"),
+        ("uneven", "a batch of 5 cannot be shared evenly among 2 processes"),
+        ("not a number", "stage text_encoder, step 0, images"),
+        ("unwritable", "Permission denied" if os.getuid() else "is a file"),
+    ],
+)
+def test_an_error_is_said_once_and_ends_all_processes(config, tmp_path, bad, what, expected):
+    out, options = tmp_path / "out", []
+    config = small(config)
+    if what == "no data":
+        config = dataclasses.replace(config, data=DataConfig(path=str(tmp_path / "nowhere")))
+    if what == "uneven":
+        options = ["--unet.optim.batch-size", "5"]
+    if what == "unwritable":
+        out.write_text("dear")
+    how = what if what == "not a number" else "well"
+    with locked(out / "training") if what == "in use" else nullcontext():
+        done = launch(2, bad, how, written(config, tmp_path), "--out", str(out), *options)
+    assert done.returncode != 0
+    assert len(sentences(done.stderr)) == 1, done.stderr
+    assert expected in sentences(done.stderr)[0]
+    if what in ("no data", "uneven"):
+        assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves_also_while_a_process_waits_for_data(config, tmp_path, bad, number):
+    file, out = written(small(config), tmp_path), tmp_path / "out"
+    run = torchrun(2, bad, "stuck", file, "--out", str(out))
+    assert run.stdout is not None
+    while "stuck" not in run.stdout.readline():
+        assert run.poll() is None
+    while not (out / "training" / "checkpoints" / "unet" / "step-00000002").exists():
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=600)
+    saved = sorted(path.name for path in (out / "training" / "checkpoints" / "unet").iterdir())
+    assert saved[-1] == "step-00000003", errors
+    command = f"torchrun --nproc-per-node 2 -m gobelin train --out {out} --resume"
+    assert errors.count(f"vae, unet at step 3; go on with: {command}") == 1, errors
+
+
+@pytest.mark.slow
+def test_an_odd_number_of_images_of_which_one_is_damaged_hangs_nobody(config, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(7):
+        Image.new("RGB", (20, 20), (30 * number, 0, 0)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"number {number}")
+    (data / "3.png").write_bytes((data / "3.png").read_bytes()[:40])
+    config = dataclasses.replace(small(config), data=DataConfig(path=str(data), size=32), parallelism="fsdp")
+    out = tmp_path / "out"
+    done = launch(2, "-m", "gobelin", "train", written(config, tmp_path), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "6 captioned images" in (out / "README.md").read_text()

@@ -109,7 +109,7 @@ def test_what_comes_from_files_is_escaped(run):
         ("config.json", "The configuration cannot be shown."),
         ("data.json", "data.json is not there."),
         ("metrics.jsonl", "No step has been logged yet."),
-        ("validation.jsonl", "No held-out pairs were validated yet"),
+        ("validation.jsonl", "Whether the caption is heard was not measured"),
         ("attention.jsonl", "No attention has been measured yet."),
         ("samples", "There are no sheets yet."),
     ],

@@ -15,9 +15,10 @@ from torch import nn
 
 from gobelin.errors import TrainingError
 from gobelin.training.checkpoints import MANIFEST, load_checkpoint, save_checkpoint
-from gobelin.training.config import OptimConfig
+from gobelin.training.config import DataConfig, OptimConfig
 from gobelin.training.run_folder import Run, locked
-from gobelin.training.trainer import fit, learning_rate, make_optimizers
+from gobelin.training.train_model import train
+from gobelin.training.trainer import _with_gradients, fit, learning_rate, make_optimizers
 from gobelin.training.weight_average import WeightAverage
 
 OPTIM = OptimConfig(steps=10, batch_size=3, learning_rate=0.5, warmup_steps=4, ema=0.5)
@@ -295,3 +296,39 @@ def test_a_batch_that_does_not_fit_says_what_to_lower(run, error):
         fit(Line(on_step=full), run)
     with pytest.raises(RuntimeError, match="else"):
         fit(Line(on_step=lambda count: (_ for _ in ()).throw(RuntimeError("else"))), run)
+
+
+def test_weights_that_no_loss_depends_on_stay(run, monkeypatch):
+    """In one process; several would wait for their gradients, and say so instead."""
+    stage = Line(weight_decay=0.0)
+    stage.module.idle = nn.Linear(1, 1)
+    before = stage.module.idle.weight.item()
+    assert fit(stage, run).idle.weight.item() == before
+    rest = Line(weight_decay=0.0, steps=12)
+    rest.module.idle = nn.Linear(1, 1)
+    fit(rest, run)
+    assert rest.count == 2, "and are in checkpoints"
+    monkeypatch.setattr("gobelin.training.distributed.is_initialized", lambda: True)
+    stage.module.zero_grad()
+    with pytest.raises(TrainingError, match=r"stage line: its loss does not depend on line\.weight.*freeze it"):
+        _with_gradients(stage, stage.module, run)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    left = ["unet/.config.json.123.tmp", ".README.md.9.tmp", "training/checkpoints/vae/.step-00000002.tmp/x"]
+    kept = ["unet/config.json", ".mine.tmp", "training/checkpoints/vae/step-00000002/x"]
+    for name in [*left, *kept]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with locked(tmp_path / "training"):
+        assert not any((tmp_path / name).exists() for name in left)
+        assert all((tmp_path / name).exists() for name in kept)
+
+
+def test_a_stage_that_was_done_when_its_run_was_killed_keeps_no_checkpoints(micro, tmp_path):
+    config = micro(steps=1, data=DataConfig(count=8, validation=0), sample_every=9)
+    train(config, tmp_path / "model", stage="tokenizer", console=Console(quiet=True))
+    left = tmp_path / "model" / "training" / "checkpoints" / "tokenizer"
+    left.mkdir(parents=True)
+    train(config, tmp_path / "model", stage="tokenizer", resume=True, console=Console(quiet=True))
+    assert not left.exists()

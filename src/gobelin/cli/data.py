@@ -1,9 +1,9 @@
-"""``gobelin data``: write scenes as an image folder, check an image folder, calibrate the scenes' grader."""
+"""``gobelin data``: write scenes as an image folder, check one, encode one for training, calibrate the grader."""
 
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,8 @@ from tyro.conf import Positional
 
 from gobelin.cli.options import parse, write_report
 from gobelin.data import SceneDataset, find_world
+from gobelin.data.cache_use import measure_cache
+from gobelin.data.cached_dataset import MAX_CACHED_BYTES
 from gobelin.data.captioned_files import METADATA, legible
 from gobelin.data.folder_report import FolderReport, report_folder
 from gobelin.data.indexed_images import IndexedImages
@@ -26,23 +28,28 @@ from gobelin.formats.files import write_text
 from gobelin.formats.png import write_png
 from gobelin.look.contact_sheet import Tile, TileRow, captioned_grid
 from gobelin.scenes import Calibration, calibrate
+from gobelin.training import find_preset
+from gobelin.training.recipes.fine_tune import FineTune
 from gobelin.vae import VAE
 
 _MOST_SKIPPED = 50  # that are listed
 _SHEET_IMAGES, _SHEET_COLUMNS = 48, 8
-_ACTIONS = ("scenes", "check", "grader")
+_ACTIONS = ("scenes", "check", "cache", "grader")
 
 _HELP = """usage: gobelin data scenes --out DIR [--count N --world NAME --seed N --split NAME]
        gobelin data check PATH [--size N --buckets --fit crop|pad --caption-column NAME --sheet PNG --json FILE]
+       gobelin data cache PATH --out DIR [--model MODEL --size N --buckets --flip]
        gobelin data grader [--world NAME --count N --vae MODEL --json FILE]
 
   scenes   write captioned scenes: PNG images, metadata.jsonl, and for each its scene and masks
   check    read captioned images, a folder or tars: sizes, captions, duplicates, and what cannot be used, and why
+  cache    encode captioned images and their captions by a model, for gobelin train --data.cache DIR
   grader   calibrate the scenes' grader on images whose truth is known
 
 examples:
   gobelin data scenes --out scenes --count 1000
   gobelin data check my-images
+  gobelin data cache my-images --model model.safetensors --out cache
   gobelin data grader --world core
 """
 
@@ -102,6 +109,40 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Compute what training from a model reads of captioned images: pixels, latents and text embeddings.
+
+    What is in the folder already is not computed again; an interrupted command goes on. Nothing is removed. Training
+    finds it where the model, the size and the other settings of the images are the same.
+
+    Some examples:
+      gobelin data cache my-images --model model.safetensors --out cache
+      gobelin train --preset lora --model model.safetensors --data.path my-images --data.cache cache --out runs/style
+    """
+
+    folder: Positional[Path]
+    """Images with metadata.jsonl, .csv or .parquet, or a .txt caption beside each; or tars of such images."""
+    out: Path
+    """The folder of the cache, which several runs and data sets may share."""
+    model: str | None = None
+    """Diffusers folder, .safetensors file, or Hub name; without it, the model that comes with Gobelin."""
+    size: int | None = None
+    """Height and width in pixels; without it, the model's own."""
+    buckets: bool = False
+    """Encode each image at the nearest of several aspects, with no more pixels than the square."""
+    fit: Literal["crop", "pad"] = "crop"
+    """Crop what stands over on both sides, or pad what is missing with the background."""
+    background: str = "white"
+    """The colour behind transparent images and around padded ones."""
+    flip: bool = False
+    """Encode mirrored images too."""
+    caption_column: str | None = None
+    """The column of the metadata, or the key of the JSON, with the captions; without it, text, caption or prompt."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda or mps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grader:
     """Calibrate the scenes' grader on images whose truth is known.
 
@@ -130,6 +171,8 @@ def run(arguments: Sequence[str]) -> None:
         _write_scenes(parse(Scenes, "data scenes", arguments[1:]))
     elif arguments[0] == "check":
         _check(parse(Check, "data check", arguments[1:]))
+    elif arguments[0] == "cache":
+        _cache(parse(Cache, "data cache", arguments[1:]))
     elif arguments[0] == "grader":
         _grader(parse(Grader, "data grader", arguments[1:]))
     else:
@@ -220,6 +263,46 @@ def _folder_sheet(dataset: IndexedImages, report: FolderReport) -> Image.Image:
     ]
     title = f"{report.images:,} captioned images in {legible(dataset.source.name or str(dataset.source))}"
     return captioned_grid(tiles, columns=_SHEET_COLUMNS, side=max(96, dataset.size), title=title)
+
+
+def _cache(options: Cache) -> None:
+    """Compute what is missing, and print for each kind how much was there, and what is left of other models."""
+    if options.out.exists() and not options.out.is_dir():
+        raise DataError(f"{options.out} is a file: give a folder for the cache")
+    preset = find_preset("finetune")
+    names = ("size", "buckets", "fit", "background", "flip", "caption_column")
+    given = {name: getattr(options, name) for name in names}
+    data = replace(preset.data, path=str(options.folder), cache=str(options.out), validation=0, **given)
+    config = replace(preset, model=options.model, device=options.device, data=data)
+    before = measure_cache(options.out)
+    dataset, latents, texts = FineTune(config, options.out, False, Console(stderr=True)).fill_cache()
+    after = measure_cache(options.out)
+    images = len(set(dataset.dataset.hashes))
+    captions = {text for index in range(len(dataset)) for text in dataset.captions(index)} | {""}
+    kinds = (
+        ("pixels", dataset.folder, images),
+        ("latents", latents.folder, images * (1 + options.flip)),
+        ("text embeddings", texts.folder, len(captions)),
+    )
+    for kind, folder, count in kinds:
+        if folder is None:
+            print(f"{kind}: not kept, as they take more than {MAX_CACHED_BYTES // 2**30} GiB")
+            continue
+        rows = before[folder.name].rows if folder.name in before else 0
+        computed = min(count, after[folder.name].rows - rows)
+        print(
+            f"{kind}: {count - computed:,} there, {computed:,} computed, {_megabytes(after[folder.name].bytes)} in all"
+        )
+    used = [folder.name for _, folder, _ in kinds if folder is not None]
+    others = [use.bytes for name, use in after.items() if name not in used]
+    if others:
+        left = f"{len(others)} folder{'s' * (len(others) > 1)}, {_megabytes(sum(others))}"
+        print(f"of other models, sizes or settings: {left}; nothing is removed")
+    print(options.out)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _grader(options: Grader) -> None:

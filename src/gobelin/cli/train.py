@@ -5,7 +5,6 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,25 +18,27 @@ from gobelin.errors import UsageError
 from gobelin.formats.files import read_json
 from gobelin.training import TRAINING_PRESETS, FineTuneConfig, TrainConfig, distributed, find_preset
 from gobelin.training.config import RunConfig
+from gobelin.training.presets import FROM_SCRATCH, preset_of, refuse_scenes_of_folder, refuse_without_effect
 from gobelin.training.recipes.claim import config_file
 from gobelin.training.train_model import train
+from gobelin.validation import nearest
 
-_SCRATCH = ("nano", "tiny")
 _HELP = f"""Train a model: from scratch (tokenizer, text encoder, VAE, U-Net), or from a model.
 
 Every setting of a preset can be changed, in a TOML file or as --section.key VALUE; `--preset NAME --help` lists them,
 `--print-config` prints the resulting configuration.
 
-Presets from scratch: {", ".join(_SCRATCH)}; from a model (--model): {
-    ", ".join(name for name in TRAINING_PRESETS if name not in _SCRATCH)
+Presets from scratch: {", ".join(FROM_SCRATCH)}; from a model (--model): {
+    ", ".join(name for name in TRAINING_PRESETS if name not in FROM_SCRATCH)
 }.
 
 Some examples:
   gobelin train --preset nano --out runs/mine
-  gobelin train --preset nano --out runs/mine --resume
+  gobelin train --out runs/mine --resume
   gobelin train --data.path my-images --out runs/mine --unet.optim.steps 8000
   gobelin train mine.toml --out runs/mine --stage vae
   gobelin train --preset lora --data.path my-images --out runs/style
+  gobelin train --preset dreambooth --model model.safetensors --data.path my-dog --prior.prompts "a dog" --out runs/dog
   torchrun --nproc-per-node 2 -m gobelin train --preset nano --out runs/mine
 """
 
@@ -46,39 +47,31 @@ Some examples:
 class Train:
     config_file: Positional[Path | None] = None
     """A TOML file with sections as in --print-config; it goes before all options."""
-    preset: str = "nano"
-    """The preset to start from."""
+    preset: str | None = None
+    """The preset to start from; without one, nano, or the one of the method that the TOML file names."""
     out: Path | None = None
     """The folder to write; its `training` subfolder keeps metrics, samples, checkpoints and a report."""
     resume: bool = False
     """Continue the run in --out."""
     stage: str | None = None
-    """Train this stage alone: tokenizer, text_encoder, vae or unet."""
+    """Train this stage alone: tokenizer, text_encoder, vae or unet; from a model there is one stage."""
     print_config: bool = False
     """Print the whole configuration and exit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainFromScratch(Train):
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
     """The run's configuration."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainFromModel(Train):
-    config: Annotated[FineTuneConfig, tyro.conf.arg(name="")]
-    """The run's configuration."""
-
-
-TrainFromScratch.__doc__ = TrainFromModel.__doc__ = _HELP
+Train.__doc__ = _HELP
 
 
 def run(arguments: Sequence[str]) -> None:
     """Run ``gobelin train``."""
-    defaults = _defaults(arguments)
-    options: Any = parse(type(defaults), "train", arguments, default=defaults)
+    options: Any = parse(Train, "train", arguments, default=_defaults(arguments))
     if options.config_file is not None and str(options.config_file) != arguments[0]:
         raise UsageError(f"{options.config_file} comes too late: the configuration file goes before all options")
+    refuse_without_effect(options.config)
+    if not options.resume:  # a run from before this was refused can still be gone on with
+        refuse_scenes_of_folder(options.config)
     if options.print_config:
         print(config_to_toml(options.config), end="")
         return
@@ -95,28 +88,50 @@ def config_to_toml(config: RunConfig) -> str:
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def _defaults(arguments: Sequence[str]) -> TrainFromScratch | TrainFromModel:
-    """Make the options' defaults: a preset overridden by the TOML file, or the configuration of the resumed run."""
+def _defaults(arguments: Sequence[str]) -> Train:
+    """Make the options' defaults: a preset, or the configuration of the resumed run, overridden by the TOML file."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--preset", default=Train.preset)
+    finder.add_argument("--preset")
     finder.add_argument("--out", type=Path)
     finder.add_argument("--resume", action="store_true")
     try:
         known, _ = finder.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; the presets are {', '.join(TRAINING_PRESETS)}") from error
-    config = find_preset(known.preset)
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    values = {} if file is None else _read_toml(Path(file))
     if known.resume and known.out is not None and (recorded := config_file(known.out)).exists():
-        values, source = read_json(recorded), str(recorded)
-        # A run says by its sections which kind it is, so that --resume needs no preset.
-        config = find_preset("finetune" if "method" in values else "nano")
-        config = _override(config, values, source)
-    elif file is not None:
-        config = _override(config, _read_toml(Path(file)), file)
-    if isinstance(config, FineTuneConfig):
-        return TrainFromModel(preset=known.preset, config=config)
-    return TrainFromScratch(preset=known.preset, config=config)
+        config = _recorded(recorded, known.preset)
+    else:
+        config = find_preset(known.preset or _preset_for(values))
+    return Train(preset=known.preset, config=_override(config, values, str(file)))
+
+
+def _recorded(file: Path, preset: str | None) -> TrainConfig | FineTuneConfig:
+    """Read the configuration of the run that is resumed; :class:`UsageError` for a ``preset`` that is of another."""
+    values = read_json(file)
+    own = _preset_for(values)
+    if preset is not None and _kind_of(find_preset(preset)) != _kind_of(find_preset(own)):
+        begun = "from scratch" if own in FROM_SCRATCH else f"from a model, by the method {values['method']}"
+        raise UsageError(f"--preset is {preset}, and the run in {file.parents[1]} trains {begun}: leave out --preset")
+    return _override(find_preset(own), values, str(file))
+
+
+def _preset_for(values: dict[str, Any]) -> str:
+    """Name the preset to start from where none is named: by the sections that only training from a model has."""
+    if not set(values) & (_names(FineTuneConfig) - _names(TrainConfig)):
+        return "nano"
+    method = values.get("method", "full")
+    name = preset_of(method) if isinstance(method, str) else ""
+    return name if name in TRAINING_PRESETS else "finetune"  # whose configuration says which methods there are
+
+
+def _kind_of(config: TrainConfig | FineTuneConfig) -> str:
+    return config.method if isinstance(config, FineTuneConfig) else "from scratch"
+
+
+def _names(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -133,9 +148,7 @@ def _override(config: Any, values: dict[str, Any], source: str) -> Any:
     changes = {}
     for name, value in values.items():
         if name not in fields:
-            near = get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the choices are {', '.join(fields)}"
-            raise UsageError(f"{source}: unknown key {name!r}: {hint}")
+            raise UsageError(f"{source}: unknown key {name!r}: {_hint(config, name)}")
         if dataclasses.is_dataclass(fields[name]):
             if not isinstance(value, dict):
                 raise UsageError(f"{source}: {name} is {value!r}, expected a table [{name}]")
@@ -144,15 +157,20 @@ def _override(config: Any, values: dict[str, Any], source: str) -> Any:
             value = float(value)
         elif isinstance(fields[name], tuple) and isinstance(value, list):
             value = tuple(value)
-        elif fields[name] is not None and type(value) is not type(fields[name]):
-            raise UsageError(
-                f"{source}: {name} is {value!r}, expected a {type(fields[name]).__name__} like {fields[name]!r}"
-            )
         changes[name] = value
     try:
         return dataclasses.replace(config, **changes)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from error
+
+
+def _hint(config: Any, name: str) -> str:
+    """End the sentence about an unknown key: which presets have it, or the nearest one of this section."""
+    if isinstance(config, TrainConfig) and name in _names(FineTuneConfig):
+        return "training from a model has it, with a preset such as --preset finetune"
+    if isinstance(config, FineTuneConfig) and name in _names(TrainConfig):
+        return "training from scratch has it, with --preset nano or tiny"
+    return nearest(name, _names(type(config)))
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -43,10 +43,12 @@ class CachedDataset:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
         self._pixels = None
         self._texts = None
+        self.folder: Path | None = None  # of the pixels, where they are kept
         counts = np.bincount(self.bucket_index, minlength=len(self.sizes))
         pixels = sum(height * width * int(count) for (height, width), count in zip(self.sizes, counts, strict=True))
         if 3 * pixels <= MAX_CACHED_BYTES:
-            self._pixels = RowCache(folder / f"pixels-{content_hash(dataset.preprocessing_key).hex()}")
+            self.folder = folder / f"pixels-{content_hash(dataset.preprocessing_key).hex()}"
+            self._pixels = RowCache(self.folder)
             self._hashes = hash_array(content_hash(one) for one in dataset.hashes)
             if isinstance(dataset, SceneDataset):
                 self._draw(dataset, folder / f"captions-{dataset.fingerprint[:32]}", self._pixels, advance)

@@ -33,9 +33,10 @@ class LatentCache:
     """
 
     def __init__(self, dataset: CachedDataset, folder: Path, key: str, flip: bool = False):
-        self._dataset, self._flip = dataset, flip
+        self._dataset, self.flip = dataset, flip
         source = dataset.dataset
-        self._cache = RowCache(folder / f"latents-{content_hash(key, source.preprocessing_key).hex()}")
+        self.folder = folder / f"latents-{content_hash(key, source.preprocessing_key).hex()}"
+        self._cache = RowCache(self.folder)
         self._hashes = hash_array(content_hash(one) for one in source.hashes)
         self._mirrored = hash_array(content_hash(one, "flipped") for one in source.hashes) if flip else self._hashes
 
@@ -46,7 +47,7 @@ class LatentCache:
         advance: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Encode the images that are not there yet."""
-        for mirrored, hashes in ((False, self._hashes), (True, self._mirrored))[: 1 + self._flip]:
+        for mirrored, hashes in ((False, self._hashes), (True, self._mirrored))[: 1 + self.flip]:
             for bucket in np.unique(self._dataset.bucket_index):
                 rows = np.flatnonzero(self._dataset.bucket_index == bucket)
 
@@ -70,7 +71,7 @@ class LatentCache:
         """Read (mean, standard deviation) of the unscaled latents of images of one bucket."""
         rows = indices.numpy()
         hashes = self._hashes[rows]
-        if mirrored is not None and self._flip:
+        if mirrored is not None and self.flip:
             hashes = np.where(mirrored.numpy(), self._mirrored[rows], hashes)
         found = self._cache.read(hashes)
         return found["mean"].float(), found["std"].float()
@@ -80,7 +81,8 @@ class TextCache:
     """Text embeddings of captions: each text once, the empty one among them; ``key`` says with which network."""
 
     def __init__(self, folder: Path, key: str):
-        self._cache = RowCache(folder / f"texts-{content_hash(key).hex()}")
+        self.folder = folder / f"texts-{content_hash(key).hex()}"
+        self._cache = RowCache(self.folder)
 
     def fill(
         self,

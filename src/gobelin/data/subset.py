@@ -10,6 +10,8 @@ from jaxtyping import Int, UInt8
 from gobelin.data.dataset import CaptionedImage, Dataset
 
 _MOST_HELD_OUT = 10  # of so many images, one
+FEWEST_HELD_OUT = 16
+"""Images that are held out at least: with fewer, a standard error is itself known to no better than a fifth."""
 
 
 class Subset:
@@ -45,11 +47,11 @@ class Subset:
 def split_held_out(dataset: Dataset, count: int) -> tuple[Dataset, Dataset | None]:
     """Hold out ``count`` images of a dataset, at most a tenth: (the others, the held-out ones, None for none).
 
-    They are those with the smallest hashes: the same ones whatever the files are called. Images
-    that are there twice stay together on one side.
+    They are those with the smallest hashes: the same ones whatever the files are called. Images that are there twice
+    stay together on one side. Fewer than :data:`FEWEST_HELD_OUT` tell nothing and are not held out.
     """
     count = min(count, len(dataset) // _MOST_HELD_OUT)
-    if not count:
+    if count < FEWEST_HELD_OUT:
         return dataset, None
     hashes = np.frombuffer(b"".join(hashlib.sha256(one).digest()[:8] for one in dataset.hashes), "<u8")
     held_out = hashes <= np.partition(hashes, count - 1)[count - 1]

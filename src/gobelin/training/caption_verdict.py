@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gobelin.data.subset import FEWEST_HELD_OUT
 from gobelin.training.caption_validation import (
     Against,
     CaptionLosses,
@@ -17,9 +18,10 @@ from gobelin.training.caption_validation import (
     percent,
 )
 
-FEWEST_PAIRS = 16
-"""Below, a standard error is itself known to no better than a fifth, and one odd image decides."""
+FEWEST_PAIRS = FEWEST_HELD_OUT
+"""Fewer pairs tell nothing: one odd image decides."""
 _WIDEST = 0.05  # a margin: with a wider one "no effect" would hide an effect as large as the usual ones
+_LEAST_GAIN = 0.01  # of a loss: with many pairs a smaller share is soon sure, and no image shows it
 _RISE = 0.01  # of the held-out loss: the pairs and noise are always the same, less is the weights' own jitter
 
 
@@ -40,8 +42,8 @@ class _Check:
         return f"at {noise_level(self.losses.bins, number)}"
 
     def surely_above(self, number: int, *against: Against) -> bool:
-        """Tell whether the right caption is better than each of the others, the interval above 0."""
-        return all(self.gains(each)[number].low > 0 for each in against)
+        """Tell whether the right caption is better than each of the others: by enough, the interval above 0."""
+        return all(_is_gain(self.gains(each)[number]) for each in against)
 
 
 def describe_caption_losses(held_out: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]]) -> str:
@@ -53,7 +55,7 @@ def describe_caption_losses(held_out: Sequence[Mapping[str, Any]], training: Seq
     """
     checks, others = _checks(held_out), _checks(training)
     if not checks:
-        return "No held-out pairs were validated yet: whether the caption is heard cannot be told."
+        return "Whether the caption is heard was not measured: no images were held out."
     last = checks[-1]
     if not last.losses.finite:
         return f"The validation loss of step {last.step:,} is not a number: the training has diverged."
@@ -135,6 +137,10 @@ def _beside_training(checks: list[_Check], training: _Check | None, number: int)
     return f"{said}: it is not memorising"
 
 
+def _is_gain(gain: Gain) -> bool:
+    return gain.low > 0 and gain.value >= _LEAST_GAIN
+
+
 def _is_gap(known: Gain, new: Gain) -> bool:
     """Tell whether training pairs surely gain more than held-out ones: two independent means."""
     return known.value - new.value > math.hypot(known.margin, new.margin)
@@ -154,9 +160,9 @@ def _not_heard(last: _Check) -> str:
     told, used, harmful = (
         [number for number in range(len(empty)) if condition(number)]
         for condition in (
-            lambda number: wrong[number].low > 0,
-            lambda number: empty[number].low > 0,
-            lambda number: empty[number].high < 0,
+            lambda number: _is_gain(wrong[number]),
+            lambda number: _is_gain(empty[number]),
+            lambda number: empty[number].high < 0 and empty[number].value <= -_LEAST_GAIN,
         )
     )
     if told:

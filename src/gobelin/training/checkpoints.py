@@ -4,6 +4,7 @@ Every process writes its shards, and any number of processes, sharded or not, re
 name when all of it is on disk; older ones are removed after that. Nothing in it is a pickle.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from gobelin.formats.files import sync_folder
 from gobelin.training import distributed
 
 MANIFEST = "manifest.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
 KEPT = 2
 """Checkpoints that are kept: where the newest is damaged, the one before it stands."""
 
@@ -43,7 +45,13 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor]) -> None:
         distributed.barrier()
         if distributed.is_main_process():
             _write_manifest(temporary, step)
+        if distributed.is_main_process():
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            sync_folder(folder)
     except (OSError, RuntimeError, CheckpointException) as error:
+        if distributed.is_disconnected(error):
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
         before = newest_step(folder)
         raise TrainingError(
@@ -51,11 +59,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor]) -> None:
             + (f"that of step {before} stands, --resume goes on from it" if before else "there is none before it")
         ) from error
     if distributed.is_main_process():
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_folder(folder)
         for older in _checkpoints(folder)[:-KEPT]:
-            shutil.rmtree(older)
+            shutil.rmtree(older, ignore_errors=True)
     distributed.barrier()
 
 
@@ -119,6 +124,12 @@ def _quiet() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Recognise an error of writing for want of room: of the system, or of safetensors, which names it in its text."""
+    said = str(error)
+    return getattr(error, "errno", None) in _NO_ROOM or any(os.strerror(number) in said for number in _NO_ROOM)
+
+
 def _reason(error: BaseException) -> str:
     """Say in a line why a file could not be written; the checkpoint's own exception holds those of all processes."""
     causes = (
@@ -127,5 +138,4 @@ def _reason(error: BaseException) -> str:
         else [error]
     )
     cause = causes[0] if causes else error
-    full = getattr(cause, "errno", None) in (27, 28) or "No space left" in str(cause) or "File too large" in str(cause)
-    return "the disk is full" if full else (str(cause).splitlines() or [type(cause).__name__])[0]
+    return "the disk is full" if is_disk_full(cause) else (str(cause).splitlines() or [type(cause).__name__])[0]

@@ -58,6 +58,11 @@ class DataConfig:
         validate_fields(self)
         if self.size is not None and self.size % 16:
             raise UsageError(f"size is {self.size}: give a multiple of 16")
+        if self.path is None:
+            plain = DataConfig(path="of images")
+            for name in ("caption_column", "buckets", "fit", "background"):
+                if getattr(self, name) != getattr(plain, name):
+                    raise UsageError(f"{name} is {getattr(self, name)!r}, and scenes have none: give path, a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +209,7 @@ class DiffusionConfig:
     shift / (1 + shift) of the schedule. 1 samples them uniformly."""
     min_snr_gamma: Annotated[PositiveNumber | None, "a positive number"] = None
     """Weigh timesteps by min(SNR, gamma) in terms of the denoised latents (Hang et al. 2023, arXiv 2303.09556; 5
-    there), so that those with little noise count less; None weighs predictions alike."""
+    there), so that those with little noise count less; without it all weigh alike."""
     offset_noise: Fraction = 0.0
     """Noise of each whole latent channel that is added to the noise, as a fraction of it: darker and lighter images."""
     gradient_checkpointing: bool = False
@@ -319,8 +324,8 @@ class NewWordConfig:
 class PriorConfig:
     """DreamBooth's prior preservation: images of the class by the model itself, learned beside one's own."""
 
-    prompt: str = ""
-    """What the images are of, such as "a dog" for one's own dog; without it there is no prior."""
+    prompts: Annotated[tuple[str, ...], "a list of prompts"] = ()
+    """Prompts of what is to be kept: "a dog" for one's own dog, or many; without any there is no prior."""
     count: Count = 64
     """Images that the model paints before it trains."""
     weight: PositiveNumber = 1.0
@@ -341,7 +346,7 @@ class FineTuneConfig(RunConfig):
     """The model to start from: a folder or file, or a name on the Hub; without one, the model that ships."""
     method: Literal["full", "adapter", "textual_inversion", "inpainting", "vae"] = "full"
     """full: all of the U-Net's weights; adapter: a LoRA or its like beside them; textual_inversion: a new word alone;
-    inpainting: the whole U-Net, with channels for a mask; vae: the autoencoder alone."""
+    inpainting: the whole U-Net, with channels for a mask; vae: the autoencoder's decoder alone."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """Kind and size of the adapter that the method adapter trains."""
     layout: AdapterLayout = "kohya"
@@ -353,14 +358,32 @@ class FineTuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         validate_fields(self)
-        joint = self.unet.train_text_encoder
-        if joint and self.method in ("textual_inversion", "vae"):
-            raise UsageError(f"unet.train_text_encoder is True: the method {self.method} trains no text encoder")
-        if joint and self.method == "adapter" and self.layout == "peft":
+        method, joint = self.method, self.unet.train_text_encoder
+        if joint and method in ("textual_inversion", "vae"):
+            raise UsageError(f"unet.train_text_encoder is True: the method {method} trains no text encoder")
+        if joint and method == "adapter" and self.layout == "peft":
             raise UsageError("layout is 'peft', which holds a U-Net alone: give kohya or diffusers, or freeze the text")
-        if self.prior.prompt and self.method in ("vae", "inpainting"):
-            raise UsageError(f"prior.prompt is {self.prior.prompt!r}: the method {self.method} has no prior")
-        if self.method == "adapter" and self.adapter.kind != "lora" and self.layout != "kohya":
+        if self.prior.prompts and method not in ("full", "adapter"):
+            raise UsageError(f"prior.prompts is {self.prior.prompts!r}: the method {method} has no prior")
+        if self.prior.prompts and self.data.buckets:
+            raise UsageError("data.buckets is True: beside a prior, whose images are square, one's own are too")
+        if method == "adapter" and self.adapter.kind != "lora" and self.layout != "kohya":
             raise UsageError(f"layout is {self.layout!r}: a {self.adapter.kind} is written in kohya's alone")
-        if self.data.buckets and self.method == "vae":
+        if self.data.buckets and method == "vae":
             raise UsageError("data.buckets is True: the VAE is trained on squares")
+        if self.sample_prompts and method == "vae":
+            raise UsageError("sample_prompts are given: the method vae shows images and their reconstructions")
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        """Raise :class:`UsageError` for a section that is filled in and that the method does not read."""
+        own = (
+            ("adapter", "adapter", AdapterConfig()),
+            ("layout", "adapter", "kohya"),
+            ("new_word", "textual_inversion", NewWordConfig()),
+        )
+        for name, method, unset in own:
+            if self.method != method and getattr(self, name) != unset:
+                raise UsageError(f"{name} is given, and the method is {self.method}: {method} alone reads it")
+        if not self.prior.prompts and self.prior != PriorConfig():
+            raise UsageError("prior is given without prior.prompts: say what its images are of, such as 'a dog'")

@@ -1,12 +1,14 @@
 """Data-parallel training: ``torchrun`` starts the processes, each computes gradients on its shard of every batch.
 
-In a single process every function here does nothing.
+In a single process every function here does nothing. The process that fails first says why, and the others end without
+a word; ``torchrun --max-restarts 1`` starts them again, and the run that they began goes on from its newest checkpoint.
 """
 
 import os
 import resource
+import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -14,6 +16,9 @@ from typing import TypeVar
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, distributed
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from gobelin.errors import TrainingError
 
@@ -31,7 +36,8 @@ def init_process_group(device: torch.device) -> Iterator[None]:
     """Join the process group of ``torchrun``, if it started this process; on CUDA take the GPU of the local rank.
 
     After an error the group is not destroyed: that would wait for the other processes, and ``torchrun`` ends them.
-    Raises :class:`TrainingError` if there are fewer GPUs than processes, or for a device other than cpu and cuda.
+    Raises :class:`TrainingError` if there are fewer GPUs than processes, for a device other than cpu and cuda, and
+    where another process is gone. Only the first process to fail raises; the others exit (SystemExit).
     """
     if not is_torchrun() or distributed.is_initialized():
         yield
@@ -46,9 +52,55 @@ def init_process_group(device: torch.device) -> Iterator[None]:
                 "start as many processes as GPUs"
             )
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group(timeout=_TIMEOUT)
-    yield
+    store, number, count = next(rendezvous("env://", timeout=_TIMEOUT))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # machines count their restarts apart
+        # The store outlives a restart, and with it the addresses of the processes that were there before.
+        store = PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    distributed.init_process_group(store=store, rank=number, world_size=count, timeout=_TIMEOUT)
+    try:
+        yield
+    except (Exception, CheckpointException, KeyboardInterrupt) as error:
+        if not _is_first_to_fail(store):
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+        if is_disconnected(error):
+            raise TrainingError(
+                f"process {number} lost the others, one of which was killed or is not reached any more: "
+                "--resume goes on from the newest checkpoint"
+            ) from error
+        raise
     distributed.destroy_process_group()
+
+
+def _is_first_to_fail(store: Store) -> bool:
+    """Tell whether no other process has failed before; ``torchrun`` itself holds the store."""
+    try:
+        return store.add("gobelin/failed", 1) == 1
+    except RuntimeError:  # torchrun is gone
+        return is_main_process()
+
+
+def is_disconnected(error: BaseException) -> bool:
+    """Recognise the error of a process whose peer is gone: gloo's has no class of its own."""
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def launch() -> str:
+    """Name the ``torchrun`` that started this process, by its own name and process: the same after a restart."""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if is_torchrun() else ""
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Write the shell's command of ``gobelin`` with these arguments, started as this process was."""
+    if not is_torchrun():
+        return shlex.join(["gobelin", *arguments])
+    count = os.environ["LOCAL_WORLD_SIZE"]
+    nodes = [] if count == os.environ["WORLD_SIZE"] else ["--nnodes", os.environ["GROUP_WORLD_SIZE"]]
+    return shlex.join(["torchrun", *nodes, "--nproc-per-node", count, "-m", "gobelin", *arguments])
+
+
+def is_restarted() -> bool:
+    """Tell whether ``torchrun`` started its processes again, after one had failed (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def world_size() -> int:
@@ -75,6 +127,15 @@ def barrier() -> None:
     """Wait until every process of the group is here."""
     if distributed.is_initialized():
         distributed.barrier()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Tell every process whether ``flag`` is set in any; also a barrier."""
+    if not distributed.is_initialized():
+        return flag
+    asked = torch.tensor(float(flag), device=device)
+    distributed.all_reduce(asked)
+    return bool(asked)
 
 
 def peak_memory() -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gobelin.training.losses import UNetBatch, UNetLoss
 from gobelin.training.run_folder import Run
-from gobelin.training.stages import UNetStage
+from gobelin.training.stages import UNetStage, mirrored
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
@@ -58,7 +58,8 @@ class InpaintingStage(UNetStage):
         """Make the batch, and draw a mask for each image: a box or an ellipse, or all of it."""
         made = super().batch(step, rows)
         indices = self.order.indices(step)[rows].tolist()
-        images = self.dataset.images(indices)
+        *_, is_mirrored = self.choices(self.order.randoms(step, rows))
+        images = mirrored(self.dataset.images(indices), is_mirrored)
         # Numbers of their own, so that those of the batch are the same as without a mask.
         randoms = [np.random.default_rng(random.integers(2**63, size=2)) for random in self.order.randoms(step, rows)]
         masks = torch.stack([draw_mask(random, *images.shape[-2:]) for random in randoms])[:, None]

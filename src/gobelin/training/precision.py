@@ -9,8 +9,13 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Make the context in which a training step computes in ``precision`` on ``device``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in(device, precision) == torch.bfloat16)
+
+
+def computes_in(device: torch.device, precision: Precision) -> torch.dtype:
+    """Resolve a precision for a device: "auto" is bfloat16 where the device multiplies it in hardware."""
     bfloat16 = has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    return torch.bfloat16 if bfloat16 else torch.float32
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -3,8 +3,8 @@
 Names in quotes are headings of ``docs/decisions.md``.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any, Literal, overload
 
 from gobelin.errors import UsageError
@@ -130,7 +130,7 @@ def textual_inversion() -> FineTuneConfig:
 
 
 def dreambooth() -> FineTuneConfig:
-    """The U-Net and text encoder on a few images of one thing; add --prior.prompt to keep the rest of its class."""
+    """The U-Net and text encoder on a few images of one thing; add --prior.prompts to keep the rest of its class."""
     made = _fine_tuning()
     optim = replace(made.unet.optim, learning_rate=2e-6)
     return replace(made, unet=replace(made.unet, train_text_encoder=True, text_lr_ratio=1.0, optim=optim))
@@ -138,12 +138,12 @@ def dreambooth() -> FineTuneConfig:
 
 def inpainting() -> FineTuneConfig:
     """A U-Net with nine channels, that sees the masked image and the mask."""
-    return _fine_tuning(method="inpainting")
+    return _fine_tuning(method="inpainting", data=DataConfig(validation=0))
 
 
 def vae() -> FineTuneConfig:
-    """The autoencoder of a model alone."""
-    return _fine_tuning(method="vae")
+    """The decoder of a model's autoencoder; the U-Net goes on with it as it is."""
+    return _fine_tuning(method="vae", samples=8, data=DataConfig(validation=0))
 
 
 TRAINING_PRESETS: dict[str, Callable[[], TrainConfig | FineTuneConfig]] = {
@@ -156,6 +156,48 @@ TRAINING_PRESETS: dict[str, Callable[[], TrainConfig | FineTuneConfig]] = {
     "inpainting": inpainting,
     "vae": vae,
 }
+
+
+FROM_SCRATCH = ("nano", "tiny")
+"""The presets of training from scratch; the others start from a model."""
+
+
+def preset_of(method: str) -> str:
+    """Name the preset that a configuration of a method starts from where none is named."""
+    return {"full": "finetune", "adapter": "lora", "textual_inversion": "textual-inversion"}.get(method, method)
+
+
+def refuse_without_effect(config: TrainConfig | FineTuneConfig) -> None:
+    """Raise :class:`UsageError` for a setting that is in no preset and that this run would not read."""
+    if not config.unet.train_text_encoder:
+        _refuse_changed(config, "unet.text_lr_ratio", "the text encoder is not trained with the U-Net")
+    if isinstance(config, FineTuneConfig):
+        _refuse_changed(config, "unet" if config.method == "vae" else "vae", f"the method is {config.method}")
+        _refuse_changed(config, "vae.kl", "the encoder stays as it is")
+
+
+def refuse_scenes_of_folder(config: TrainConfig | FineTuneConfig) -> None:
+    """Raise :class:`UsageError` for settings of scenes where images are read from a folder."""
+    if config.data.path is not None:
+        for name in ("data.world", "data.count"):
+            _refuse_changed(config, name, "images are read from data.path")
+
+
+def _refuse_changed(config: TrainConfig | FineTuneConfig, section: str, reason: str) -> None:
+    """Raise :class:`UsageError` for a value of a section that no preset has, for a ``reason`` why nothing reads it."""
+    presets = [dict(_leaves(asdict(make()))) for make in TRAINING_PRESETS.values()]
+    for name, value in _leaves(asdict(config)):
+        if f"{name}.".startswith(f"{section}.") and value not in [one.get(name) for one in presets]:
+            raise UsageError(f"{name} is {value!r} and would have no effect, as {reason}: leave it out")
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """List the values of nested tables by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 @overload

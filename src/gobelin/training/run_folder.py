@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ from gobelin.training import distributed
 from gobelin.training.parallelize import Parallelism
 from gobelin.training.trackers import NoTracker, Tracker
 
-METRICS = "metrics.jsonl"
+METRICS, LOCK = "metrics.jsonl", "lock"
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.step-\d+\.tmp")  # of replacing(), and of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +52,17 @@ class Run:
         if file == METRICS:
             self.tracker.log(stage, values["step"], {name: one for name, one in values.items() if name != "step"})
 
-    def forget_after(self, stage: str, step: int) -> None:
-        """Remove a stage's records after ``step``: those steps are to be trained again."""
+    def forget_after(self, stage: str, step: int, evaluated: int | None = None) -> None:
+        """Remove a stage's records after ``step``: those steps are to be trained again.
+
+        Of the records of evaluations those after ``evaluated`` are removed, ``step`` itself by default.
+        """
         if not distributed.is_main_process():
             return
         for file in self.folder.glob("*.jsonl"):
+            last = step if file.name == METRICS or evaluated is None else evaluated
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if not _is_after(line, stage, step)]
+            kept = [line for line in lines if not _is_after(line, stage, last)]
             if len(kept) < len(lines):
                 write_text(file, "".join(kept))
 
@@ -79,20 +86,39 @@ def _is_after(line: str, stage: str, step: int) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder: a second run in it raises :class:`TrainingError`. The lock ends with the process."""
+    """Hold a run's folder: a second run in it raises :class:`TrainingError`. The lock ends with the process.
+
+    Temporary files in the run's folder are then those of a process that was killed, and are removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("a+", encoding="ascii")
+    file = (folder / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
-        process = file.read().strip()
+        process = file.readline().strip()
         file.close()
         raise TrainingError(
             f"another run is training in {folder.parent} (process {process}): wait for it, or choose another folder"
         ) from error
     with file:
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()}\n{distributed.launch()}\n")
         file.flush()
+        _remove_temporary(folder)
         yield
+
+
+def is_begun_by_this_launch(folder: Path) -> bool:
+    """Tell whether ``torchrun`` has started this process again, and the run in ``folder`` is the one it began."""
+    file = folder / LOCK
+    if not (distributed.is_restarted() and file.is_file()):
+        return False
+    return file.read_text(encoding="utf-8").splitlines()[1:] == [distributed.launch()]
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Remove what a process that was killed left half-written in a run's folder, beside its ``training`` and in it."""
+    for path in [*folder.parent.glob("*/.*.tmp"), *folder.parent.glob(".*.tmp"), *folder.rglob(".*.tmp")]:
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -107,7 +107,9 @@ def _heard(run: RunFiles) -> str:
     title = "Does the U-Net hear the caption?"
     charts = validation_charts(run)
     if not charts:
-        return _section(title, _absent("No validation loss has been measured yet."))
+        return _section(
+            title, _absent("Not measured: this needs images that are held out of training, 160 in all or more.")
+        )
     hint = (
         "The loss on images that were held out of training, with the right caption, with another image's (wrong) and "
         "with none, always under the same noise; and the share by which the right one lowers it, with its 95 % "

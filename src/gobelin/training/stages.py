@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
@@ -58,12 +59,13 @@ class TextStage(_Stage):
         image_encoder: ImageEncoder,
         config: TextStageConfig,
         seed: int,
+        flip: bool = False,
     ):
         super().__init__(dataset, config.optim.batch_size, seed)
         self.optim = config.optim
         self.lr_ratios = {"text.": config.text_lr_ratio}
         self.module = TextLoss(text_encoder, image_encoder, config)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._flip = tokenizer, flip
 
     def batch(self, step: int, rows: slice) -> TextBatch:
         """Read images with one caption each, and the hard negatives of those that have any."""
@@ -75,7 +77,7 @@ class TextStage(_Stage):
         hard = [self.dataset.negatives(index) for index in indices]
         negatives = [_pick(texts, pick) for texts, pick in zip(hard, picks, strict=True) if texts]
         return TextBatch(
-            images=self.dataset.images(indices),
+            images=mirrored(self.dataset.images(indices), (uniforms(randoms) < 0.5) & self._flip),
             token_ids=self._tokenizer([*captions, *negatives]),
             same=torch.tensor([[one == other for other in captions] for one in captions]),
         )
@@ -102,13 +104,14 @@ class VAEStage(_Stage):
         seed: int,
         shown: Sequence[int],
         fresh: bool = True,
+        flip: bool = False,
     ):
         super().__init__(dataset, config.optim.batch_size, seed)
         self.optim = config.optim
         self.lr_ratios: dict[str, float] = {}
         self.module = VAELoss(vae, config)
         self._latent_channels, self._factor = vae.config.latent_channels, vae.config.factor
-        self._shown = shown
+        self._shown, self._flip = shown, flip
         if fresh:
             _init_posterior_(vae)
 
@@ -117,10 +120,14 @@ class VAEStage(_Stage):
         images = self.dataset.images(self.order.indices(step)[rows].tolist())
         randoms = self.order.randoms(step, rows)
         shape = (self._latent_channels, images.shape[2] // self._factor, images.shape[3] // self._factor)
-        return VAEBatch(images=images, posterior_noise=normals(randoms, *shape), latent_noise=normals(randoms, *shape))
+        noise = normals(randoms, *shape), normals(randoms, *shape)
+        images = mirrored(images, (uniforms(randoms) < 0.5) & self._flip)
+        return VAEBatch(images=images, posterior_noise=noise[0], latent_noise=noise[1])
 
-    def evaluate(self, module: VAELoss, step: int, run: Run) -> Image.Image:
+    def evaluate(self, module: VAELoss, step: int, run: Run) -> Image.Image | None:
         """Draw the shown images above their reconstructions."""
+        if not self._shown:
+            return None
         images = self.dataset.images(self._shown).to(module.vae.device)
         both = torch.cat([images, module.vae.decode(module.vae.encode(images).mode())])
         return image_grid(tensor_to_images(both), columns=len(images))
@@ -151,7 +158,8 @@ class UNetStage(_Stage):
     ):
         super().__init__(dataset, config.optim.batch_size, seed)
         self.optim = config.optim
-        self.lr_ratios = {"text_encoder.": config.text_lr_ratio}
+        # A new word is in the text encoder too, and learns at the rate itself.
+        self.lr_ratios = {"text_encoder.": config.text_lr_ratio} if config.train_text_encoder else {}
         self.module = module
         self._schedule = module.schedule
         self._latents, self._scaling_factor, self._texts = latents, scaling_factor, texts
@@ -166,12 +174,12 @@ class UNetStage(_Stage):
         indices = self.order.indices(step)[rows]
         randoms = self.order.randoms(step, rows)
         timesteps = self._timesteps(self.order.generator(step))[rows]
-        dropped, picks, mirrored = (uniforms(randoms) for _ in range(3))
+        dropped, picks, is_mirrored = self.choices(randoms)
         captions = [
             "" if drop < self._config.caption_dropout else _pick(self.dataset.captions(index), pick)
             for index, drop, pick in zip(indices.tolist(), dropped.tolist(), picks.tolist(), strict=True)
         ]
-        means, stds = self._latents(indices, self._mirrored(mirrored))
+        means, stds = self._latents(indices, is_mirrored)
         shape = means.shape[1:]
         latents = (means + stds * normals(randoms, *shape)) * self._scaling_factor
         noise = normals(randoms, *shape)
@@ -179,8 +187,12 @@ class UNetStage(_Stage):
             noise = noise + self._config.offset_noise * normals(randoms, shape[0], 1, 1)
         return UNetBatch(latents=latents, noise=noise, timesteps=timesteps, texts=self._texts(captions))
 
-    def _mirrored(self, drawn: Float[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
-        return (drawn < 0.5) & self._flip
+    def choices(
+        self, randoms: list[np.random.Generator]
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
+        """Draw for each sample, first of all: a number for the dropout, one for the caption, whether it is mirrored."""
+        dropped, picks, drawn = (uniforms(randoms) for _ in range(3))
+        return dropped, picks, (drawn < 0.5) & self._flip
 
     def _timesteps(self, generator: torch.Generator) -> Int[Tensor, " batch"]:
         """Sample timesteps, stratified over the batch and shifted towards noise.
@@ -203,6 +215,13 @@ def encode_texts(
 ) -> Float[Tensor, "texts length dim"]:
     """Encode texts to text embeddings, on the encoder's device."""
     return text_encoder(tokenizer(texts).to(text_encoder.device))
+
+
+def mirrored(
+    images: Float[Tensor, "batch 3 height width"], which: Bool[Tensor, " batch"]
+) -> Float[Tensor, "batch 3 height width"]:
+    """Mirror some of the images, left to right."""
+    return torch.where(which[:, None, None, None], images.flip(-1), images)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

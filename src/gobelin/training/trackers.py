@@ -37,6 +37,15 @@ class Tracker(Protocol):
         ...
 
 
+_PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def require_tracker(name: TrackerName) -> None:
+    """Raise :class:`TrainingError` where a tracker's package is missing, before anything else is done."""
+    if name in _PACKAGES:
+        _import(_PACKAGES[name], name)
+
+
 def open_tracker(name: TrackerName, run_folder: Path, config: Mapping[str, Any]) -> Tracker:
     """Open a tracker for a run, and send its configuration; "none" tracks nothing.
 
@@ -48,9 +57,9 @@ def open_tracker(name: TrackerName, run_folder: Path, config: Mapping[str, Any])
         case "none":
             return NoTracker()
         case "tensorboard":
-            return TensorBoardTracker(_import("torch.utils.tensorboard", name), run_folder, config)
+            return TensorBoardTracker(_import(_PACKAGES[name], name), run_folder, config)
         case "wandb" | "trackio":
-            return WandbTracker(_import(name, name), run_folder, config)
+            return WandbTracker(_import(_PACKAGES[name], name), run_folder, config)
     raise UsageError(f"the tracker is {shown(name)}: give one of {', '.join(get_args(TrackerName))}")
 
 

@@ -8,7 +8,8 @@ from rich.console import Console
 from gobelin.errors import UsageError
 from gobelin.pipeline import find_device
 from gobelin.training import distributed
-from gobelin.training.config import FineTuneConfig, RunConfig, TrainConfig
+from gobelin.training.config import FineTuneConfig, TrainConfig
+from gobelin.training.presets import refuse_without_effect
 from gobelin.training.recipes.fine_tune import FineTune
 from gobelin.training.recipes.from_scratch import FromScratch
 from gobelin.training.recipes.recipe import Recipe
@@ -47,7 +48,8 @@ def train(
 
     Raises, before anything is written:
 
-    - :class:`UsageError` for an unknown stage, world or device, or a ``config`` that is none;
+    - :class:`UsageError` for an unknown stage, world or device, a ``config`` that is none, or one with a setting that
+      would have no effect;
     - :class:`DataError` for a data folder that is missing or has too few usable images;
     - :class:`ModelError` for a model that cannot be opened;
     - :class:`TrainingError` if ``out`` holds a run and ``resume`` is off, holds files but no run, or a run with another
@@ -57,8 +59,9 @@ def train(
     Raises, later, :class:`TrainingError` if a stage that ``stage`` builds on is missing, if the loss is not finite, or
     if a checkpoint cannot be written or read.
     """
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, TrainConfig | FineTuneConfig):
         raise UsageError(f"config is {config!r}: give a TrainConfig, such as gobelin.training.find_preset('nano')")
+    refuse_without_effect(config)
     with distributed.init_process_group(find_device(config.device)):
         if not distributed.is_main_process():
             console = Console(quiet=True)

@@ -5,12 +5,9 @@ run is the run that was interrupted, however many processes and micro-batches it
 """
 
 import math
-import signal
-import threading
-import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain, islice
@@ -29,19 +26,21 @@ from torch.distributed.tensor import DTensor
 
 from gobelin.errors import TrainingError, is_out_of_memory
 from gobelin.training import distributed
-from gobelin.training.checkpoints import load_checkpoint, save_checkpoint
+from gobelin.training.checkpoints import load_checkpoint, newest_step, save_checkpoint
 from gobelin.training.config import OptimConfig
 from gobelin.training.muon import Muon, muon_parameters
-from gobelin.training.parallelize import parallelize, synchronised
+from gobelin.training.parallelize import Parallelism, parallelize, synchronised
 from gobelin.training.precision import autocast
-from gobelin.training.progress import show_progress
+from gobelin.training.progress import Clock, show_progress
 from gobelin.training.run_folder import Run
+from gobelin.training.stop_request import StopRequest, caught_signals
 from gobelin.training.weight_average import WeightAverage
 
 Module = TypeVar("Module", bound=nn.Module)
 LOG_EVERY = 50
 """Steps that a line of metrics.jsonl is the mean of."""
 _AHEAD = 2  # steps whose batches are made before they are needed
+_PATIENCE = 0.1  # seconds between two looks for a request to stop, while data is waited for
 _OPTIMIZER_STATE = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
 _STATE = "state."  # how names of an optimizer's tensors begin; the rest of its state follows from the configuration
 
@@ -87,68 +86,124 @@ def fit(stage: Stage[Module], run: Run) -> Module:
     """Train a stage to its last step, from its newest checkpoint if it has one; returns the averaged module.
 
     All processes start with the same weights and average their gradients, so that their weights stay the same.
-    SIGINT and SIGTERM stop training after the current step, with a checkpoint and a KeyboardInterrupt. Raises
-    :class:`TrainingError` for a loss that is not finite; the last checkpoint stands.
+    SIGINT and SIGTERM stop training after the current step, with a checkpoint and a KeyboardInterrupt; they end a wait
+    for data, and an evaluation, which is made again when training goes on. Raises :class:`TrainingError` for a loss
+    that is not finite; the last checkpoint stands.
     """
     optim, module = stage.optim, stage.module.train().to(run.device)
     if run.device.type == "cuda":
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    whole = deepcopy(module) if distributed.is_initialized() and run.parallelism == "fsdp" else module
-    parallel = parallelize(module, run.parallelism, run.device)
+    parallelism = _parallelism(stage, run)
+    whole = deepcopy(module) if distributed.is_initialized() and parallelism == "fsdp" else module
+    if optim.compile:
+        module.compile()  # its forward pass, in place: what is drawn and measured meanwhile is not
+    parallel = parallelize(module, parallelism, run.device)
     optimizers = make_optimizers(module, optim, stage.lr_ratios)
     average = WeightAverage(module, optim.ema)
-    start = _restore(stage, run, module, average, optimizers)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    saved = start = _restore(stage, run, module, average, optimizers)
     recent: list[dict[str, Tensor]] = []
-    clock = _Clock(optim.batch_size, start)
-    if start == 0:
-        _evaluate(stage, run, whole, average, 0)  # so that what cannot be sampled is said before hours of training
+    clock = Clock(optim.batch_size, start)
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if step > saved:
+            save_checkpoint(run.checkpoint_folder(stage.name), step, _state(module, average, optimizers))
+            saved = step
 
     with (
         show_progress(run.console, stage.name, start, optim.steps) as advance,
-        _stop_requested() as stop,
-        _prefetched(stage, start) as batches,
+        caught_signals() as stop,
+        _prefetched(stage, start, stop) as next_batch,
     ):
+        if _is_sampled(run, optim, start):  # at 0, so that what cannot be sampled is said before hours of training
+            _evaluate(stage, run, whole, average, start, stop)
         for step in range(start, optim.steps):
-            for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-                group["lr"] = group["lr_ratio"] * learning_rate(optim, step)
-            module.zero_grad(set_to_none=True)
             with clock.waiting():
-                micro_batches = next(batches)
-            losses = _gradients(stage, run, parallel, micro_batches)
-            stopping = torch.tensor(float(stop()), device=run.device)
-            distributed.all_reduce_mean_([*losses.values(), stopping])
-            norm = _whole(nn.utils.clip_grad_norm_(trained, optim.clip_norm))
-            if not (losses["loss"].isfinite() and norm.isfinite()):
-                raise TrainingError(
-                    f"stage {stage.name}, step {step}, {stage.describe(step)}: the loss is "
-                    f"{losses['loss'].item()} and its gradient's norm {norm.item()}; the last checkpoint stands, "
-                    "start again in another folder with a lower learning rate"
-                )
-            for optimizer in optimizers:
-                optimizer.step()
+                micro_batches = next_batch()
+            if distributed.any_process(stop.is_set, run.device):
+                save(step)
+                raise KeyboardInterrupt
+            rate = learning_rate(optim, step)
+            losses = _train_step(stage, run, module, parallel, micro_batches, optimizers, rate, step)
             average.update(step)
 
             done = step + 1
-            recent.append({**losses, "grad_norm": norm})
+            recent.append(losses)
             last = done == optim.steps
             if done % LOG_EVERY == 0 or last:
                 means = {name: torch.stack([r[name] for r in recent]).mean().item() for name in recent[0]}
                 speeds = clock.read(done)
-                run.log(stage.name, {"step": done, "lr": learning_rate(optim, step), **means, **speeds})
+                run.log(stage.name, {"step": done, "lr": rate, **means, **speeds})
                 advance(done, means["loss"], speeds)
                 recent = []
-            if done % run.save_every == 0 or last or stopping:
-                state = _state(module, average, optimizers)
-                save_checkpoint(run.checkpoint_folder(stage.name), done, state)
-            if stopping:
-                run.console.print(f"{stage.name}: stopped; step {done} is saved, and --resume goes on from it")
-                raise KeyboardInterrupt
-            if done % run.sample_every == 0 or last:
+            if done % run.save_every == 0 or last:
+                save(done)
+            if _is_sampled(run, optim, done):
                 with clock.paused():
-                    _evaluate(stage, run, whole, average, done)
+                    _evaluate(stage, run, whole, average, done, stop)
+        if distributed.any_process(stop.is_set, run.device):
+            raise KeyboardInterrupt
     _put_average(whole, average)
     return whole.eval()
+
+
+def _parallelism(stage: Stage, run: Run) -> Parallelism:
+    """Choose DDP for a text encoder: it is small, and FSDP takes no scalar, such as CLIP's temperature."""
+    return run.parallelism if stage.is_divisible else "ddp"
+
+
+def _is_sampled(run: Run, optim: OptimConfig, step: int) -> bool:
+    return step % run.sample_every == 0 or step == optim.steps
+
+
+def _train_step(
+    stage: Stage,
+    run: Run,
+    module: nn.Module,
+    parallel: nn.Module,
+    micro_batches: list[TrainingBatch],
+    optimizers: list[torch.optim.Optimizer],
+    rate: float,
+    step: int,
+) -> dict[str, Tensor]:
+    """Take one step; returns the losses and the gradient's norm, means over the processes.
+
+    Raises :class:`TrainingError`, before any weight changes, for a loss or a gradient that is not finite.
+    """
+    for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+        group["lr"] = group["lr_ratio"] * rate
+    module.zero_grad(set_to_none=True)
+    with _memory_of(stage):
+        losses = _gradients(stage, run, parallel, micro_batches)
+        distributed.all_reduce_mean_(losses.values())
+        trained = _with_gradients(stage, module, run)
+        norm = _whole(nn.utils.clip_grad_norm_(trained, stage.optim.clip_norm))
+        if not (losses["loss"].isfinite() and norm.isfinite()):
+            raise TrainingError(
+                f"stage {stage.name}, step {step}, {stage.describe(step)}: the loss is "
+                f"{losses['loss'].item()} and its gradient's norm {norm.item()}; the last checkpoint stands, "
+                "start again in another folder with a lower learning rate"
+            )
+        for optimizer in optimizers:
+            optimizer.step()
+    return {**losses, "grad_norm": norm}
+
+
+def _with_gradients(stage: Stage, module: nn.Module, run: Run) -> list[nn.Parameter]:
+    """List the trained parameters, each with a gradient: zeros where the loss does not depend on it in this step.
+
+    Raises :class:`TrainingError` for such a one under DDP, which would wait for its gradient.
+    """
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    for name, parameter in trained.items():
+        if parameter.grad is None:
+            if distributed.is_initialized() and _parallelism(stage, run) == "ddp":
+                raise TrainingError(
+                    f"stage {stage.name}: its loss does not depend on {name}, which several processes cannot train: "
+                    "freeze it, or train in one process"
+                )
+            parameter.grad = torch.zeros_like(parameter)
+    return list(trained.values())
 
 
 def _gradients(stage: Stage, run: Run, module: nn.Module, batches: list[TrainingBatch]) -> dict[str, Tensor]:
@@ -181,62 +236,31 @@ def _memory_of(stage: Stage) -> Iterator[None]:
 
 
 @contextmanager
-def _prefetched(stage: Stage, start: int) -> Iterator[Iterator[list[TrainingBatch]]]:
-    """Make the micro-batches of the next steps in another thread, while this one computes."""
+def _prefetched(stage: Stage, start: int, stop: StopRequest) -> Iterator[Callable[[], list[TrainingBatch]]]:
+    """Make the micro-batches of the next steps in another thread, while this one computes.
+
+    Yields a function that waits for those of the next step; where a stop is requested meanwhile, it returns none.
+    """
     parts = distributed.world_size() * stage.optim.accumulate if stage.is_divisible else 1
     first = distributed.rank() * stage.optim.accumulate if stage.is_divisible else 0
     shares = [slice(first + number, None, parts) for number in range(stage.optim.accumulate if parts > 1 else 1)]
+    steps = iter(range(start, stage.optim.steps))
+    ahead: deque[Future[list[TrainingBatch]]] = deque()
 
     def make(step: int) -> list[TrainingBatch]:
         return [stage.batch(step, rows) for rows in shares]
 
-    def batches() -> Iterator[list[TrainingBatch]]:
-        steps = iter(range(start, stage.optim.steps))
-        ahead: deque[Future[list[TrainingBatch]]] = deque(pool.submit(make, step) for step in islice(steps, _AHEAD))
-        while ahead:
-            made = ahead.popleft().result()
-            ahead.extend(pool.submit(make, step) for step in islice(steps, 1))
-            yield made
+    def next_batch() -> list[TrainingBatch]:
+        ahead.extend(pool.submit(make, step) for step in islice(steps, 1 + _AHEAD - len(ahead)))
+        while not (stop.is_set or ahead[0].done()):
+            wait([ahead[0]], timeout=_PATIENCE)
+        return [] if stop.is_set else ahead.popleft().result()
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
     try:
-        yield batches()
+        yield next_batch
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-class _Clock:
-    """Measure samples a second, the share of the time that is spent waiting for data, and memory."""
-
-    def __init__(self, batch_size: int, step: int):
-        self._batch_size, self._step = batch_size, step
-        self._began, self._waited, self._idle = time.perf_counter(), 0.0, 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the block's time as waiting for data."""
-        before = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - before
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the block's time out of the measurement."""
-        before = time.perf_counter()
-        yield
-        self._idle += time.perf_counter() - before
-
-    def read(self, step: int) -> dict[str, float]:
-        """Return what was measured since the last reading."""
-        now = time.perf_counter()
-        taken = max(now - self._began - self._idle, 1e-9)
-        read = {
-            "samples_per_s": (step - self._step) * self._batch_size / taken,
-            "data_wait": self._waited / taken,
-            "memory_mb": distributed.peak_memory() / 2**20,
-        }
-        self._step, self._began, self._waited, self._idle = step, now, 0.0, 0.0
-        return read
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -296,28 +320,32 @@ def _restore(
     stage: Stage, run: Run, module: nn.Module, average: WeightAverage, optimizers: list[torch.optim.Optimizer]
 ) -> int:
     """Load the newest checkpoint; returns its step, 0 if there is none."""
-    state = _state(module, average, optimizers)
-    step = load_checkpoint(run.checkpoint_folder(stage.name), state)
-    if step:
+    folder, step = run.checkpoint_folder(stage.name), 0
+    if newest_step(folder):  # else the optimizers are left as they are: to list their state takes a step with no rate
+        state = _state(module, average, optimizers)
+        step = load_checkpoint(folder, state)
         prefix = "optimizer."
         states = get_optimizer_state_dict(module, optimizers, options=_OPTIMIZER_STATE)
         loaded = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
         states.update(cast(dict[str, Any], loaded))
         set_optimizer_state_dict(module, optimizers, states, options=_OPTIMIZER_STATE)
-    run.forget_after(stage.name, step)
+    # A checkpoint is written before its step is evaluated, which may not have come to an end.
+    run.forget_after(stage.name, step, evaluated=step - 1 if _is_sampled(run, stage.optim, step) else step)
     distributed.barrier()
     return step
 
 
-def _evaluate(stage: Stage[Module], run: Run, whole: Module, average: WeightAverage, step: int) -> None:
+def _evaluate(
+    stage: Stage[Module], run: Run, whole: Module, average: WeightAverage, step: int, stop: StopRequest
+) -> None:
     """Let the stage measure and draw itself with averaged weights, in the main process, while the others wait."""
     with _averaged(whole, average) as averaged:
-        if distributed.is_main_process():
+        if distributed.is_main_process() and not stop.is_set:
             averaged.eval()
-            with torch.no_grad():
+            with stop.interrupting(), torch.no_grad():
                 sheet = stage.evaluate(averaged, step, run)
-            if sheet is not None:
-                run.save_sheet(stage.name, step, sheet)
+                if sheet is not None:
+                    run.save_sheet(stage.name, step, sheet)
             averaged.train()
     distributed.barrier()
 
@@ -349,26 +377,3 @@ def _put_average(whole: nn.Module, average: WeightAverage) -> bool:
 def _whole(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Gather a tensor from the shards of all processes; one without shards stays itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def _stop_requested() -> Iterator:
-    """Catch SIGINT and SIGTERM; yields a function that tells whether one has come. A second one ends a lone process.
-
-    Python handles signals in its main thread alone: in any other, nothing is caught.
-    """
-    requested = False
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal requested
-        requested = True
-        if not distributed.is_torchrun():  # torchrun may pass on a signal that has come already
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, handle) for number in caught}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

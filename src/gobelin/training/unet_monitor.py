@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
@@ -25,10 +25,11 @@ from gobelin.training.precision import Precision
 from gobelin.training.run_folder import Run
 
 VALIDATION, ATTENTION, NEAREST = "validation.jsonl", "attention.jsonl", "nearest.json"
-_SIDE, _COLUMNS = 128, 8  # pixels and images of a row of the sample sheet
+_SIDES, _COLUMNS = (128, 256), 8  # the fewest and most pixels of an image in a sheet, and images of a row
 _TRACED = 3  # prompts whose words are mapped
 _WORDS = 6  # of a prompt
 _COMPARED = 20_000  # training images that samples are compared with, at most
+_COMPARED_TOGETHER = 256
 _PAINTED_TOGETHER = 8
 
 
@@ -130,32 +131,24 @@ class UNetMonitor:
         entropy = sum(heatmaps.entropy() for heatmaps in traced) / len(traced) / float(np.log(2))
         values = {"entropy": entropy, "bos_share": mean["bos"], "padding_share": mean["padding"]}
         run.log("unet", {"step": step, **values}, ATTENTION)
-        rows = []
+        rows, side = [], _shown_side(traced[0].image)
         for heatmaps in traced:
             maps = [heatmaps[number] for number in range(min(len(heatmaps.words), _WORDS))]
-            overlays = [Tile(image=one.overlay(_SIDE), caption=one.label) for one in maps]
+            overlays = [Tile(image=one.overlay(side), caption=one.label) for one in maps]
             rows.append(TileRow(tiles=[Tile(image=_enlarged(heatmaps.image)), *overlays], note=heatmaps.words.text))
-        sheet = captioned_grid(rows, columns=1 + _WORDS, side=_SIDE, title=f"Words and their patches, step {step:,}")
+        sheet = captioned_grid(rows, columns=1 + _WORDS, side=side, title=f"Words and their patches, step {step:,}")
         run.save_sheet("words", step, sheet)
 
     def _find_nearest(self, images: Sequence[Image.Image], latents: Tensor, run: Run) -> None:
         """Find the training image nearest to each sample, by its latents, to tell copies from images of their own."""
-        dataset, cache = self.training
+        dataset, _ = self.training
         bucket = [place for place, size in enumerate(dataset.sizes) if size == images[0].size[::-1]]
         rows = np.flatnonzero(dataset.bucket_index == bucket[0])[:_COMPARED] if bucket else []
         if not len(rows):
             return
         own = latents.float().cpu()
-        distances = torch.cat(
-            [
-                (self.scaling_factor * cache.read(torch.from_numpy(part))[0][None] - own[:, None])
-                .square()
-                .mean(dim=(2, 3, 4))
-                .sqrt()
-                for part in np.array_split(rows, -(-len(rows) // 256))
-            ],
-            dim=1,
-        )
+        parts = [torch.from_numpy(part) for part in np.array_split(rows, -(-len(rows) // _COMPARED_TOGETHER))]
+        distances = torch.cat([self._distances(own, part) for part in parts], dim=1)
         folder, records = run.folder / "samples" / "nearest", []
         folder.mkdir(parents=True, exist_ok=True)
         for number, (image, distance) in enumerate(zip(images, distances, strict=True)):
@@ -172,20 +165,34 @@ class UNetMonitor:
             )
         write_json(run.folder / NEAREST, records)
 
+    def _distances(
+        self, latents: Float[Tensor, "samples channels h w"], rows: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "samples rows"]:
+        """Measure the root mean square distance of latents from those of training images, and of mirrored ones."""
+        cache = self.training[1]
+        means = [cache.read(rows, torch.full((len(rows),), side))[0] for side in (False, True)[: 1 + cache.flip]]
+        squares = [(self.scaling_factor * mean[None] - latents[:, None]).square() for mean in means]
+        return torch.stack([square.mean(dim=(2, 3, 4)).sqrt() for square in squares]).amin(dim=0)
+
     def _sheet(self, images: Sequence[Image.Image], step: int) -> Image.Image:
         """Lay out samples in rows, with the true image of each caption beneath where one is known."""
-        rows = []
+        rows, side = [], _shown_side(images[0])
         for start in range(0, len(images), _COLUMNS):
             part = range(start, min(start + _COLUMNS, len(images)))
             rows.append(TileRow(tiles=[Tile(image=_enlarged(images[at]), caption=self.prompts[at]) for at in part]))
             truths = [self.truths[at] for at in part]
             if any(truths):
-                blank = Image.new("RGB", (_SIDE, _SIDE), "white")
+                blank = Image.new("RGB", (side, side), "white")
                 rows.append(TileRow(tiles=[Tile(image=_enlarged(one or blank), note="true image") for one in truths]))
-        return captioned_grid(rows, columns=_COLUMNS, side=_SIDE, title=f"Step {step:,}")
+        return captioned_grid(rows, columns=_COLUMNS, side=side, title=f"Step {step:,}")
+
+
+def _shown_side(image: Image.Image) -> int:
+    """Choose the longer side of images in a sheet: small ones are enlarged, those of Stable Diffusion halved."""
+    return min(max(_SIDES[0], max(image.size)), _SIDES[1])
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
     """Enlarge small images without smoothing, so that pixels are seen as they are."""
-    factor = max(1, _SIDE // max(image.size))
+    factor = max(1, _SIDES[0] // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -13,14 +13,22 @@ from gobelin.training.config import RunConfig
 
 # Fields that change no weight: when something is written, where the same data and the device are, what is recommended.
 _HARMLESS = (
-    *("save_every", "sample_every", "sample_prompts", "tracker", "device", "parallelism", "recommended."),
+    *("save_every", "sample_every", "sample_prompts", "samples", "tracker", "device", "parallelism", "recommended."),
     *("data.path", "data.cache", "data.workers"),
 )
+# Settings that change the rounding of sums alone, as another number of processes does.
+_ROUNDING = (".gradient_checkpointing", ".optim.accumulate", ".optim.compile")
 
 
 def config_file(out: Path) -> Path:
     """Name the file that records a run's configuration."""
     return out / "training" / "config.json"
+
+
+def done_stages(out: Path) -> list[str]:
+    """List the stages of a run that are done."""
+    file = out / "training" / "done.json"
+    return read_json(file)["stages"] if file.exists() else []
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -46,14 +54,14 @@ def claim(out: Path, config: RunConfig, data: dict[str, Any], may_change: Callab
     than the harmless ones may be another. Returns the stages that are done. Raises :class:`TrainingError` for another
     configuration and for other data.
     """
-    recorded, data_file, done_file = config_file(out), out / "training" / "data.json", out / "training" / "done.json"
+    recorded, data_file = config_file(out), out / "training" / "data.json"
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     if not recorded.exists():
         write_json(data_file, data)
         write_json(recorded, values)
         return []
     for name, was, now in differences(read_json(recorded), values):
-        if not name.startswith(_HARMLESS) and not may_change(name, was, now):
+        if not name.startswith(_HARMLESS) and not name.endswith(_ROUNDING) and not may_change(name, was, now):
             raise TrainingError(f"the run in {out} has another configuration: {name} was {was!r} and is {now!r}")
     before = read_json(data_file)
     if before["fingerprint"] != data["fingerprint"]:
@@ -62,7 +70,7 @@ def claim(out: Path, config: RunConfig, data: dict[str, Any], may_change: Callab
             + (", with other captions or images" if before["count"] == data["count"] else "")
         )
     write_json(recorded, values)
-    return read_json(done_file)["stages"] if done_file.exists() else []
+    return done_stages(out)
 
 
 def is_longer(name: str, was: Any, now: Any, stages: dict[str, str], config: Any, out: Path) -> bool:
@@ -74,8 +82,7 @@ def is_longer(name: str, was: Any, now: Any, stages: dict[str, str], config: Any
     stage = next((stage for stage, own in stages.items() if own == section), None)
     if field != "optim.steps" or stage is None or not now > was:
         return False
-    done_file = out / "training" / "done.json"
-    is_done = done_file.exists() and stage in read_json(done_file)["stages"]
+    is_done = stage in done_stages(out)
     optim = getattr(config, section).optim
     saved = newest_step(out / "training" / "checkpoints" / stage)
     falls = min(max(optim.warmup_steps, round(optim.hold * steps)) for steps in (was, now))

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from gobelin.clip import TextEncoder
 from gobelin.data import CachedDataset
-from gobelin.data.encoded import LatentCache, weights_hash
+from gobelin.data.encoded import LatentCache, TextCache, weights_hash
 from gobelin.errors import DataError
 from gobelin.images import tensor_to_images
 from gobelin.pipeline import Pipeline
@@ -44,47 +44,62 @@ def make_unet_stage(
     networks: Networks,
     config: DiffusionConfig,
     write: Callable[[UNetLoss, int], Pipeline],
-    dataset: CachedDataset | None = None,
     stage: Callable[..., UNetStage] = UNetStage,
-    seed: int | None = None,
 ) -> UNetStage:
-    """Make the U-Net's stage over a recipe's data, or another ``dataset``, with its latents and texts cached.
+    """Make the U-Net's stage over a recipe's data, with its latents and texts cached.
 
-    ``stage`` is the class, or what makes one; ``seed`` is another one than the recipe's.
+    ``stage`` is the class, or what makes one; ``write`` writes the model as it stands and returns its pipeline.
     """
     networks.unet.gradient_checkpointing = config.gradient_checkpointing
-    dataset = dataset or recipe.dataset
-    vae, precision = networks.vae, config.optim.precision
-    latents = recipe.latents(dataset, vae, precision)
+    latents = recipe.latents(recipe.dataset, networks.vae, config.optim.precision)
+    monitor = _make_monitor(recipe, networks, config, write, latents)
+    return _make_stage(recipe, networks, config, recipe.dataset, latents, recipe.config.seed, monitor, stage)
+
+
+def make_prior_stage(
+    recipe: Recipe[Any], networks: Networks, config: DiffusionConfig, dataset: CachedDataset
+) -> UNetStage:
+    """Make the stage of a prior's images: a seed of its own, and nothing to measure or to draw."""
+    latents = recipe.latents(dataset, networks.vae, config.optim.precision)
+    return _make_stage(
+        recipe, networks, config, dataset, latents, recipe.config.seed + 1, lambda module, step, run: None, UNetStage
+    )
+
+
+def _make_stage(
+    recipe: Recipe[Any],
+    networks: Networks,
+    config: DiffusionConfig,
+    dataset: CachedDataset,
+    latents: LatentCache,
+    seed: int,
+    show: Callable[[UNetLoss, int, Run], Image.Image | None],
+    stage: Callable[..., UNetStage],
+) -> UNetStage:
     module = UNetLoss(
         networks.unet,
         networks.text_encoder if networks.is_text_trained else None,
         networks.schedule,
         config.min_snr_gamma,
     )
-    return stage(
-        module,
-        dataset,
-        latents.read,
-        vae.config.scaling_factor,
-        _make_texts(recipe, networks, dataset),
-        config,
-        recipe.config.seed if seed is None else seed,
-        _make_monitor(recipe, networks, config, write, dataset, latents),
-        recipe.config.data.flip,
+    tokenizer = networks.tokenizer
+    texts = (
+        tokenizer if networks.is_text_trained else cache_texts(recipe, networks.text_encoder, tokenizer, dataset).read
     )
+    scale = networks.vae.config.scaling_factor
+    return stage(module, dataset, latents.read, scale, texts, config, seed, show, recipe.config.data.flip)
 
 
-def _make_texts(recipe: Recipe[Any], networks: Networks, dataset: CachedDataset) -> Callable[[list[str]], Tensor]:
-    """Make what turns captions into the U-Net's input: cached text embeddings, or token ids for what is trained."""
-    if networks.is_text_trained:
-        return networks.tokenizer
-    vocabulary = repr(sorted(networks.tokenizer.vocab.items())) + repr(networks.tokenizer.max_length)
+def cache_texts(
+    recipe: Recipe[Any], text_encoder: TextEncoder, tokenizer: Tokenizer, dataset: CachedDataset
+) -> TextCache:
+    """Encode a dataset's captions by a frozen text encoder, those that are not cached."""
+    vocabulary = repr(sorted(tokenizer.vocab.items())) + repr(tokenizer.max_length)
 
     def encode(texts: list[str]) -> Tensor:
-        return encode_texts(networks.text_encoder, networks.tokenizer, texts)
+        return encode_texts(text_encoder, tokenizer, texts)
 
-    return recipe.texts(dataset, encode, weights_hash(networks.text_encoder) + vocabulary).read
+    return recipe.texts(dataset, encode, weights_hash(text_encoder) + vocabulary)
 
 
 def _make_monitor(
@@ -92,40 +107,55 @@ def _make_monitor(
     networks: Networks,
     config: DiffusionConfig,
     write: Callable[[UNetLoss, int], Pipeline],
-    dataset: CachedDataset,
     latents: LatentCache,
-) -> "Callable[[UNetLoss, int, Run], Image.Image | None]":
+) -> UNetMonitor:
     """Make what measures and draws: on pairs held out, on as many that are trained on, and on prompts."""
-    scale, held_out = networks.vae.config.scaling_factor, recipe.split[1]
-    splits = {"training": (dataset, latents)}
-    # The loss of a U-Net that sees a mask needs one too, and is not measured by caption.
-    if held_out is not None and not inpaints(networks.unet):
-        others = recipe.cached(held_out, "reading held-out images")
-        splits = {"held_out": (others, recipe.latents(others, networks.vae, config.optim.precision)), **splits}
-    pairs = {}
-    for split, (images, encoded) in splits.items() if len(splits) > 1 else ():
-        try:
-            pairs[split] = ValidationPairs.of(images, encoded, scale, recipe.config.data.validation)
-        except DataError as error:  # captions that are all alike
-            recipe.console.print(f"the loss by caption is not measured: {error}", highlight=False)
-            break
 
     def texts(module: UNetLoss, captions: list[str]) -> Tensor:
         return encode_texts(module.text_encoder or networks.text_encoder, networks.tokenizer, captions)
 
-    prompts, truths = _choose_prompts(recipe, dataset, with_images=inpaints(networks.unet))
+    prompts, truths = _choose_prompts(recipe, with_images=inpaints(networks.unet))
     return UNetMonitor(
         write=write,
         prompts=prompts,
         truths=truths,
-        pairs=pairs if len(pairs) == len(splits) else {},
+        pairs=_validation_pairs(recipe, networks, config, latents),
         texts=texts,
-        scaling_factor=scale,
+        scaling_factor=networks.vae.config.scaling_factor,
         last_step=config.optim.steps,
-        training=(dataset, latents),
+        training=(recipe.dataset, latents),
         precision=config.optim.precision,
-        settings=_with_mask(truths) if inpaints(networks.unet) else lambda part: {},
+        settings=_with_mask(truths) if inpaints(networks.unet) else _of_size(recipe.dataset),
     )
+
+
+def _validation_pairs(
+    recipe: Recipe[Any], networks: Networks, config: DiffusionConfig, latents: LatentCache
+) -> dict[str, ValidationPairs]:
+    """Choose the pairs that the loss is measured on; none, with a sentence, where captions are all alike."""
+    held_out, data = recipe.split[1], recipe.config.data
+    if held_out is None:
+        if data.validation and not inpaints(networks.unet):
+            say = f"the loss by caption is not measured: {len(recipe.dataset):,} images are too few to hold any out"
+            recipe.console.print(say, highlight=False)
+        return {}
+    others = recipe.cached(held_out, "reading held-out images")
+    splits = {
+        "held_out": (others, recipe.latents(others, networks.vae, config.optim.precision)),
+        "training": (recipe.dataset, latents),
+    }
+    scale = networks.vae.config.scaling_factor
+    try:
+        return {split: ValidationPairs.of(*both, scale, data.validation) for split, both in splits.items()}
+    except DataError as error:
+        recipe.console.print(f"the loss by caption is not measured: {error}", highlight=False)
+        return {}
+
+
+def _of_size(dataset: CachedDataset) -> Callable[[range], dict[str, Any]]:
+    """Make the settings of samples as large as most images that are trained on."""
+    height, width = dataset.sizes[_commonest_bucket(dataset)]
+    return lambda part: {"height": height, "width": width}
 
 
 def _with_mask(images: list[Image.Image | None]) -> Callable[[range], dict[str, Any]]:
@@ -140,18 +170,27 @@ def _with_mask(images: list[Image.Image | None]) -> Callable[[range], dict[str, 
     return settings
 
 
-def _choose_prompts(
-    recipe: Recipe[Any], dataset: CachedDataset, with_images: bool
-) -> tuple[list[str], list[Image.Image | None]]:
+def _choose_prompts(recipe: Recipe[Any], with_images: bool) -> tuple[list[str], list[Image.Image | None]]:
     """Choose what is sampled: the prompts that were asked for, or captions of the data, each once, with their images.
 
-    Captions are spread over the data, as the first of a folder are often of one kind.
+    Captions are of images of one size, and spread over the data, as the first of a folder are often of one kind.
+    ``with_images`` takes images for prompts that were asked for too.
     """
-    count = recipe.config.samples
-    if recipe.config.sample_prompts and not with_images:
-        return list(recipe.config.sample_prompts), [None] * len(recipe.config.sample_prompts)
-    chosen: dict[str, int] = {}
-    for index in torch.linspace(0, len(dataset) - 1, min(len(dataset), 4 * count)).round().long().tolist():
-        if len(chosen) < count:
-            chosen.setdefault(dataset.captions(index)[0], index)
-    return list(chosen), [tensor_to_images(dataset.images([index]))[0] for index in chosen.values()]
+    dataset, prompts = recipe.dataset, list(recipe.config.sample_prompts)
+    if prompts and not with_images:
+        return prompts, [None] * len(prompts)
+    count = len(prompts) or recipe.config.samples
+    rows = np.flatnonzero(dataset.bucket_index == _commonest_bucket(dataset))
+    if prompts:
+        chosen = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)].tolist()
+    else:
+        spread = rows[np.linspace(0, len(rows) - 1, min(len(rows), 4 * count)).round().astype(int)].tolist()
+        by_caption: dict[str, int] = {}
+        for row in spread:
+            by_caption.setdefault(dataset.captions(row)[0], row)
+        prompts, chosen = list(by_caption)[:count], list(by_caption.values())[:count]
+    return prompts, [tensor_to_images(dataset.images([row]))[0] for row in chosen]
+
+
+def _commonest_bucket(dataset: CachedDataset) -> int:
+    return int(np.bincount(dataset.bucket_index).argmax())

@@ -7,7 +7,7 @@ is as in training from scratch.
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,34 @@ from torch import nn
 
 from gobelin.adapters.adapter_file import write_adapter
 from gobelin.adapters.trainable import add_adapters_
-from gobelin.adapters.trained_words import add_trained_word_, trained_vectors, write_word
+from gobelin.adapters.trained_words import (
+    add_trained_word_,
+    check_new_word,
+    count_captioned,
+    trained_vectors,
+    write_word,
+)
 from gobelin.checkpoint import Model, open_model
-from gobelin.data import CachedDataset
+from gobelin.data import CachedDataset, Dataset
 from gobelin.data.captioned_files import METADATA
+from gobelin.data.encoded import LatentCache, TextCache
 from gobelin.data.image_folder import ImageFolderDataset
 from gobelin.errors import DataError, TrainingError
 from gobelin.formats.files import write_text
 from gobelin.formats.png import write_png
 from gobelin.pipeline import Pipeline, shipped_model
+from gobelin.plan import inpaints
 from gobelin.training import distributed
 from gobelin.training.config import FineTuneConfig
 from gobelin.training.fine_tune_stages import InpaintingStage, WithPrior, widen_for_mask_
 from gobelin.training.losses import UNetLoss
 from gobelin.training.model_card import adapter_card, fine_tune_card
-from gobelin.training.recipes.diffusion import Networks, make_unet_stage
+from gobelin.training.recipes.diffusion import Networks, cache_texts, make_prior_stage, make_unet_stage
 from gobelin.training.recipes.recipe import Recipe
 from gobelin.training.stages import UNetStage, VAEStage
 from gobelin.training.trainer import Stage, fit
 
 ADAPTER_FILE, ADAPTER_FOLDER = "adapter.safetensors", "adapter"
-_SHOWN = 8  # images in the VAE's sample sheet
 _PRIOR_TOGETHER = 4  # images of the prior that are painted at once
 
 
@@ -72,12 +79,52 @@ class FineTune(Recipe[FineTuneConfig]):
             raise TrainingError(f"data.size is {size}: this model needs a multiple of {multiple}")
         return size
 
+    @cached_property
+    def split(self) -> tuple[Dataset, Dataset | None]:
+        """The images to train on, and those held out, where the loss is measured on them."""
+        reason = "the method vae has no captions" if self.config.method == "vae" else "this U-Net sees a mask"
+        if self.config.method != "vae" and not self._is_masked:
+            return super().split
+        if self.config.data.validation:
+            self.console.print(f"no images are held out to measure the loss by caption: {reason}", highlight=False)
+        return self.source, None
+
+    @property
+    def _is_masked(self) -> bool:
+        return self.config.method == "inpainting" or inpaints(self.model.unet)
+
+    @cached_property
+    def source(self) -> Dataset:
+        """Open the data, and check that this model can be trained with it, before anything is written."""
+        source, config = super().source, self.config
+        if config.prior.prompts and self._is_masked:
+            raise TrainingError(f"prior.prompts is {config.prior.prompts!r}: a U-Net that sees a mask has no prior")
+        if config.method == "textual_inversion":
+            new = config.new_word
+            check_new_word(self.model.tokenizer, new.word, new.begin, new.vectors)
+            self._require_word(new.word, source)
+        return source
+
+    def fill_cache(self) -> tuple[CachedDataset, LatentCache, TextCache]:
+        """Compute pixels, latents and text embeddings of all the data into the cache, and train nothing."""
+        model, dataset = self.model, self.dataset
+        latents = self.latents(dataset, model.vae, self.config.unet.optim.precision)
+        return dataset, latents, cache_texts(self, model.text_encoder, model.tokenizer, dataset)
+
     def vae(self) -> None:
-        """Train the VAE; the folder holds the whole model with it."""
-        shown = range(min(_SHOWN, len(self.dataset)))
-        stage = VAEStage(self.dataset, self.model.vae, self.config.vae, self.config.seed, shown, fresh=False)
+        """Train the VAE's decoder; the folder holds the whole model with it.
+
+        The encoder stays, as the U-Net knows its latents: so were Stable Diffusion's VAEs trained on (StabilityAI's
+        model card of sd-vae-ft-mse).
+        """
+        vae = self.model.vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+        data, steps = self.config.data, self.config.vae.optim.steps
+        shown = range(min(self.config.samples, len(self.dataset)))
+        stage = VAEStage(self.dataset, vae, self.config.vae, self.config.seed, shown, fresh=False, flip=data.flip)
         fit(stage, self.context)
-        self._write_model(Pipeline(self.model), self.config.vae.optim.steps, self.config.vae.optim.steps)
+        self._write_model(Pipeline(self.model), steps, steps)
 
     def unet(self) -> None:
         """Train the U-Net, or what is put beside it."""
@@ -100,13 +147,11 @@ class FineTune(Recipe[FineTuneConfig]):
                 self._write(pipeline, step)
             return pipeline
 
-        kind: Any = UNetStage
-        if self.config.method == "inpainting":
-            kind = lambda *arguments: InpaintingStage(model.vae, *arguments)  # noqa: E731
-        stage: Stage[UNetLoss] = make_unet_stage(self, networks, config, write, stage=kind)
-        if self.config.prior.prompt:
-            prior = make_unet_stage(self, networks, config, write, self._prior(), seed=self.config.seed + 1)
-            stage = WithPrior(stage, prior, self.config.prior.weight)  # type: ignore[assignment]
+        kind: Any = partial(InpaintingStage, model.vae) if self._is_masked else UNetStage
+        stage: Stage[UNetLoss] = make_unet_stage(self, networks, config, write, kind)
+        if self.config.prior.prompts:
+            prior = make_prior_stage(self, networks, config, self._prior())
+            stage = WithPrior(stage, prior, self.config.prior.weight)  # type: ignore[assignment,arg-type]
         trained = fit(stage, self.context)
         write(trained, config.optim.steps)
 
@@ -122,22 +167,25 @@ class FineTune(Recipe[FineTuneConfig]):
                 add_adapters_(model.text_encoder, config.adapter, generator)
         if config.method == "inpainting":
             widen_for_mask_(model.unet, model.vae.config.latent_channels)
+        if config.method in ("full", "inpainting"):
+            # A model's own size is the one that it was trained at last: it paints at it where none is asked for.
+            size = self.image_size // model.vae.config.factor
+            model.unet.config = dataclasses.replace(model.unet.config, sample_size=size)
         if config.method == "textual_inversion":
             new = config.new_word
-            self._require_word(new.word)
             add_trained_word_(model.text_encoder, model.tokenizer, new.word, new.begin, new.vectors)
 
-    def _require_word(self, word: str) -> None:
+    def _require_word(self, word: str, source: Dataset) -> None:
         """Raise :class:`DataError` where no caption has the new word, and say how many have not."""
-        dataset = self.split[0]
-        having = sum(any(word in caption for caption in dataset.captions(index)) for index in range(len(dataset)))
+        having = count_captioned(self.model.tokenizer, word, map(source.captions, range(len(source))))
         if not having:
             raise DataError(
-                f"the new word {word!r} is in none of the {len(dataset):,} captions: write it into them, as in "
+                f"the new word {word!r} is in none of the {len(source):,} captions: write it into them, as in "
                 f"'a photo of {word}', or give yours with --new-word.word"
             )
-        if having < len(dataset):
-            self.console.print(f"{len(dataset) - having:,} of {len(dataset):,} captions are without {word!r}")
+        if having < len(source):
+            missing = f"{len(source) - having:,} of {len(source):,} captions are without {word!r}"
+            self.console.print(missing, highlight=False)
 
     def _write(self, pipeline: Pipeline, step: int) -> None:
         """Write the adapter, the word, or the whole model, and its card."""
@@ -154,39 +202,36 @@ class FineTune(Recipe[FineTuneConfig]):
         else:
             self._write_model(pipeline, step, config.unet.optim.steps)
             return
-        card = adapter_card(config, self._model_name, path.name, self.source.description, step)
+        card = adapter_card(config, path.name, self.source.description, step)
         write_text(self.out / "README.md", card)
 
     def _write_model(self, pipeline: Pipeline, step: int, steps: int) -> None:
         if distributed.is_main_process():
-            card = fine_tune_card(self.config, self._model_name, self.source.description, step, steps)
+            card = fine_tune_card(self.config, self.source.description, step, steps, self._is_masked)
             write_text(self.out / "README.md", card)
             pipeline.save_pretrained(self.out)
-
-    @property
-    def _model_name(self) -> str:
-        return "the model that ships with Gobelin" if self.config.model is None else Path(self.config.model).name
 
     def _prior(self) -> CachedDataset:
         """Paint the images of the prior with the model as it was, those that are not there yet, and open them."""
         config = self.config.prior
         folder = self.folder / "prior"
+        prompts = [config.prompts[number % len(config.prompts)] for number in range(config.count)]
         if distributed.is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             missing = [seed for seed in range(config.count) if not (folder / f"{seed:05d}.png").exists()]
             with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
-                task = progress.add_task(f"painting {config.prompt!r}", total=len(missing))
+                task = progress.add_task("painting the prior", total=len(missing))
                 # Opened again: the one in this run has adapters, or weights that a resumed run has trained.
                 pipeline = Pipeline(open_model(self._path, self.device, torch.float32)) if missing else None
                 for start in range(0, len(missing), _PRIOR_TOGETHER):
                     assert pipeline is not None
                     seeds = missing[start : start + _PRIOR_TOGETHER]
-                    result = pipeline([config.prompt] * len(seeds), seed=seeds)
+                    result = pipeline([prompts[seed] for seed in seeds], seed=seeds)
                     for seed, image, settings in zip(seeds, result.images, result.settings, strict=True):
                         write_png(folder / f"{seed:05d}.png", image, settings)
                     progress.advance(task, len(seeds))
             lines = [
-                json.dumps({"file_name": f"{seed:05d}.png", "text": config.prompt}) for seed in range(config.count)
+                json.dumps({"file_name": f"{seed:05d}.png", "text": prompts[seed]}) for seed in range(config.count)
             ]
             write_text(folder / METADATA, "\n".join(lines) + "\n")
         distributed.barrier()

@@ -74,7 +74,8 @@ class FromScratch(Recipe[TrainConfig]):
         image_encoder = ImageEncoder(
             ImageEncoderConfig(image_size=self.image_size, text_width=config.width, projection_dim=config.projection)
         )
-        stage = TextStage(self.dataset, tokenizer, text_encoder, image_encoder, config, self.config.seed)
+        run = self.config
+        stage = TextStage(self.dataset, tokenizer, text_encoder, image_encoder, config, run.seed, run.data.flip)
         trained = fit(stage, self.context)
         self._save(trained.text, "text_encoder")
         self._save(trained.text, _INITIAL_TEXT_ENCODER)
@@ -85,7 +86,8 @@ class FromScratch(Recipe[TrainConfig]):
         config = _network_config(VAEConfig, self.config.vae.preset)
         vae = VAE(dataclasses.replace(config, sample_size=self.image_size, scaling_factor=1.0))
         shown = range(min(_GRID_COLUMNS, len(self.dataset)))
-        trained = fit(VAEStage(self.dataset, vae, self.config.vae, self.config.seed, shown), self.context).vae
+        stage = VAEStage(self.dataset, vae, self.config.vae, self.config.seed, shown, flip=self.config.data.flip)
+        trained = fit(stage, self.context).vae
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "latents", 0))
         measured = torch.randperm(len(self.dataset), generator=generator)[:_LATENT_STATISTICS]
         trained.normalise_latents_(*self._latent_statistics(trained, measured))

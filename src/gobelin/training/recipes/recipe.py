@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -20,18 +20,21 @@ from rich.progress import Progress
 from gobelin.data import CachedDataset, Dataset, SceneDataset, find_world
 from gobelin.data.batches import derive_seed
 from gobelin.data.encoded import LatentCache, TextCache, weights_hash
+from gobelin.data.row_cache import content_hash
 from gobelin.data.subset import split_held_out
 from gobelin.data.webdataset import open_images
 from gobelin.errors import TrainingError
 from gobelin.formats.files import write_json
 from gobelin.pipeline import find_device
 from gobelin.training import distributed
+from gobelin.training.checkpoints import is_disk_full, newest_step
 from gobelin.training.config import RunConfig
-from gobelin.training.precision import Precision, autocast
-from gobelin.training.recipes.claim import check_folder, claim, is_longer
-from gobelin.training.run_folder import Run, locked
+from gobelin.training.precision import Precision, autocast, computes_in
+from gobelin.training.recipes.claim import check_folder, claim, config_file, done_stages, is_longer
+from gobelin.training.run_folder import Run, is_begun_by_this_launch, locked
 from gobelin.training.run_report import write_run_report
-from gobelin.training.trackers import open_tracker
+from gobelin.training.stop_request import terminated_as_interrupted
+from gobelin.training.trackers import open_tracker, require_tracker
 from gobelin.vae import VAE, Posterior
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -66,13 +69,37 @@ class Recipe(ABC, Generic[Config]):
         return self.folder / "cache" if self.config.data.cache is None else Path(self.config.data.cache)
 
     def run(self, only: str | None) -> Path:
-        """Train all stages in order, or one; returns the folder."""
+        """Train all stages in order, or one; returns the folder.
+
+        A run that ``torchrun`` starts again, after one of its processes failed, is resumed without being asked to be.
+        SIGINT and SIGTERM raise KeyboardInterrupt, and a full disk :class:`TrainingError`; both are said with the
+        command that goes on.
+        """
+        try:
+            with terminated_as_interrupted():
+                self._check_shares()  # before anything is written
+                require_tracker(self.config.tracker)
+                self._run(only)
+        except KeyboardInterrupt:
+            if distributed.is_main_process():
+                self.console.print(f"stopped: {self._what_is_safe(only)}", highlight=False, soft_wrap=True)
+            raise
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            raise TrainingError(f"the disk is full ({error}): make room; {self._what_is_safe(only)}") from error
+        return self.out
+
+    def _run(self, only: str | None) -> None:
         main = distributed.is_main_process()
         is_new = not self.out.exists()
         if main:
+            self._resume = self._resume or (config_file(self.out).exists() and is_begun_by_this_launch(self.folder))
             check_folder(self.out, self._resume)
         distributed.barrier()
         with locked(self.folder) if main else nullcontext():
+            if main and not self._resume:
+                check_folder(self.out, self._resume)  # again: another run may have come first
             try:
                 self._check_batches()
                 source = self.source  # opened by every process, one after the other
@@ -83,22 +110,40 @@ class Recipe(ABC, Generic[Config]):
                 raise
             try:
                 self._train(self.stages(), only)
-            finally:
-                self.context.tracker.close()
-                if main:
-                    write_run_report(self.out)
-        return self.out
+                self._close()
+            except BaseException:
+                with suppress(Exception):  # of two errors, the first is the one to tell
+                    self._close()
+                raise
+
+    def _close(self) -> None:
+        """End the tracker, and write the report of the run as far as it came."""
+        self.context.tracker.close()
+        if distributed.is_main_process():
+            write_run_report(self.out)
+
+    def _what_is_safe(self, only: str | None) -> str:
+        """Say what of the run is on disk, and the command that goes on from there."""
+        if not config_file(self.out).exists():
+            return "nothing is trained yet, start again"
+        command = ["train", "--out", str(self.out), "--resume", *(["--stage", only] if only else [])]
+        done = done_stages(self.out)
+        stage = next((name for name in ([only] if only else self.stages()) if name not in done), None)
+        step = newest_step(self.folder / "checkpoints" / stage) if stage else 0
+        safe = [*done, *([f"{stage} at step {step}"] if step else [])]
+        return f"saved so far: {', '.join(safe) or 'nothing'}; go on with: {distributed.command(command)}"
 
     def _train(self, stages: dict[str, Callable[[], None]], only: str | None) -> None:
         for name in (only,) if only else stages:
             if name in self.done:
                 self.console.print(f"{name}: done before, kept")
-                continue
-            torch.manual_seed(derive_seed(self.config.seed, name, 0))
-            stages[name]()
-            self.done.append(name)
-            if distributed.is_main_process():
-                write_json(self.folder / "done.json", {"stages": self.done})
+            else:
+                torch.manual_seed(derive_seed(self.config.seed, name, 0))
+                stages[name]()
+                self.done.append(name)
+                if distributed.is_main_process():
+                    write_json(self.folder / "done.json", {"stages": self.done})
+            if distributed.is_main_process():  # also of a stage whose run was killed right after it
                 shutil.rmtree(self.folder / "checkpoints" / name, ignore_errors=True)
             distributed.barrier()
         if distributed.is_main_process() and self.config.data.cache is None and set(stages) <= set(self.done):
@@ -114,13 +159,19 @@ class Recipe(ABC, Generic[Config]):
             source = open_dataset(
                 self.config,
                 self.image_size,
-                self.cache / "index",
+                self._index,
                 advance=lambda done, total: progress.update(task, completed=done, total=total),
             )
         if distributed.is_main_process():
             distributed.barrier()
         self.console.print(f"data: {source.description}", highlight=False)
         return source
+
+    @property
+    def _index(self) -> Path:
+        """The folder of the index of one's own images: each data set's own, as a cache may be shared by several."""
+        path = self.config.data.path
+        return self.cache / f"index-{content_hash(str(Path(path).resolve()) if path else '').hex()}"
 
     @cached_property
     def split(self) -> tuple[Dataset, Dataset | None]:
@@ -169,7 +220,8 @@ class Recipe(ABC, Generic[Config]):
 
     def latents(self, dataset: CachedDataset, vae: VAE, precision: Precision) -> LatentCache:
         """Encode a dataset's images, those that are not cached: every process takes its share."""
-        cache = LatentCache(dataset, self.cache, weights_hash(vae), self.config.data.flip)
+        key = f"{weights_hash(vae)} in {computes_in(vae.device, precision)}"
+        cache = LatentCache(dataset, self.cache, key, self.config.data.flip)
 
         @torch.no_grad()
         def encode(images: torch.Tensor) -> Posterior:
@@ -209,6 +261,9 @@ class Recipe(ABC, Generic[Config]):
         return claim(self.out, self.config, data, may_change)
 
     def _check_batches(self) -> None:
+        """Raise for a configuration that the data or the model cannot be trained with; a recipe may know some."""
+
+    def _check_shares(self) -> None:
         """Raise :class:`TrainingError` for a batch that the processes cannot share evenly."""
         for stage, section in self.sections.items():
             optim, processes = getattr(self.config, section).optim, distributed.world_size()
