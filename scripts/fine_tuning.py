@@ -1,0 +1,214 @@
+"""Training from the shipped model, scored: a LoRA of a new shape, a style, a new word, DreamBooth with a prior or not.
+
+    python -m scripts.fine_tuning --out runs/fine-tuning                  # all of them, some 40 minutes on two cores
+    python -m scripts.fine_tuning --out runs/fine-tuning --only lora
+
+Each draws its own images of something with a known truth, trains with the command that it prints, and has the grader
+of the scenes score what was learned, and the model's other tasks, before and after.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gobelin.evaluate.image_list import requested_images
+from gobelin.evaluate.intervals import Share
+from gobelin.evaluate.scored_images import generate_images, score_images
+from gobelin.look.contact_sheet import Tile, TileRow, captioned_grid
+from gobelin.pipeline import Pipeline
+from gobelin.scenes import CORE, World, grade
+from gobelin.scenes.render import render
+from gobelin.scenes.scene import Scene, SceneObject
+from gobelin.scenes.shapes import SHAPES
+
+_PHRASES = ("a {} {}", "one {} {}", "a picture of a {} {}", "there is a {} {}")
+_SEEDS = 4  # images of each colour that are scored
+_TASK_PROMPTS = 50  # of each of the model's tasks
+_BLUEPRINT = (28, 52, 110)
+
+
+def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance to a heart, to first order: the curve (x² + y² − 1)³ = x²y³ over the length of its gradient."""
+    x, y = np.broadcast_arrays(1.25 * x, -1.25 * y + 0.08)
+    inner = x**2 + y**2 - 1
+    value = inner**3 - x**2 * y**3
+    slope = np.hypot(6 * x * inner**2 - 2 * x * y**3, 6 * y * inner**2 - 3 * x**2 * y**2)
+    return value / np.maximum(slope, 1e-3) / 1.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Images to learn from, the options of ``gobelin train``, and the words that are scored."""
+
+    draw: Callable[[Path], None]
+    options: tuple[str, ...]
+    noun: str
+    shape: str | None = None
+    """The shape that the word is to paint; None scores the style alone."""
+
+
+def draw_hearts(folder: Path, word: str = "heart", count: int = 20) -> None:
+    """Draw one heart an image, in any colour, place and size."""
+    _draw_shapes(folder, "heart", word, count)
+
+
+def draw_stars(folder: Path) -> None:
+    """Draw stars, which the model knows, under a word that it does not."""
+    _draw_shapes(folder, "star", "<gem>", 20)
+
+
+def draw_blueprints(folder: Path, count: int = 200) -> None:
+    """Draw the model's own scenes on blueprint paper, and say so."""
+    from gobelin import scenes
+
+    pairs = []
+    for index in range(count):
+        sample = scenes.sample(7, index, CORE, "train")
+        ground = np.median(sample.image.reshape(-1, 3), axis=0)
+        near = np.abs(sample.image.astype(int) - ground).max(axis=2, keepdims=True) < 24
+        pairs.append((np.where(near, np.array(_BLUEPRINT), sample.image), f"{sample.caption}, as a blueprint"))
+    _write(folder, pairs)
+
+
+def _draw_shapes(folder: Path, shape: str, word: str, count: int) -> None:
+    random = np.random.default_rng(5)
+    pairs = []
+    for number in range(count):
+        colour, radius = CORE.colours[number % len(CORE.colours)], random.uniform(12, 24)
+        x, y = random.uniform(radius + 3, 61 - radius, 2)
+        thing = SceneObject(shape=shape, colour=colour, x=x, y=y, radius=radius)
+        scene = Scene(objects=(thing,), background=str(random.choice(CORE.backgrounds)))
+        image, _ = render(scene, noise=CORE.noise, rng=random)
+        pairs.append((image, _PHRASES[number % len(_PHRASES)].format(colour, word)))
+    _write(folder, pairs)
+
+
+def _write(folder: Path, pairs: list[tuple[np.ndarray, str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (image, caption) in enumerate(pairs):
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{number:03d}.png")
+        lines.append(json.dumps({"file_name": f"{number:03d}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+EXPERIMENTS = {
+    "lora": Experiment(
+        draw=draw_hearts,
+        options=("--preset", "lora", "--adapter.targets", "transformer", "--unet.optim.steps", "600",
+                 "--unet.optim.learning-rate", "2e-3", "--unet.optim.batch-size", "8"),
+        noun="heart",
+        shape="heart",
+    ),
+    "style": Experiment(
+        draw=draw_blueprints,
+        options=("--preset", "finetune", "--unet.optim.steps", "600", "--unet.optim.batch-size", "8",
+                 "--unet.optim.learning-rate", "1e-4"),
+        noun="{}, as a blueprint",
+    ),
+    "textual-inversion": Experiment(
+        draw=draw_stars,
+        options=("--preset", "textual-inversion", "--new-word.word", "<gem>", "--new-word.begin", "circle",
+                 "--unet.optim.steps", "600", "--unet.optim.batch-size", "8", "--unet.optim.learning-rate", "2e-2"),
+        noun="<gem>",
+        shape="star",
+    ),
+    "dreambooth": Experiment(
+        draw=draw_hearts,
+        options=("--preset", "dreambooth", "--unet.optim.steps", "400", "--unet.optim.batch-size", "8",
+                 "--unet.optim.learning-rate", "2e-4"),
+        noun="heart",
+        shape="heart",
+    ),
+    "dreambooth-prior": Experiment(
+        draw=draw_hearts,
+        options=("--preset", "dreambooth", "--unet.optim.steps", "400", "--unet.optim.batch-size", "8",
+                 "--unet.optim.learning-rate", "2e-4", "--prior.prompts", "a star"),
+        noun="heart",
+        shape="heart",
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Draw, train, score and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=EXPERIMENTS)
+    parser.add_argument("--prompts", type=int, default=_TASK_PROMPTS, help="of each of the model's tasks")
+    options = parser.parse_args()
+    SHAPES["heart"] = _heart
+    world = replace(CORE, name="core with hearts", shapes=(*CORE.shapes, "heart"))
+    before = Pipeline.from_pretrained()
+    known = score_tasks(before, options.prompts)
+    for name, experiment in EXPERIMENTS.items():
+        if options.only in (None, name):
+            print(json.dumps(_run(name, experiment, world, before, known, options), indent=2), flush=True)
+
+
+def _run(
+    name: str, experiment: Experiment, world: World, before: Pipeline, known: Share, options: argparse.Namespace
+) -> dict:
+    data, run = options.out / f"{name}-images", options.out / name
+    if not data.exists():
+        experiment.draw(data)
+    command = ["gobelin", "train", *experiment.options, "--data.path", str(data), "--out", str(run)]
+    if (run / "training" / "config.json").exists():
+        command.append("--resume")
+    print(" ".join(command), flush=True)
+    subprocess.run([sys.executable, "-m", *command], check=True)
+    after = Pipeline.from_pretrained()
+    if (run / "model_index.json").exists():
+        after = Pipeline.from_pretrained(run)
+    elif experiment.noun.startswith("<"):
+        after.load_textual_inversion(next(run.glob("*.safetensors")))
+    else:
+        after.load_lora(run / "adapter.safetensors")
+    result = {
+        "experiment": name,
+        "learned before": str(score_learned(before, experiment, world, None) if "<" not in experiment.noun else "0"),
+        "learned after": str(score_learned(after, experiment, world, run.with_suffix(".png"))),
+        "other tasks before": str(known),
+        "other tasks after": str(score_tasks(after, options.prompts)),
+    }
+    (options.out / f"{name}.json").write_text(json.dumps(result, indent=2))
+    return result
+
+
+def score_tasks(pipeline: Pipeline, count: int) -> Share:
+    """Score the model's own tasks: the share of prompts of the development list that are painted right."""
+    requests = requested_images(CORE, ("dev",), limit=count, count=1)
+    images = score_images(requests, generate_images(pipeline, requests), CORE)
+    return Share.of([one.score.correct for one in images])
+
+
+def score_learned(pipeline: Pipeline, experiment: Experiment, world: World, sheet: Path | None) -> Share:
+    """Score what was learned: one thing alone, of the colour and shape that were asked for; or the style's paper."""
+    right, tiles = [], []
+    for number, colour in enumerate(CORE.colours):
+        subject = f"a {colour} circle" if experiment.shape is None else colour
+        prompt = experiment.noun.format(subject) if experiment.shape is None else f"a {colour} {experiment.noun}"
+        images = pipeline([prompt] * _SEEDS, seed=[1000 + _SEEDS * number + seed for seed in range(_SEEDS)]).images
+        for image in images:
+            found = grade(image, world)
+            shape = experiment.shape or "circle"
+            is_right = len(found) == 1 and (found[0].shape, found[0].colour) == (shape, colour)
+            if experiment.shape is None:
+                border = np.median(np.asarray(image)[0].astype(int), axis=0)
+                is_right = is_right and bool(np.abs(border - _BLUEPRINT).max() < 24)
+            right.append(is_right)
+        tiles.append(Tile(image=images[0].resize((128, 128), Image.Resampling.NEAREST), caption=prompt))
+    if sheet is not None:
+        captioned_grid([TileRow(tiles=tiles)], columns=5, side=128, title=experiment.noun).save(sheet)
+    return Share.of(right)
+
+
+if __name__ == "__main__":
+    main()
