@@ -200,6 +200,18 @@ def test_a_folder_of_pictures_trains_all_stages(micro, tmp_path):
     assert Pipeline.from_pretrained(out)("noise number 3").images[0].size == (32, 32)
 
 
+def test_images_of_several_aspects_train_all_stages_in_buckets(micro, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(12):
+        noise = np.random.default_rng(number).integers(0, 255, (32, (32, 64, 20)[number % 3], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"noise number {number}")
+    config = micro(steps=2, data=DataConfig(path=str(data), size=64, buckets=True))
+    out = train(config, tmp_path / "model", console=QUIET)
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
 def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
     class NoNumber(torch.nn.Linear):
         def forward(self, batch):

@@ -102,7 +102,7 @@ def test_a_batch_of_equal_images_has_a_sketch_loss_too():
 def vae_stage(dataset, batch_size=4, **changes):
     torch.manual_seed(0)
     config = dataclasses.replace(sized(find_preset("nano").vae, batch_size), **changes)
-    return VAEStage(dataset, VAE(VAEConfig.nano()), config, 0, range(4))
+    return VAEStage(dataset, VAE(VAEConfig.nano()), config, 0, 4)
 
 
 def test_the_vae_stage_starts_narrow_and_weighs_its_parts(dataset, run):

@@ -34,6 +34,11 @@ class _Stage:
             buckets=dataset.bucket_index if len(dataset.sizes) > 1 else None,
         )
 
+    def _of_one_size(self, count: int) -> list[int]:
+        """List the first images of the bucket that has most, which can be drawn together."""
+        most = int(np.bincount(self.dataset.bucket_index).argmax())
+        return np.flatnonzero(self.dataset.bucket_index == most)[:count].tolist()
+
     def describe(self, step: int) -> str:
         """Name the first samples of a step's batch, for an error."""
         indices = self.order.indices(step)[:3].tolist()
@@ -88,7 +93,7 @@ class TextStage(_Stage):
 
 
 class VAEStage(_Stage):
-    """Train the VAE: :class:`~gobelin.training.losses.VAELoss`. ``shown`` are the images of the sample sheet.
+    """Train the VAE: :class:`~gobelin.training.losses.VAELoss`. ``shown`` is the number of images in the sample sheet.
 
     A ``fresh`` VAE begins with a narrow posterior.
     """
@@ -102,7 +107,7 @@ class VAEStage(_Stage):
         vae: VAE,
         config: VAELossConfig,
         seed: int,
-        shown: Sequence[int],
+        shown: int,
         fresh: bool = True,
         flip: bool = False,
     ):
@@ -111,7 +116,7 @@ class VAEStage(_Stage):
         self.lr_ratios: dict[str, float] = {}
         self.module = VAELoss(vae, config)
         self._latent_channels, self._factor = vae.config.latent_channels, vae.config.factor
-        self._shown, self._flip = shown, flip
+        self._shown, self._flip = self._of_one_size(shown), flip
         if fresh:
             _init_posterior_(vae)
 

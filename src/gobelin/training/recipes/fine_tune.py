@@ -121,7 +121,7 @@ class FineTune(Recipe[FineTuneConfig]):
         vae.decoder.requires_grad_(True)
         vae.post_quant_conv.requires_grad_(True)
         data, steps = self.config.data, self.config.vae.optim.steps
-        shown = range(min(self.config.samples, len(self.dataset)))
+        shown = self.config.samples
         stage = VAEStage(self.dataset, vae, self.config.vae, self.config.seed, shown, fresh=False, flip=data.flip)
         fit(stage, self.context)
         self._write_model(Pipeline(self.model), steps, steps)

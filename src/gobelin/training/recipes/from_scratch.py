@@ -85,8 +85,9 @@ class FromScratch(Recipe[TrainConfig]):
         """Train the VAE, then normalise its latents channel by channel, folded into its weights."""
         config = _network_config(VAEConfig, self.config.vae.preset)
         vae = VAE(dataclasses.replace(config, sample_size=self.image_size, scaling_factor=1.0))
-        shown = range(min(_GRID_COLUMNS, len(self.dataset)))
-        stage = VAEStage(self.dataset, vae, self.config.vae, self.config.seed, shown, flip=self.config.data.flip)
+        stage = VAEStage(
+            self.dataset, vae, self.config.vae, self.config.seed, _GRID_COLUMNS, flip=self.config.data.flip
+        )
         trained = fit(stage, self.context).vae
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "latents", 0))
         measured = torch.randperm(len(self.dataset), generator=generator)[:_LATENT_STATISTICS]
