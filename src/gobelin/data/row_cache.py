@@ -26,7 +26,7 @@ Hashes: TypeAlias = Shaped[np.ndarray, " rows"]
 HASH_BYTES = 16
 """Bytes of a row's hash: among 10 million rows, two have the same one with a chance of 10⁻²⁵."""
 _HASHES = "hashes"
-_SHARD_BYTES = 64 * 2**20  # of a shard: so much is computed again after a kill, and held in memory
+_SHARD_BYTES = 16 * 2**20  # of a shard: so much is computed again after a kill, and held in memory
 _COMPUTED_TOGETHER = 64  # rows: a batch for a network
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 _MAX_HEADER = 100_000  # bytes; a shard's header has some 300

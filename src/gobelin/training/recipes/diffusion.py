@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,7 @@ def _choose_prompts(recipe: Recipe[Any], with_images: bool) -> tuple[list[str], 
     else:
         spread = rows[np.linspace(0, len(rows) - 1, min(len(rows), 4 * count)).round().astype(int)].tolist()
         by_caption: dict[str, int] = {}
-        for row in spread:
+        for row in chain(*(spread[first::4] for first in range(4))):  # every fourth first, to reach the end of the data
             by_caption.setdefault(dataset.captions(row)[0], row)
         prompts, chosen = list(by_caption)[:count], list(by_caption.values())[:count]
     return prompts, [tensor_to_images(dataset.images([row]))[0] for row in chosen]
