@@ -9,6 +9,7 @@ of the scenes score what was learned, and the model's other tasks, before and af
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gobelin import scenes
 from gobelin.evaluate.image_list import requested_images
 from gobelin.evaluate.intervals import Share
 from gobelin.evaluate.scored_images import generate_images, score_images
@@ -66,8 +68,6 @@ def draw_stars(folder: Path) -> None:
 
 def draw_blueprints(folder: Path, count: int = 200) -> None:
     """Draw the model's own scenes on blueprint paper, and say so."""
-    from gobelin import scenes
-
     pairs = []
     for index in range(count):
         sample = scenes.sample(7, index, CORE, "train")
@@ -99,11 +99,17 @@ def _write(folder: Path, pairs: list[tuple[np.ndarray, str]]) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def prior_prompts(count: int) -> list[str]:
+    """Draw captions of the model's own training scenes, of which it paints what it is to keep."""
+    return [scenes.sample(11, index, CORE, "train").caption for index in range(count)]
+
+
 EXPERIMENTS = {
     "lora": Experiment(
         draw=draw_hearts,
-        options=("--preset", "lora", "--adapter.targets", "transformer", "--unet.optim.steps", "600",
-                 "--unet.optim.learning-rate", "2e-3", "--unet.optim.batch-size", "8"),
+        options=("--preset", "lora", "--adapter.targets", "all", "--adapter.rank", "32", "--unet.optim.steps", "1400",
+                 "--unet.optim.learning-rate", "7e-4", "--unet.optim.batch-size", "8", "--unet.timestep-shift", "2",
+                 "--prior.count", "256", "--prior.prompts", *prior_prompts(256)),
         noun="heart",
         shape="heart",
     ),
@@ -130,7 +136,7 @@ EXPERIMENTS = {
     "dreambooth-prior": Experiment(
         draw=draw_hearts,
         options=("--preset", "dreambooth", "--unet.optim.steps", "400", "--unet.optim.batch-size", "8",
-                 "--unet.optim.learning-rate", "2e-4", "--prior.prompts", "a star"),
+                 "--unet.optim.learning-rate", "2e-4", "--prior.count", "256", "--prior.prompts", *prior_prompts(256)),
         noun="heart",
         shape="heart",
     ),
@@ -162,7 +168,7 @@ def _run(
     command = ["gobelin", "train", *experiment.options, "--data.path", str(data), "--out", str(run)]
     if (run / "training" / "config.json").exists():
         command.append("--resume")
-    print(" ".join(command), flush=True)
+    print(shlex.join(command), flush=True)
     subprocess.run([sys.executable, "-m", *command], check=True)
     after = Pipeline.from_pretrained()
     if (run / "model_index.json").exists():
@@ -194,7 +200,11 @@ def score_learned(pipeline: Pipeline, experiment: Experiment, world: World, shee
     right, tiles = [], []
     for number, colour in enumerate(CORE.colours):
         subject = f"a {colour} circle" if experiment.shape is None else colour
-        prompt = experiment.noun.format(subject) if experiment.shape is None else f"a {colour} {experiment.noun}"
+        prompt = (
+            experiment.noun.format(subject)
+            if experiment.shape is None
+            else f"{'an' if colour == 'orange' else 'a'} {colour} {experiment.noun}"
+        )
         images = pipeline([prompt] * _SEEDS, seed=[1000 + _SEEDS * number + seed for seed in range(_SEEDS)]).images
         for image in images:
             found = grade(image, world)
