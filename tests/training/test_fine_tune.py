@@ -393,3 +393,28 @@ def weights_of_word(configure: Callable[..., FineTuneConfig], folder: Path, rati
     moved = vectors - table.detach().mean(dim=0)
     assert moved.abs().median() == pytest.approx(config.unet.optim.learning_rate, rel=0.02)
     return moved
+
+
+@pytest.mark.parametrize(("colour", "is_said"), [((28, 52, 110), True), ((190, 178, 156), False)])
+def test_images_that_the_vae_does_not_reproduce_are_said(colour, is_said, tmp_path) -> None:
+    """The shipped model's VAE knows light paper alone: dark blue comes back grey-green, and so would be painted."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64), colour).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"paper {number}")
+    config = find_preset("lora")
+    optim = dataclasses.replace(config.unet.optim, steps=1, batch_size=2)
+    said = io.StringIO()
+    train(
+        dataclasses.replace(
+            config,
+            device="cpu",
+            samples=0,
+            data=dataclasses.replace(config.data, path=str(data)),
+            unet=dataclasses.replace(config.unet, optim=optim),
+        ),
+        tmp_path / "run",
+        console=Console(file=said, width=200),
+    )
+    assert ("train it on them first (--preset vae)" in said.getvalue()) == is_said

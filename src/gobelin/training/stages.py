@@ -34,11 +34,6 @@ class _Stage:
             buckets=dataset.bucket_index if len(dataset.sizes) > 1 else None,
         )
 
-    def _of_one_size(self, count: int) -> list[int]:
-        """List the first images of the bucket that has most, which can be drawn together."""
-        most = int(np.bincount(self.dataset.bucket_index).argmax())
-        return np.flatnonzero(self.dataset.bucket_index == most)[:count].tolist()
-
     def describe(self, step: int) -> str:
         """Name the first samples of a step's batch, for an error."""
         indices = self.order.indices(step)[:3].tolist()
@@ -116,7 +111,7 @@ class VAEStage(_Stage):
         self.lr_ratios: dict[str, float] = {}
         self.module = VAELoss(vae, config)
         self._latent_channels, self._factor = vae.config.latent_channels, vae.config.factor
-        self._shown, self._flip = self._of_one_size(shown), flip
+        self._shown, self._flip = images_of_one_size(dataset, shown), flip
         if fresh:
             _init_posterior_(vae)
 
@@ -227,6 +222,12 @@ def mirrored(
 ) -> Float[Tensor, "batch 3 height width"]:
     """Mirror some of the images, left to right."""
     return torch.where(which[:, None, None, None], images.flip(-1), images)
+
+
+def images_of_one_size(dataset: CachedDataset, count: int) -> list[int]:
+    """List the first images of the bucket that has most, which can be read together."""
+    most = int(np.bincount(dataset.bucket_index).argmax())
+    return np.flatnonzero(dataset.bucket_index == most)[:count].tolist()
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -6,6 +6,7 @@ is as in training from scratch.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,10 +42,14 @@ from gobelin.training.losses import UNetLoss
 from gobelin.training.model_card import adapter_card, fine_tune_card
 from gobelin.training.recipes.diffusion import Networks, cache_texts, make_prior_stage, make_unet_stage
 from gobelin.training.recipes.recipe import Recipe
-from gobelin.training.stages import UNetStage, VAEStage
+from gobelin.training.stages import UNetStage, VAEStage, images_of_one_size
 from gobelin.training.trainer import Stage, fit
 
 ADAPTER_FILE, ADAPTER_FOLDER = "adapter.safetensors", "adapter"
+_TRIED = 8  # images that the VAE is tried on
+_LEAST_PSNR = (
+    18  # dB of reproduced images: the shipped model's on paper that it never saw is below, on its own above 30
+)
 _PRIOR_TOGETHER = 4  # images of the prior that are painted at once
 
 
@@ -129,6 +134,7 @@ class FineTune(Recipe[FineTuneConfig]):
     def unet(self) -> None:
         """Train the U-Net, or what is put beside it."""
         config, model = self.config.unet, self.model
+        self._say_if_unpaintable()
         self._prepare()
         networks = Networks(
             unet=model.unet,
@@ -154,6 +160,19 @@ class FineTune(Recipe[FineTuneConfig]):
             stage = WithPrior(stage, prior, self.config.prior.weight)  # type: ignore[assignment,arg-type]
         trained = fit(stage, self.context)
         write(trained, config.optim.steps)
+
+    @torch.no_grad()
+    def _say_if_unpaintable(self) -> None:
+        """Say where the VAE does not reproduce one's images: a U-Net learns what the VAE makes of them."""
+        vae, images = self.model.vae, self.dataset.images(images_of_one_size(self.dataset, _TRIED))
+        reproduced = vae.decode(vae.encode(images.to(vae.device)).mode()).clamp(-1, 1)
+        psnr = 10 * math.log10(4 / max((reproduced.float().cpu() - images).square().mean().item(), 1e-10))
+        if psnr < _LEAST_PSNR:
+            self.console.print(
+                f"this model's VAE reproduces these images at {psnr:.0f} dB, and below {_LEAST_PSNR} they look like "
+                "others: train it on them first (--preset vae)",
+                highlight=False,
+            )
 
     def _prepare(self) -> None:
         """Freeze the model but for what the method trains, and put that into it."""
