@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,7 +48,7 @@ class Candidate:
     time: int = 0
 
 
-class IndexedImages:
+class IndexedImages(ABC):
     """Read captioned images by a :class:`~gobelin.data.pair_index.PairIndex`; memory does not grow with their number.
 
     A subclass lists the images of ``root`` in ``_fill``, to which an earlier index saves work. ``index`` is a folder in
@@ -74,13 +75,13 @@ class IndexedImages:
         """Tell whether an earlier index can be used as it is."""
         return False
 
+    @abstractmethod
     def _fill(self, writer: PairIndexWriter, earlier: PairIndex | None) -> None:
         """Write the pairs, and what cannot be used; ``earlier`` was made with the same options."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _nothing(self) -> str:
         """Say in a sentence that there are no captioned images, and what was expected."""
-        raise NotImplementedError
 
     @property
     def description(self) -> str:

@@ -41,7 +41,7 @@ def parallelize(module: nn.Module, parallelism: Parallelism, device: torch.devic
         if isinstance(child, _SHARD_UNITS):
             fully_shard(child, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    if device.type == "cpu":  # gloo knows no average: sums that are divided (pytorch issue 162338)
+    if device.type == "cpu":  # gloo has no averaging all-reduce (ReduceOp.AVG): it sums, and the sums are divided
         for child in module.modules():
             if isinstance(child, FSDPModule):
                 child.set_force_sum_reduction_for_comms(True)
