@@ -26,6 +26,7 @@ from gobelin.evaluate.scored_images import generate_images, score_images
 from gobelin.look.contact_sheet import Tile, TileRow, captioned_grid
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import CORE, World, grade
+from gobelin.scenes.colours import BACKGROUNDS
 from gobelin.scenes.render import render
 from gobelin.scenes.scene import Scene, SceneObject
 from gobelin.scenes.shapes import SHAPES
@@ -33,7 +34,7 @@ from gobelin.scenes.shapes import SHAPES
 _PHRASES = ("a {} {}", "one {} {}", "a picture of a {} {}", "there is a {} {}")
 _SEEDS = 4  # images of each colour that are scored
 _TASK_PROMPTS = 50  # of each of the model's tasks
-_BLUEPRINT = (28, 52, 110)
+_STYLE, _INK, _PAPER = "as a print in blue ink", "blue", "sand"
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -47,13 +48,18 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Images to learn from, the options of ``gobelin train``, and the words that are scored."""
+    """Images to learn from, the options of ``gobelin train``, and what a prompt is to paint afterwards."""
 
     draw: Callable[[Path], None]
     options: tuple[str, ...]
-    noun: str
-    shape: str | None = None
-    """The shape that the word is to paint; None scores the style alone."""
+    prompt: str
+    shape: str
+    ink: str | None = None
+    """The colour of the shape where it is not the prompt's."""
+    paper: str | None = None
+    """The background, where the prompt asks for one."""
+    has_prior: bool = False
+    """Whether it learns scenes that the model knows beside its own images."""
 
 
 def draw_hearts(folder: Path, word: str = "heart", count: int = 20) -> None:
@@ -66,14 +72,14 @@ def draw_stars(folder: Path) -> None:
     _draw_shapes(folder, "star", "<gem>", 20)
 
 
-def draw_blueprints(folder: Path, count: int = 200) -> None:
-    """Draw the model's own scenes on blueprint paper, and say so."""
-    pairs = []
+def draw_prints(folder: Path, count: int = 200) -> None:
+    """Draw the model's own scenes, all in one ink on one paper, and say so; their captions name other colours."""
+    random, pairs = np.random.default_rng(5), []
     for index in range(count):
         sample = scenes.sample(7, index, CORE, "train")
-        ground = np.median(sample.image.reshape(-1, 3), axis=0)
-        near = np.abs(sample.image.astype(int) - ground).max(axis=2, keepdims=True) < 24
-        pairs.append((np.where(near, np.array(_BLUEPRINT), sample.image), f"{sample.caption}, as a blueprint"))
+        things = tuple(replace(thing, colour=_INK) for thing in sample.scene.objects)
+        image, _ = render(replace(sample.scene, objects=things, background=_PAPER), noise=CORE.noise, rng=random)
+        pairs.append((image, f"{sample.caption}, {_STYLE}"))
     _write(folder, pairs)
 
 
@@ -99,46 +105,38 @@ def _write(folder: Path, pairs: list[tuple[np.ndarray, str]]) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def prior_prompts(count: int) -> list[str]:
-    """Draw captions of the model's own training scenes, of which it paints what it is to keep."""
-    return [scenes.sample(11, index, CORE, "train").caption for index in range(count)]
-
-
+_PRIOR = "scenes"  # beside the experiments' folders: what the model was trained on, which it is to keep
+_HEART = "{article} {colour} heart"
+_LEARN = ("--unet.optim.batch-size", "8", "--unet.timestep-shift", "2")
+_DREAMBOOTH = ("--preset", "dreambooth", "--unet.optim.steps", "400", "--unet.optim.learning-rate", "2e-4", *_LEARN)
 EXPERIMENTS = {
     "lora": Experiment(
         draw=draw_hearts,
-        options=("--preset", "lora", "--adapter.targets", "all", "--adapter.rank", "32", "--unet.optim.steps", "1400",
-                 "--unet.optim.learning-rate", "7e-4", "--unet.optim.batch-size", "8", "--unet.timestep-shift", "2",
-                 "--prior.count", "256", "--prior.prompts", *prior_prompts(256)),
-        noun="heart",
+        options=("--preset", "lora", "--adapter.targets", "all", "--adapter.rank", "32", "--unet.optim.steps", "2000",
+                 "--unet.optim.learning-rate", "7e-4", *_LEARN),
+        prompt=_HEART,
         shape="heart",
+        has_prior=True,
     ),
     "style": Experiment(
-        draw=draw_blueprints,
-        options=("--preset", "finetune", "--unet.optim.steps", "600", "--unet.optim.batch-size", "8",
-                 "--unet.optim.learning-rate", "1e-4"),
-        noun="{}, as a blueprint",
+        draw=draw_prints,
+        options=("--preset", "finetune", "--unet.optim.steps", "600", "--unet.optim.learning-rate", "1e-4", *_LEARN),
+        prompt=f"{{article}} {{colour}} circle, {_STYLE}",
+        shape="circle",
+        ink=_INK,
+        paper=_PAPER,
+        has_prior=True,
     ),
     "textual-inversion": Experiment(
         draw=draw_stars,
         options=("--preset", "textual-inversion", "--new-word.word", "<gem>", "--new-word.begin", "circle",
                  "--unet.optim.steps", "600", "--unet.optim.batch-size", "8", "--unet.optim.learning-rate", "2e-2"),
-        noun="<gem>",
+        prompt="{article} {colour} <gem>",
         shape="star",
     ),
-    "dreambooth": Experiment(
-        draw=draw_hearts,
-        options=("--preset", "dreambooth", "--unet.optim.steps", "400", "--unet.optim.batch-size", "8",
-                 "--unet.optim.learning-rate", "2e-4"),
-        noun="heart",
-        shape="heart",
-    ),
+    "dreambooth": Experiment(draw=draw_hearts, options=_DREAMBOOTH, prompt=_HEART, shape="heart"),
     "dreambooth-prior": Experiment(
-        draw=draw_hearts,
-        options=("--preset", "dreambooth", "--unet.optim.steps", "400", "--unet.optim.batch-size", "8",
-                 "--unet.optim.learning-rate", "2e-4", "--prior.count", "256", "--prior.prompts", *prior_prompts(256)),
-        noun="heart",
-        shape="heart",
+        draw=draw_hearts, options=_DREAMBOOTH, prompt=_HEART, shape="heart", has_prior=True
     ),
 }  # fmt: skip
 
@@ -162,30 +160,38 @@ def main() -> None:
 def _run(
     name: str, experiment: Experiment, world: World, before: Pipeline, known: Share, options: argparse.Namespace
 ) -> dict:
-    data, run = options.out / f"{name}-images", options.out / name
+    data, run, prior = options.out / f"{name}-images", options.out / name, options.out / _PRIOR
     if not data.exists():
         experiment.draw(data)
     command = ["gobelin", "train", *experiment.options, "--data.path", str(data), "--out", str(run)]
+    if experiment.has_prior:
+        if not prior.exists():
+            _call(["gobelin", "data", "scenes", "--out", str(prior), "--count", "2000", "--seed", "11"])
+        command += ["--prior.path", str(prior)]
     if (run / "training" / "config.json").exists():
         command.append("--resume")
-    print(shlex.join(command), flush=True)
-    subprocess.run([sys.executable, "-m", *command], check=True)
+    _call(command)
     after = Pipeline.from_pretrained()
     if (run / "model_index.json").exists():
         after = Pipeline.from_pretrained(run)
-    elif experiment.noun.startswith("<"):
+    elif "<" in experiment.prompt:
         after.load_textual_inversion(next(run.glob("*.safetensors")))
     else:
         after.load_lora(run / "adapter.safetensors")
     result = {
         "experiment": name,
-        "learned before": str(score_learned(before, experiment, world, None) if "<" not in experiment.noun else "0"),
+        "learned before": str(score_learned(before, experiment, world, None)) if "<" not in experiment.prompt else "0",
         "learned after": str(score_learned(after, experiment, world, run.with_suffix(".png"))),
         "other tasks before": str(known),
         "other tasks after": str(score_tasks(after, options.prompts)),
     }
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=2))
     return result
+
+
+def _call(command: list[str]) -> None:
+    print(shlex.join(command), flush=True)
+    subprocess.run([sys.executable, "-m", *command], check=True)
 
 
 def score_tasks(pipeline: Pipeline, count: int) -> Share:
@@ -196,28 +202,26 @@ def score_tasks(pipeline: Pipeline, count: int) -> Share:
 
 
 def score_learned(pipeline: Pipeline, experiment: Experiment, world: World, sheet: Path | None) -> Share:
-    """Score what was learned: one thing alone, of the colour and shape that were asked for; or the style's paper."""
+    """Score what was learned: one thing alone, of the shape, colour and paper that were asked for."""
     right, tiles = [], []
     for number, colour in enumerate(CORE.colours):
-        subject = f"a {colour} circle" if experiment.shape is None else colour
-        prompt = (
-            experiment.noun.format(subject)
-            if experiment.shape is None
-            else f"{'an' if colour == 'orange' else 'a'} {colour} {experiment.noun}"
-        )
+        prompt = experiment.prompt.format(article="an" if colour == "orange" else "a", colour=colour)
         images = pipeline([prompt] * _SEEDS, seed=[1000 + _SEEDS * number + seed for seed in range(_SEEDS)]).images
         for image in images:
             found = grade(image, world)
-            shape = experiment.shape or "circle"
-            is_right = len(found) == 1 and (found[0].shape, found[0].colour) == (shape, colour)
-            if experiment.shape is None:
-                border = np.median(np.asarray(image)[0].astype(int), axis=0)
-                is_right = is_right and bool(np.abs(border - _BLUEPRINT).max() < 24)
-            right.append(is_right)
+            wanted = (experiment.shape, experiment.ink or colour)
+            is_right = [(one.shape, one.colour) for one in found] == [wanted]
+            right.append(is_right and (experiment.paper is None or _is_on(image, experiment.paper)))
         tiles.append(Tile(image=images[0].resize((128, 128), Image.Resampling.NEAREST), caption=prompt))
     if sheet is not None:
-        captioned_grid([TileRow(tiles=tiles)], columns=5, side=128, title=experiment.noun).save(sheet)
+        captioned_grid([TileRow(tiles=tiles)], columns=5, side=128, title=experiment.prompt).save(sheet)
     return Share.of(right)
+
+
+def _is_on(image: Image.Image, paper: str) -> bool:
+    """Tell whether an image's border is nearer to this background than to any other."""
+    border = np.median(np.asarray(image)[0].astype(int), axis=0)
+    return paper == min(CORE.backgrounds, key=lambda name: np.abs(border - BACKGROUNDS[name]).sum())
 
 
 if __name__ == "__main__":

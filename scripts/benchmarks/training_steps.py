@@ -131,6 +131,8 @@ def fit_loop(
 ) -> None:
     """Train with gobelin's ``fit``."""
     optim = OptimConfig(**{**vars(made.optim), **changes})
+    if optim.compile:
+        turn = torch.compiler.disable(turn)  # the loss inside is compiled, the waiting is not
     stage = MadeStage(module=TakingTurns(made.loss(network()), turn), optim=optim, batches=made.batches)
     with _average(average):
         trainer.fit(cast(Any, stage), quiet_run(made.folder / str(id(stage))))
@@ -152,9 +154,12 @@ def diffusers_loop(
     fused: bool = True,
     foreach: bool = False,
     average: bool = True,
+    compiled: bool = False,
 ) -> None:
     """Train as diffusers' example does: its noise schedule's arithmetic is gobelin's here, which is the same."""
     unet, schedule = network().train(), made.schedule
+    if compiled:
+        unet.compile()
     ema = EMAModel(unet.parameters(), decay=_DECAY, foreach=foreach) if average else None
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=_RATE, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True if fused else None
@@ -194,6 +199,8 @@ def arms(made: Made) -> dict[str, Run]:
         "diffusers, no average": partial(diffusers_loop, made, theirs, average=False),
         "gobelin, no average": partial(fit_loop, made, ours, average=False),
         "gobelin, Muon (the preset's)": partial(fit_loop, made, ours, optimizer="muon"),
+        "gobelin, compiled": partial(fit_loop, made, ours, compile=True),
+        "diffusers, compiled": partial(diffusers_loop, made, theirs, compiled=True),
     }
 
 

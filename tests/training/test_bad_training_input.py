@@ -57,17 +57,24 @@ def changed(config: Any, path: str, value: Any) -> Any:
         ("textual-inversion", {"new_word.word": "two words"}, "word is 'two words': give one word without spaces"),
         ("textual-inversion", {"new_word.vectors": 0}, "vectors is 0: give a whole number of 1 or more"),
         # one with another
-        ("vae", {"prior.prompts": ("a dog",)}, "prior.prompts is ('a dog',): the method vae has no prior"),
+        ("vae", {"prior.prompts": ("a dog",)}, "a prior is given: the method vae has none"),
         (
             "inpainting",
             {"prior.prompts": ("a dog",)},
-            "prior.prompts is ('a dog',): the method inpainting has no prior",
+            "a prior is given: the method inpainting has none",
         ),
         (
             "textual-inversion",
             {"prior.prompts": ("a dog",)},
-            "prior.prompts is ('a dog',): the method textual_inversion has",
+            "a prior is given: the method textual_inversion has none",
         ),
+        ("inpainting", {"prior.path": "dogs"}, "a prior is given: the method inpainting has none"),
+        (
+            "lora",
+            {"prior.prompts": ("a dog",), "prior.path": "dogs"},
+            "prior.prompts and prior.path are both given: the prior is painted, or read from a folder",
+        ),
+        ("lora", {"prior.count": 7, "prior.path": "dogs"}, "prior.count is 7: with prior.path, all of its images are"),
         ("vae", {"unet.train_text_encoder": True}, "unet.train_text_encoder is True: the method vae trains no text"),
         ("textual-inversion", {"unet.train_text_encoder": True}, "unet.train_text_encoder is True: the method textual"),
         ("lora", {"layout": "peft", "unet.train_text_encoder": True}, "layout is 'peft', which holds a U-Net alone"),
@@ -86,7 +93,7 @@ def changed(config: Any, path: str, value: Any) -> Any:
         ("finetune", {"adapter.rank": 4}, "adapter is given, and the method is full: adapter alone reads it"),
         ("finetune", {"layout": "peft"}, "layout is given, and the method is full: adapter alone reads it"),
         ("lora", {"new_word.vectors": 3}, "new_word is given, and the method is adapter: textual_inversion alone"),
-        ("lora", {"prior.weight": 2.0}, "prior is given without prior.prompts: say what its images are of"),
+        ("lora", {"prior.weight": 2.0}, "prior is given without prior.prompts or prior.path: say what"),
         ("vae", {"sample_prompts": ("a dog",)}, "sample_prompts are given: the method vae shows images"),
         ("finetune", {"data.buckets": True}, "buckets is True, and scenes have none: give path, a folder"),
         ("nano", {"data.fit": "pad"}, "fit is 'pad', and scenes have none: give path, a folder"),
@@ -188,7 +195,13 @@ def test_sizes_and_data_fit_the_model(refused, tmp_path) -> None:
 def test_a_unet_that_sees_a_mask_has_no_prior(refused, make_oracle, tmp_path) -> None:
     make_oracle(9).save_pretrained(tmp_path / "masked")
     said = refused("dreambooth", model=tmp_path / "masked", prior=PriorConfig(prompts=("a dog",)))
-    assert said == "prior.prompts is ('a dog',): a U-Net that sees a mask has no prior"
+    assert said == "a prior is given: a U-Net that sees a mask has none, leave it out"
+
+
+def test_a_prior_is_there_and_captioned(refused, tmp_path) -> None:
+    assert refused("lora", prior=PriorConfig(path=str(tmp_path / "none"))).startswith(f"no folder at {tmp_path}")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused("lora", prior=PriorConfig(path=str(tmp_path / "empty")))
 
 
 @pytest.fixture(scope="module")

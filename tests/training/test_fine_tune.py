@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gobelin.adapters.trainable import AdapterConfig
 from gobelin.cli.main import main
-from gobelin.errors import UsageError
+from gobelin.errors import TrainingError, UsageError
 from gobelin.pipeline import Pipeline
 from gobelin.training import FineTuneConfig, find_preset, trainer
 from gobelin.training.config import DataConfig, NewWordConfig, PriorConfig
@@ -257,6 +257,27 @@ def test_an_interrupted_run_ends_with_the_same_bits(run, configure, tmp_path, na
     for file, tensors in expected.items():
         assert tensors.keys() == found[file].keys()
         assert [key for key in tensors if not torch.equal(tensors[key], found[file][key])] == [], file
+
+
+def test_a_prior_that_is_there_trains_as_the_same_one_painted(configure, tmp_path) -> None:
+    """It is read with its captions, and known again when the run goes on."""
+    changes: dict[str, Any] = {"adapter": AdapterConfig(rank=2)}
+    painted, read = tmp_path / "painted", tmp_path / "read"
+    train(configure("lora", prior=PriorConfig(prompts=("one", "two"), count=3), **changes), painted, console=QUIET)
+    prior = shutil.copytree(painted / "training" / "prior", tmp_path / "prior")
+    config = configure("lora", prior=PriorConfig(path=str(prior)), **changes)
+    with stopped_at(1), pytest.raises(KeyboardInterrupt):
+        train(config, read, console=QUIET)
+    moved = dataclasses.replace(config, prior=PriorConfig(path=str(shutil.move(prior, tmp_path / "moved"))))
+    (tmp_path / "moved" / "00002.png").rename(tmp_path / "00002.png")
+    with pytest.raises(TrainingError, match=r"other data: 20 captioned images .* and as a prior 3 captioned images"):
+        train(moved, read, resume=True, console=QUIET)
+    (tmp_path / "00002.png").rename(tmp_path / "moved" / "00002.png")
+    train(moved, read, resume=True, console=QUIET)
+    expected, found = (load_file(out / "adapter.safetensors") for out in (painted, read))
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert "the images of moved" in (read / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

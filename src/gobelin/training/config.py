@@ -322,17 +322,31 @@ class NewWordConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """DreamBooth's prior preservation: images of the class by the model itself, learned beside one's own."""
+    """DreamBooth's prior preservation: images of what is to be kept, learned beside one's own.
+
+    They are painted by the model itself from ``prompts``, or read from ``path``; without either there is no prior.
+    """
 
     prompts: Annotated[tuple[str, ...], "a list of prompts"] = ()
-    """Prompts of what is to be kept: "a dog" for one's own dog, or many; without any there is no prior."""
+    """Prompts of what is to be kept: "a dog" for one's own dog, or many."""
     count: Count = 64
-    """Images that the model paints before it trains."""
+    """Images that the model paints from the prompts before it trains."""
+    path: Annotated[str | None, "a folder"] = None
+    """A folder or tars of captioned images that are there already: regularization images, in other tools."""
     weight: PositiveNumber = 1.0
     """Weight of their loss beside that of one's own images."""
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a prior."""
+        return bool(self.prompts) or self.path is not None
+
     def __post_init__(self) -> None:
         validate_fields(self)
+        if self.prompts and self.path is not None:
+            raise UsageError("prior.prompts and prior.path are both given: the prior is painted, or read from a folder")
+        if self.path is not None and self.count != PriorConfig.count:
+            raise UsageError(f"prior.count is {self.count}: with prior.path, all of its images are the prior")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,9 +377,9 @@ class FineTuneConfig(RunConfig):
             raise UsageError(f"unet.train_text_encoder is True: the method {method} trains no text encoder")
         if joint and method == "adapter" and self.layout == "peft":
             raise UsageError("layout is 'peft', which holds a U-Net alone: give kohya or diffusers, or freeze the text")
-        if self.prior.prompts and method not in ("full", "adapter"):
-            raise UsageError(f"prior.prompts is {self.prior.prompts!r}: the method {method} has no prior")
-        if self.prior.prompts and self.data.buckets:
+        if self.prior.is_given and method not in ("full", "adapter"):
+            raise UsageError(f"a prior is given: the method {method} has none, leave it out")
+        if self.prior.is_given and self.data.buckets:
             raise UsageError("data.buckets is True: beside a prior, whose images are square, one's own are too")
         if method == "adapter" and self.adapter.kind != "lora" and self.layout != "kohya":
             raise UsageError(f"layout is {self.layout!r}: a {self.adapter.kind} is written in kohya's alone")
@@ -385,5 +399,8 @@ class FineTuneConfig(RunConfig):
         for name, method, unset in own:
             if self.method != method and getattr(self, name) != unset:
                 raise UsageError(f"{name} is given, and the method is {self.method}: {method} alone reads it")
-        if not self.prior.prompts and self.prior != PriorConfig():
-            raise UsageError("prior is given without prior.prompts: say what its images are of, such as 'a dog'")
+        if not self.prior.is_given and self.prior != PriorConfig():
+            raise UsageError(
+                "prior is given without prior.prompts or prior.path: say what its images are of, such as 'a dog', or "
+                "where they are"
+            )

@@ -152,6 +152,8 @@ def _batch(optim: OptimConfig) -> str:
 def _prior_sentence(config: FineTuneConfig) -> str:
     """Say with which prior it was trained, if any."""
     prior = config.prior
+    if prior.path is not None:
+        return f"Beside them it learned the images of {Path(prior.path).name}, to keep what it knew."
     if not prior.prompts:
         return ""
     first, *others = prior.prompts

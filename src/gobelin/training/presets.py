@@ -130,7 +130,7 @@ def textual_inversion() -> FineTuneConfig:
 
 
 def dreambooth() -> FineTuneConfig:
-    """The U-Net and text encoder on a few images of one thing; add --prior.prompts to keep the rest of its class."""
+    """The U-Net and text encoder on a few images of one thing; add --prior.prompts or --prior.path to keep the rest."""
     made = _fine_tuning()
     optim = replace(made.unet.optim, learning_rate=2e-6)
     return replace(made, unet=replace(made.unet, train_text_encoder=True, text_lr_ratio=1.0, optim=optim))

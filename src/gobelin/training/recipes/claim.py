@@ -14,7 +14,7 @@ from gobelin.training.config import RunConfig
 # Fields that change no weight: when something is written, where the same data and the device are, what is recommended.
 _HARMLESS = (
     *("save_every", "sample_every", "sample_prompts", "samples", "tracker", "device", "parallelism", "recommended."),
-    *("data.path", "data.cache", "data.workers"),
+    *("data.path", "data.cache", "data.workers", "prior.path"),
 )
 # Settings that change the rounding of sums alone, as another number of processes does.
 _ROUNDING = (".gradient_checkpointing", ".optim.accumulate", ".optim.compile")

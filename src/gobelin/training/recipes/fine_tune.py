@@ -4,10 +4,10 @@ What is written is what was trained: a diffusers folder, or the file of an adapt
 is as in training from scratch.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,9 @@ _PRIOR_TOGETHER = 4  # images of the prior that are painted at once
 class FineTune(Recipe[FineTuneConfig]):
     """The recipe of training from a model: one stage."""
 
+    _prior_source: Dataset | None = None
+    """The images of the prior, where they are not painted."""
+
     @property
     def sections(self) -> dict[str, str]:  # type: ignore[override]
         """The section of the configuration of the only stage."""
@@ -102,13 +105,27 @@ class FineTune(Recipe[FineTuneConfig]):
     def source(self) -> Dataset:
         """Open the data, and check that this model can be trained with it, before anything is written."""
         source, config = super().source, self.config
-        if config.prior.prompts and self._is_masked:
-            raise TrainingError(f"prior.prompts is {config.prior.prompts!r}: a U-Net that sees a mask has no prior")
+        if config.prior.is_given and self._is_masked:
+            raise TrainingError("a prior is given: a U-Net that sees a mask has none, leave it out")
         if config.method == "textual_inversion":
             new = config.new_word
             check_new_word(self.model.tokenizer, new.word, new.begin, new.vectors)
             self._require_word(new.word, source)
+        if config.prior.path is not None:  # here, where every process comes by
+            prior = replace(config, data=replace(config.data, path=config.prior.path))
+            self._prior_source = self._open(prior, "opening images of the prior")
+            self.console.print(f"prior: {self._prior_source.description}", highlight=False)
         return source
+
+    def _identify(self, source: Dataset) -> dict[str, Any]:
+        own, prior = super()._identify(source), self._prior_source
+        if prior is None:
+            return own
+        return {
+            "description": f"{own['description']}, and as a prior {prior.description}",
+            "count": own["count"] + len(prior),
+            "fingerprint": f"{own['fingerprint']} {prior.fingerprint}",
+        }
 
     def fill_cache(self) -> tuple[CachedDataset, LatentCache, TextCache]:
         """Compute pixels, latents and text embeddings of all the data into the cache, and train nothing."""
@@ -148,14 +165,14 @@ class FineTune(Recipe[FineTuneConfig]):
         def write(module: UNetLoss, step: int) -> Pipeline:
             """Write what is trained as it stands, and return the model that paints with it."""
             text_encoder = module.text_encoder or model.text_encoder
-            pipeline = Pipeline(dataclasses.replace(model, unet=module.unet, text_encoder=text_encoder))
+            pipeline = Pipeline(replace(model, unet=module.unet, text_encoder=text_encoder))
             if distributed.is_main_process():
                 self._write(pipeline, step)
             return pipeline
 
         kind: Any = partial(InpaintingStage, model.vae) if self._is_masked else UNetStage
         stage: Stage[UNetLoss] = make_unet_stage(self, networks, config, write, kind)
-        if self.config.prior.prompts:
+        if self.config.prior.is_given:
             prior = make_prior_stage(self, networks, config, self._prior())
             stage = WithPrior(stage, prior, self.config.prior.weight)  # type: ignore[assignment,arg-type]
         trained = fit(stage, self.context)
@@ -189,7 +206,7 @@ class FineTune(Recipe[FineTuneConfig]):
         if config.method in ("full", "inpainting"):
             # A model's own size is the one that it was trained at last: it paints at it where none is asked for.
             size = self.image_size // model.vae.config.factor
-            model.unet.config = dataclasses.replace(model.unet.config, sample_size=size)
+            model.unet.config = replace(model.unet.config, sample_size=size)
         if config.method == "textual_inversion":
             new = config.new_word
             add_trained_word_(model.text_encoder, model.tokenizer, new.word, new.begin, new.vectors)
@@ -231,7 +248,9 @@ class FineTune(Recipe[FineTuneConfig]):
             pipeline.save_pretrained(self.out)
 
     def _prior(self) -> CachedDataset:
-        """Paint the images of the prior with the model as it was, those that are not there yet, and open them."""
+        """Open the images of the prior; those to be painted are, by the model as it was, if they are not there yet."""
+        if self._prior_source is not None:
+            return self.cached(self._prior_source, "reading images of the prior")
         config = self.config.prior
         folder = self.folder / "prior"
         prompts = [config.prompts[number % len(config.prompts)] for number in range(config.count)]

@@ -151,26 +151,29 @@ class Recipe(ABC, Generic[Config]):
 
     @cached_property
     def source(self) -> Dataset:
-        """Open the data: folder or tars of images, or scenes; in every process, the main one first."""
+        """Open the data: folder or tars of images, or scenes."""
+        source = self._open(self.config, "opening images")
+        self.console.print(f"data: {source.description}", highlight=False)
+        return source
+
+    def _open(self, config: Config, what: str) -> Dataset:
+        """Open the data of a configuration, this run's or one like it; in every process, the main one first."""
         if not distributed.is_main_process():
             distributed.barrier()
         with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task("opening images", total=None)
+            task = progress.add_task(what, total=None)
             source = open_dataset(
-                self.config,
+                config,
                 self.image_size,
-                self._index,
+                self._index(config.data.path),
                 advance=lambda done, total: progress.update(task, completed=done, total=total),
             )
         if distributed.is_main_process():
             distributed.barrier()
-        self.console.print(f"data: {source.description}", highlight=False)
         return source
 
-    @property
-    def _index(self) -> Path:
-        """The folder of the index of one's own images: each data set's own, as a cache may be shared by several."""
-        path = self.config.data.path
+    def _index(self, path: str | None) -> Path:
+        """Name the folder of the index of one's own images: each data set's own, as a cache may be shared."""
         return self.cache / f"index-{content_hash(str(Path(path).resolve()) if path else '').hex()}"
 
     @cached_property
@@ -253,12 +256,14 @@ class Recipe(ABC, Generic[Config]):
         return cache
 
     def _claim(self, source: Dataset) -> list[str]:
-        data = {"description": source.description, "count": len(source), "fingerprint": source.fingerprint}
-
         def may_change(name: str, was: Any, now: Any) -> bool:
             return is_longer(name, was, now, self.sections, self.config, self.out)
 
-        return claim(self.out, self.config, data, may_change)
+        return claim(self.out, self.config, self._identify(source), may_change)
+
+    def _identify(self, source: Dataset) -> dict[str, Any]:
+        """Describe all that is trained on, by which a resumed run knows it again."""
+        return {"description": source.description, "count": len(source), "fingerprint": source.fingerprint}
 
     def _check_batches(self) -> None:
         """Raise for a configuration that the data or the model cannot be trained with; a recipe may know some."""
