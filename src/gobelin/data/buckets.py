@@ -24,6 +24,7 @@ _LONGEST_STEP, _SHORTEST_STEP = 64, 16  # pixels; 16 is 2 in latents, which a U-
 _AT_ONCE = 1_000_000  # images, of whose sides numbers are made in memory
 _ORIENTATION, _QUARTER_TURNS = 0x0112, 5  # EXIF: from 5 on, width and height change places
 _WHITE = (255, 255, 255)
+_DECODING = 2  # counts the ways in which the same bytes became pixels, as caches are known by them
 
 
 def bucket_sizes(size: int, step: int | None = None, max_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:
@@ -88,7 +89,7 @@ class Preprocessing:
     @property
     def key(self) -> str:
         """Say everything that changes pixels, for a fingerprint."""
-        return repr((self.sizes, self.fit, self.colour))
+        return repr((_DECODING, self.sizes, self.fit, self.colour))
 
     def assign(self, widths: ArrayLike, heights: ArrayLike) -> UInt8[np.ndarray, " images"]:
         """Number the bucket of each image: the one whose aspect is nearest as a ratio, which is cropped the least."""
@@ -148,7 +149,7 @@ def decode(
 ) -> Image.Image:
     """Decode a file's bytes as 8-bit RGB, as :func:`~gobelin.images.open_image` does, on any ``background``.
 
-    ``at_least`` is a width and height, upright, twice which a JPEG may be decoded at where it has more. Raises
+    ``at_least`` is a width and height, upright, which a JPEG may be decoded near to where it has more. Raises
     :class:`DataError` for what cannot be read, and for more than 64 million pixels.
     """
     try:
@@ -159,7 +160,7 @@ def decode(
                 raise DataError(f"{name} has {width}×{height} pixels: give {most} million pixels at most")
             if at_least is not None:
                 sides = at_least if (width, height) == opened.size else at_least[::-1]
-                opened.draft("RGB", (2 * sides[0], 2 * sides[1]))  # of JPEGs alone; twice, as scaling down averages
+                opened.draft("RGB", sides)  # of JPEGs alone; at 47 dB or more from scaling the whole image down
             opened.load()
             return open_image(_laid_on(opened, background), name)
     except UNREADABLE as error:

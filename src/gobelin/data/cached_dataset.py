@@ -81,7 +81,7 @@ class CachedDataset:
                         writer.append(json.dumps([entries[-1].captions, entries[-1].negatives]))
                         advance(row + 1, len(scenes))
                     drawn = torch.from_numpy(np.stack([entry.image for entry in entries]))
-                    pixels.append(self._hashes[rows], {"pixels": drawn})
+                    pixels.append(self._hashes[rows], [{"pixels": drawn}])
                 for column in columns:
                     column.finish(sync=True)
             write_json(head, {"count": writer.count, "bytes": writer.end})

@@ -7,16 +7,18 @@ that memory does not grow with their number.
 
 import hashlib
 import json
+import math
 import os
+import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gobelin.errors import DataError
@@ -25,10 +27,11 @@ from gobelin.formats.files import replacing
 Hashes: TypeAlias = Shaped[np.ndarray, " rows"]
 HASH_BYTES = 16
 """Bytes of a row's hash: among 10 million rows, two have the same one with a chance of 10⁻²⁵."""
-_HASHES = "hashes"
-_SHARD_BYTES = 16 * 2**20  # of a shard: so much is computed again after a kill, and held in memory
-_COMPUTED_TOGETHER = 64  # rows: a batch for a network
+_HASHES, _CHECKSUMS = "hashes", "checksums"
+_SHARD_BYTES = 64 * 2**20  # of a shard: so much is computed again after a kill
+_COMPUTED_TOGETHER = 64  # rows: a batch for a network, and what is held in memory
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000  # bytes; a shard's header has some 300
 
 
@@ -68,14 +71,19 @@ class _Shard:
     hashes: Hashes
 
     def read(self, row: int) -> dict[str, Tensor]:
-        """Read a row of every tensor. The file is opened anew, so that any number of shards and of threads may be."""
-        rows = {}
+        """Read a row of every tensor. The file is opened anew, so that any number of shards and of threads may be.
+
+        Raises :class:`DataError` for a row whose bytes are not those that were written.
+        """
+        rows: dict[str, Tensor] = {}
         with self.path.open("rb", buffering=0) as file:
             for name, column in self.columns.items():
                 content = os.pread(file.fileno(), column.row_bytes, column.start + row * column.row_bytes)
                 if len(content) < column.row_bytes:
                     raise DataError(f"{self.path} is cut off: remove it, its rows are computed again")
                 rows[name] = torch.frombuffer(bytearray(content), dtype=column.dtype).reshape(column.shape)
+        if rows.pop(_CHECKSUMS).item() != _checksum(rows):
+            raise DataError(f"{self.path} was altered: remove it, its rows are computed again")
         return rows
 
 
@@ -109,20 +117,14 @@ class RowCache:
         absent = np.flatnonzero(~self._find(hashes)[1])
         return np.sort(absent[np.unique(hashes[absent], return_index=True)[1]])
 
-    def append(self, hashes: Hashes, rows: dict[str, Tensor]) -> None:
-        """Write a shard of rows: tensors by name, the first axis of each as long as ``hashes``.
+    def append(self, hashes: Hashes, parts: Iterable[dict[str, Tensor]]) -> None:
+        """Write a shard, part by part: tensors by name, whose first axes add up to as many rows as ``hashes``.
 
         Raises :class:`DataError` for a number that is not finite. A killed process leaves no half-written shard.
         """
-        for name, tensor in rows.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise DataError(f"{name} to cache in {self.folder} are not all finite: the model that made them is not")
-        joined = hashes.tobytes()
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in rows.items()}
-        tensors[_HASHES] = torch.frombuffer(bytearray(joined), dtype=torch.uint8).reshape(-1, HASH_BYTES)
-        path = self.folder / f"{hashlib.sha256(joined).hexdigest()[:32]}.safetensors"
-        with replacing(path) as temporary:
-            save_file(tensors, temporary)
+        name = hashlib.sha256(hashes.tobytes()).hexdigest()[:32]
+        with replacing(self.folder / f"{name}.safetensors") as temporary:
+            _write_shard(temporary, hashes, parts)
 
     def read(self, hashes: Hashes) -> dict[str, Shaped[Tensor, "rows ..."]]:
         """Read rows by their hashes; all must be there, and of one shape."""
@@ -157,19 +159,73 @@ def fill(
     # By their place among all: another process may have written some of them by now, and may look at other rows.
     missing = missing[np.isin(missing, np.arange(len(hashes))[share])]
     done = 0
-    while done < len(missing):
-        shard, size = [], 0
-        positions: list[Any] = []
-        while done < len(missing) and size < _SHARD_BYTES:
-            part = missing[done : done + _COMPUTED_TOGETHER]
-            shard.append(compute(part))
-            positions.append(part)
-            size += sum(tensor.nbytes for tensor in shard[-1].values())
-            done += len(part)
-            advance(done, len(missing))
-        rows = {name: torch.cat([part[name] for part in shard]) for name in shard[0]}
-        cache.append(hashes[np.concatenate(positions)], rows)
+
+    def compute_next() -> dict[str, Tensor]:
+        nonlocal done
+        part = missing[done : done + _COMPUTED_TOGETHER]
+        computed = compute(part)
+        done += len(part)
+        advance(done, len(missing))
+        return computed
+
+    while (start := done) < len(missing):
+        first = compute_next()
+        together = max(1, _SHARD_BYTES // sum(tensor.nbytes for tensor in first.values()))
+        shard = missing[start : start + together * _COMPUTED_TOGETHER]
+        more = math.ceil(len(shard) / _COMPUTED_TOGETHER) - 1
+        cache.append(hashes[shard], chain([first], (compute_next() for _ in range(more))))
     cache.refresh()
+
+
+def _checksum(row: dict[str, Tensor]) -> int:
+    """Compute the CRC-32 of a row's tensors, with their names, types and shapes."""
+    total = 0
+    for name, tensor in sorted(row.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.numpy().tobytes(), total)
+    return total
+
+
+def _write_shard(path: Path, hashes: Hashes, parts: Iterable[dict[str, Tensor]]) -> None:
+    """Write the safetensors file of a shard (:func:`_open_shard`), of which one part at a time is in memory."""
+    columns: dict[str, _Column] = {}
+    done = 0
+    with path.open("wb") as file:
+        for part in parts:
+            for name, tensor in part.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise DataError(f"{name} to cache in {path.parent} are not finite: the model that made them is not")
+            count = len(next(iter(part.values())))
+            sums = [_checksum({name: tensor[row] for name, tensor in part.items()}) for row in range(count)]
+            written = {**part, _CHECKSUMS: torch.tensor(sums)}
+            if not columns:
+                stored = torch.frombuffer(bytearray(hashes.tobytes()), dtype=torch.uint8).reshape(-1, HASH_BYTES)
+                columns = _write_header(file, len(hashes), {**written, _HASHES: stored})
+                file.seek(columns[_HASHES].start)
+                file.write(hashes.tobytes())
+            for name, tensor in written.items():
+                file.seek(columns[name].start + done * columns[name].row_bytes)
+                file.write(tensor.contiguous().numpy().tobytes())
+            done += count
+    assert done == len(hashes)
+
+
+def _write_header(file: BinaryIO, rows: int, example: dict[str, Tensor]) -> dict[str, _Column]:
+    """Write the header of tensors that have each ``rows`` such rows as the example; returns where each begins."""
+    columns, header, end = {}, {}, 0
+    for name, tensor in example.items():
+        column = _Column(start=end, shape=tuple(tensor.shape[1:]), dtype=tensor.dtype)
+        end += rows * column.row_bytes
+        columns[name] = column
+        header[name] = {
+            "dtype": _DTYPE_NAMES[column.dtype],
+            "shape": [rows, *column.shape],
+            "data_offsets": [column.start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: replace(column, start=8 + len(text) + column.start) for name, column in columns.items()}
 
 
 def _open_shard(path: Path) -> _Shard:
@@ -190,6 +246,8 @@ def _open_shard(path: Path) -> _Shard:
                 for name, entry in header.items()
             }
             rows = header[_HASHES]["shape"][0]
+            if _CHECKSUMS not in columns:
+                raise ValueError("it has no checksums")
             ends = [8 + length, *sorted(column.start + rows * column.row_bytes for column in columns.values())]
             if ends != [*sorted(column.start for column in columns.values()), path.stat().st_size]:
                 raise ValueError("its length is not what its header says")
