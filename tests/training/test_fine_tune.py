@@ -280,6 +280,19 @@ def test_a_prior_that_is_there_trains_as_the_same_one_painted(configure, tmp_pat
     assert "the images of moved" in (read / "README.md").read_text()
 
 
+def test_captions_are_sampled_as_the_text_that_they_are(configure, tmp_path) -> None:
+    """Other tools' prompts mean something else by these; a prompt that is asked for is refused before the run."""
+    captions = ("a [cat|dog] AND (a bird", "<lora:style:1> embedding:nice [a:b:0.5]", "nice )) [[", "x" * 101_000)
+    for number in range(8):
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(captions[number % 4])
+    changes: dict[str, Any] = {"adapter": AdapterConfig(rank=2), "data": {"path": str(tmp_path)}, "steps": 1}
+    out = train(configure("lora", samples=4, **changes), tmp_path / "run", console=QUIET)
+    assert len(list((out / "training" / "samples").glob("unet-*.png"))) == 2
+    with pytest.raises(UsageError, match=r"sample_prompts: the prompt has '<lora:style:1>'"):
+        configure("lora", sample_prompts=("a cat", "<lora:style:1>"), **changes)
+
+
 @pytest.mark.parametrize(
     "name", ["full", "kohya", "peft", "word", *slowly("dreambooth", "diffusers", "loha", "lokr", "inpainting", "vae")]
 )

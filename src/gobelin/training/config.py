@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from gobelin.adapters.adapter_file import AdapterLayout
 from gobelin.adapters.trainable import AdapterConfig
 from gobelin.errors import UsageError
+from gobelin.prompt_weighting import parse_weights
 from gobelin.settings import Settings
 from gobelin.tokenizer import MIN_VOCABULARY
 from gobelin.training.precision import Precision
@@ -260,6 +261,15 @@ class SamplingConfig:
         return Settings(**asdict(self))
 
 
+def _check_prompts(name: str, prompts: tuple[str, ...]) -> None:
+    """Raise :class:`UsageError` for what cannot be painted, which would else be found when a run has begun."""
+    for prompt in prompts:
+        try:
+            parse_weights(prompt)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings of every training run: its seed and device, when it saves and samples, and its data."""
@@ -284,6 +294,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self)
+        _check_prompts("sample_prompts", self.sample_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +309,6 @@ class TrainConfig(RunConfig):
     vae: VAEStageConfig
     unet: UNetStageConfig
     recommended: SamplingConfig = field(default_factory=SamplingConfig)
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +351,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self)
+        _check_prompts("prompts", self.prompts)
         if self.prompts and self.path is not None:
             raise UsageError("prior.prompts and prior.path are both given: the prior is painted, or read from a folder")
         if self.path is not None and self.count != PriorConfig.count:
@@ -371,7 +380,7 @@ class FineTuneConfig(RunConfig):
     unet: DiffusionConfig
 
     def __post_init__(self) -> None:
-        validate_fields(self)
+        super().__post_init__()
         method, joint = self.method, self.unet.train_text_encoder
         if joint and method in ("textual_inversion", "vae"):
             raise UsageError(f"unet.train_text_encoder is True: the method {method} trains no text encoder")

@@ -126,7 +126,7 @@ def _make_monitor(
         last_step=config.optim.steps,
         training=(recipe.dataset, latents),
         precision=config.optim.precision,
-        settings=_with_mask(truths) if inpaints(networks.unet) else _of_size(recipe.dataset),
+        settings=_sample_settings(recipe, truths if inpaints(networks.unet) else None),
     )
 
 
@@ -153,20 +153,22 @@ def _validation_pairs(
         return {}
 
 
-def _of_size(dataset: CachedDataset) -> Callable[[range], dict[str, Any]]:
-    """Make the settings of samples as large as most images that are trained on."""
-    height, width = dataset.sizes[_commonest_bucket(dataset)]
-    return lambda part: {"height": height, "width": width}
+def _sample_settings(
+    recipe: Recipe[Any], inpainted: list[Image.Image | None] | None
+) -> Callable[[range], dict[str, Any]]:
+    """Make the settings of samples: as large as most images that are trained on, or those inpainted in the middle.
 
-
-def _with_mask(images: list[Image.Image | None]) -> Callable[[range], dict[str, Any]]:
-    """Make the settings of inpainting the middle of each image."""
+    Captions of the data are drawn as the text that they are: brackets in them mean nothing.
+    """
+    height, width = recipe.dataset.sizes[_commonest_bucket(recipe.dataset)]
+    shared = {} if recipe.config.sample_prompts else {"weights": "none"}
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
 
     def settings(part: range) -> dict[str, Any]:
-        width, height = next(one.size for one in images if one is not None)
-        mask = Image.new("L", (width, height))
-        mask.paste(255, (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
-        return {"init_image": [images[at] for at in part], "mask": [mask] * len(part)}
+        if inpainted is None:
+            return {**shared, "height": height, "width": width}
+        return {**shared, "init_image": [inpainted[at] for at in part], "mask": [mask] * len(part)}
 
     return settings
 
