@@ -49,7 +49,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _training_steps(measured: list[dict[str, Any]]) -> str:
     """Make a row for each loop, a column for each precision and number of threads."""
     names = list(dict.fromkeys(name for one in measured for name in one["seconds"]))
-    head = ["time of a step, gobelin's = 1", *(f"{one['precision']}, {one['threads']} thread(s)" for one in measured)]
+    head = ["time of a step, gobelin's = 1", *(_threads(f"{one['precision']}, {one['threads']}") for one in measured)]
     first = ["gobelin, steps/s", *(f"{1 / np.median(one['seconds']['gobelin']):.2f}" for one in measured)]
     rows = [
         [name, *(written(one["ratios"][name]) if name in one["ratios"] else "–" for one in measured)]
@@ -77,21 +77,24 @@ def _turns(what: str) -> Callable[[dict[str, Any]], str]:
     return table
 
 
+def _threads(text: str) -> str:
+    """Write the number of threads that a text ends with in words."""
+    return f"{text} thread" if text.endswith(" 1") else f"{text} threads"
+
+
 def _memory(measured: dict[str, Any]) -> str:
-    rows = []
-    for one in measured["runs"]:
-        sizes = [f"{one['bytes'][kind] / one['pairs']:,.0f}" for kind in ("index", "pixels", "latents", "texts")]
-        held = [f"{one['memory'][kind]:,.0f}" for kind in ("peak", "own", "mapped")]
-        rows.append((f"{one['pairs']:,}", f"{one['seconds']:.0f}", *held, *sizes))
-    head = ("pairs", "seconds", "peak MB", "own MB", "mapped MB", "index B/pair", "pixels", "latents", "texts")
-    text = _table(head, rows)
-    if len(measured["runs"]) > 1:
-        fewer, more = measured["runs"][-2:]
-        grown = 2**20 * (more["memory"]["own"] - fewer["memory"]["own"]) / (more["pairs"] - fewer["pairs"])
-        text += f"\n\nBetween the last two, its own memory grows by {grown:,.0f} bytes a pair."
+    """Make a table of a run's memory, one of its files, and a sentence on a made index."""
+    kinds, held = ("index", "pixels", "latents", "texts"), ("peak", "own", "mapped")
+    runs = [(f"{one['pairs']:,}", one) for one in measured["runs"]]
+    memory = [
+        (pairs, f"{one['seconds']:.0f}", *(f"{one['memory'][kind]:,.0f}" for kind in held)) for pairs, one in runs
+    ]
+    disk = [(pairs, *(f"{one['bytes'][kind] / one['pairs']:,.0f}" for kind in kinds)) for pairs, one in runs]
+    text = _table(("pairs", "seconds", *(f"{kind} MB" for kind in held)), memory)
+    text += f"\n\n{_table(('bytes a pair on disk', *kinds), disk)}\n"
     if one := measured["index"]:
         text += (
-            f" An index of {one['pairs']:,} pairs opens in {one['seconds']:.2f} s, with {one['grown']['own']:+.0f} MB"
+            f"\nAn index of {one['pairs']:,} pairs opens in {one['seconds']:.2f} s, with {one['grown']['own']:+.0f} MB"
             f" of its own and {one['grown']['mapped']:+.0f} MB mapped; it takes {one['bytes'] / one['pairs']:.0f}"
             " bytes a pair on disk."
         )
@@ -99,16 +102,20 @@ def _memory(measured: dict[str, Any]) -> str:
 
 
 def _sd15(measured: dict[str, Any]) -> str:
-    rows = []
+    """Make a row for each size of latents and way to train; what all were run with stands below."""
+    rows, settings = [], []
     for key, ways in measured.items():
+        side, _, setting = key.partition(", ")
+        settings.append(setting)
         for name, one in ways.items():
             if "failed" in one:
-                rows.append((key, name, "–", one["failed"], "–", "–"))
+                rows.append((f"{side}×{side}", name, "–", one["failed"], "–", "–"))
             else:
                 trained, peak = f"{one['trained'] / 1e6:.1f} M", f"{one['memory']['peak']:,.0f}"
                 spent = [f"{np.median(one[kind]):.1f}" for kind in ("seconds", "cpu_seconds")]
-                rows.append((key, name, trained, *spent, peak))
-    return _table(("latents", "way", "trained", "seconds a step", "of CPU time, all threads", "peak MB"), rows)
+                rows.append((f"{side}×{side}", name, trained, *spent, peak))
+    table = _table(("latents", "way", "trained", "seconds a step", "of CPU time, all threads", "peak MB"), rows)
+    return f"{table}\n\nAll with {_threads(' and '.join(dict.fromkeys(settings)).removesuffix(' thread(s)'))}."
 
 
 _TABLES: dict[str, Callable[[Any], str]] = {

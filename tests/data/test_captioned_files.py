@@ -124,6 +124,18 @@ def test_captions_stand_in_one_of_three_columns(line: dict, captions: tuple[str,
     assert found(tmp_path) == {"a.png": captions}
 
 
+def test_a_named_column_is_not_looked_for_in_plain_texts(tmp_path: Path) -> None:
+    """Its captions would be others than those that were asked for."""
+    for name in ("a", "b"):
+        image(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a text")
+    (tmp_path / "b.json").write_text('{"title": "a title", "caption": "another"}')
+    assert found(tmp_path) == {"a.png": ("a text",), "b.png": ("a text",)}
+    files, skipped = listed(tmp_path, "title")
+    assert [one.captions for one in files] == [("a title",)]
+    assert [str(one.reason) for one in skipped] == ["no caption (looked for a.json)"]
+
+
 def test_another_column_is_named(tmp_path: Path) -> None:
     image(tmp_path / "a.png")
     metadata(tmp_path, {"file_name": "a.png", "text": "no", "deutsch": "eine Katze"})

@@ -258,7 +258,8 @@ def _read_sidecar(file: Path, column: str | None, beside: Set[str]) -> tuple[tup
     )
     found = next((name for name in names if name in beside), None)
     if found is None:
-        return (), f"{NO_CAPTION} (looked for {stem}.txt, {stem}.caption, {stem}.json and {own}.txt)"
+        looked_for = f"{stem}.json" if column else f"{stem}.txt, {stem}.caption, {stem}.json and {own}.txt"
+        return (), f"{NO_CAPTION} (looked for {looked_for})"
     try:
         with file.with_name(found).open("rb") as opened:
             return read_captions(found, opened.read(MAX_SIDECAR + 1), column)
@@ -267,8 +268,8 @@ def _read_sidecar(file: Path, column: str | None, beside: Set[str]) -> tuple[tup
 
 
 def sidecar_suffixes(column: str | None) -> tuple[str, ...]:
-    """Order the suffixes of captions beside an image: texts first, but where a ``column`` of the JSON is named."""
-    return (".json", *TEXT_SUFFIXES) if column else (*TEXT_SUFFIXES, ".json")
+    """Order the suffixes of captions beside an image: texts first; where a ``column`` is named, JSON alone has it."""
+    return (".json",) if column else (*TEXT_SUFFIXES, ".json")
 
 
 def read_captions(name: str, content: bytes, column: str | None) -> tuple[tuple[str, ...], str]:

@@ -52,7 +52,7 @@ class WebDataset(IndexedImages):
 
     Every image is opened once, after which ``advance`` is called with the bytes of tars so far and of all. With
     ``index``, a folder, tars whose name, size and time of change are as in the run before are not read again.
-    ``caption_column`` is a key of the ``.json``, which then comes before a ``.txt``. Samples without an image or a
+    ``caption_column`` is a key of the ``.json``; a ``.txt`` is then not read. Samples without an image or a
     caption, and images that cannot be read, are in ``skipped``; of a tar that is cut off, whole members are used. Other
     options and errors are those of :class:`~gobelin.data.image_folder.ImageFolderDataset`; compressed tars are refused.
     """
