@@ -40,6 +40,23 @@ with distributed.init_process_group(torch.device("cpu")):
 """
 
 
+SLOW_TO_BEGIN = """
+import time
+from datetime import timedelta
+
+import torch
+
+from gobelin.training import distributed
+
+distributed._TIMEOUT = timedelta(seconds=3)
+with distributed.init_process_group(torch.device("cpu")):
+    if distributed.is_main_process():
+        time.sleep(6)
+    distributed.barrier()
+    assert distributed.broadcast(distributed.is_main_process())
+"""
+
+
 def torchrun(count, *arguments, restarts=0):
     """``torchrun`` on this machine alone."""
     options = ["--standalone", f"--nproc-per-node={count}", f"--max-restarts={restarts}"]
@@ -64,6 +81,13 @@ def sentences(errors):
     """What the processes said, and not ``torchrun``."""
     assert "/gobelin/" not in errors, errors  # a traceback of ours; torchrun has one of its own
     return [line for line in errors.splitlines() if line.startswith("gobelin: ")]
+
+
+def test_processes_wait_for_the_main_one_however_long_it_takes(tmp_path):
+    """A million images are looked at for longer than a step is waited for."""
+    (tmp_path / "script.py").write_text(SLOW_TO_BEGIN)
+    done = launch(2, str(tmp_path / "script.py"))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

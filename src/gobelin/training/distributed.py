@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -23,7 +25,8 @@ from torch.distributed.rendezvous import rendezvous
 from gobelin.errors import TrainingError
 
 _Value = TypeVar("_Value")
-_TIMEOUT = timedelta(minutes=30)  # the main process writes checkpoints and sample grids while the others wait
+_TIMEOUT = timedelta(minutes=30)  # of what all processes compute together
+_WAIT = timedelta(days=7)  # at a barrier: the main process may look at millions of images first, or paint a prior
 
 
 def is_torchrun() -> bool:
@@ -57,6 +60,7 @@ def init_process_group(device: torch.device) -> Iterator[None]:
         # The store outlives a restart, and with it the addresses of the processes that were there before.
         store = PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     distributed.init_process_group(store=store, rank=number, world_size=count, timeout=_TIMEOUT)
+    _waiting_group(distributed.group.WORLD)  # now, as all processes have to make it at the same time
     try:
         yield
     except (Exception, CheckpointException, KeyboardInterrupt) as error:
@@ -126,7 +130,13 @@ def is_initialized() -> bool:
 def barrier() -> None:
     """Wait until every process of the group is here."""
     if distributed.is_initialized():
-        distributed.barrier()
+        distributed.barrier(_waiting_group(distributed.group.WORLD))
+
+
+@lru_cache(maxsize=1)
+def _waiting_group(world: ProcessGroup) -> ProcessGroup:
+    """Make the group of all processes whose barriers are waited at for as long as it takes."""
+    return distributed.new_group(backend="gloo", timeout=_WAIT)
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
