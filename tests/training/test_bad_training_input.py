@@ -1,6 +1,9 @@
 """Training that cannot be: each said in one sentence, before anything is trained or written."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,33 @@ def test_a_prior_is_there_and_captioned(refused, tmp_path) -> None:
     assert refused("lora", prior=PriorConfig(path=str(tmp_path / "none"))).startswith(f"no folder at {tmp_path}")
     (tmp_path / "empty").mkdir()
     assert "empty" in refused("lora", prior=PriorConfig(path=str(tmp_path / "empty")))
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+
+import torch
+
+from gobelin.cli.main import main
+
+torch.randn(64, 64) @ torch.randn(64, 64)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30,) * 2)
+options = ["--unet.optim.batch-size", "2048", "--data.count", "32", "--data.validation", "0", "--samples", "0"]
+main(["train", "--preset", "finetune", "--out", sys.argv[1], *options])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit of a process's addresses here")
+def test_a_batch_that_does_not_fit_into_memory_is_said(tmp_path) -> None:
+    """The limit is real: a gigabyte more than what the process has when it begins."""
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("gobelin: ")]
+    assert said.startswith("gobelin: stage unet: a batch of 2048 images does not fit into memory: give a smaller one")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
