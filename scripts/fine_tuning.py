@@ -112,8 +112,8 @@ _DREAMBOOTH = ("--preset", "dreambooth", "--unet.optim.steps", "400", "--unet.op
 EXPERIMENTS = {
     "lora": Experiment(
         draw=draw_hearts,
-        options=("--preset", "lora", "--adapter.targets", "all", "--adapter.rank", "32", "--unet.optim.steps", "2000",
-                 "--unet.optim.learning-rate", "7e-4", *_LEARN),
+        options=("--preset", "lora", "--adapter.targets", "all", "--adapter.rank", "32", "--unet.optim.steps", "2000", "--prior.weight", "2",
+                 "--unet.optim.learning-rate", "4e-4", *_LEARN),
         prompt=_HEART,
         shape="heart",
         has_prior=True,

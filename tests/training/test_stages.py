@@ -309,7 +309,7 @@ def test_a_network_that_gives_no_numbers_is_not_cached(dataset, tmp_path):
     vae = VAE(VAEConfig.nano())
     with torch.no_grad():
         vae.quant_conv.bias.fill_(float("nan"))
-        with pytest.raises(DataError, match="not all finite"):
+        with pytest.raises(DataError, match="are not finite"):
             LatentCache(dataset, tmp_path, weights_hash(vae)).fill(vae.encode)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gobelin.data.dataset import Dataset
 from gobelin.data.pair_columns import ColumnFile, StringWriter, map_strings, string_files
-from gobelin.data.row_cache import RowCache, content_hash, fill, hash_array
+from gobelin.data.row_cache import Hashes, RowCache, content_hash, fill, hash_array
 from gobelin.data.scene_dataset import SceneDataset
 from gobelin.errors import DataError
 from gobelin.formats.files import read_json, write_json
@@ -49,7 +49,6 @@ class CachedDataset:
         if 3 * pixels <= MAX_CACHED_BYTES:
             self.folder = folder / f"pixels-{content_hash(dataset.preprocessing_key).hex()}"
             self._pixels = RowCache(self.folder)
-            self._hashes = hash_array(content_hash(one) for one in dataset.hashes)
             if isinstance(dataset, SceneDataset):
                 self._draw(dataset, folder / f"captions-{dataset.fingerprint[:32]}", self._pixels, advance)
             else:
@@ -60,7 +59,7 @@ class CachedDataset:
         for bucket in np.unique(self.bucket_index):
             rows = np.flatnonzero(self.bucket_index == bucket)
             compute = partial(self._read_rows, rows)
-            fill(pixels, self._hashes[rows], compute, advance=advance)
+            fill(pixels, self.hashes[rows], compute, advance=advance)
 
     def _read_rows(self, rows: Int[np.ndarray, " images"], positions: Int[np.ndarray, " batch"]) -> dict[str, Tensor]:
         return {"pixels": self._decode(rows[positions].tolist())}
@@ -81,7 +80,7 @@ class CachedDataset:
                         writer.append(json.dumps([entries[-1].captions, entries[-1].negatives]))
                         advance(row + 1, len(scenes))
                     drawn = torch.from_numpy(np.stack([entry.image for entry in entries]))
-                    pixels.append(self._hashes[rows], [{"pixels": drawn}])
+                    pixels.append(self.hashes[rows], [{"pixels": drawn}])
                 for column in columns:
                     column.finish(sync=True)
             write_json(head, {"count": writer.count, "bytes": writer.end})
@@ -92,12 +91,17 @@ class CachedDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def hashes(self) -> Hashes:
+        """The hash of each image, by which its row is found in a cache."""
+        return hash_array(content_hash(one) for one in self.dataset.hashes)
+
     def images(self, indices: Sequence[int]) -> Float[Tensor, "batch 3 height width"]:
         """Load images of one bucket in [-1, 1], on the CPU."""
         pixels = (
             self._decode(indices)
             if self._pixels is None
-            else self._pixels.read(self._hashes[np.asarray(indices)])["pixels"]
+            else self._pixels.read(self.hashes[np.asarray(indices)])["pixels"]
         )
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 

@@ -37,7 +37,7 @@ class LatentCache:
         source = dataset.dataset
         self.folder = folder / f"latents-{content_hash(key, source.preprocessing_key).hex()}"
         self._cache = RowCache(self.folder)
-        self._hashes = hash_array(content_hash(one) for one in source.hashes)
+        self._hashes = dataset.hashes
         self._mirrored = hash_array(content_hash(one, "flipped") for one in source.hashes) if flip else self._hashes
 
     def fill(

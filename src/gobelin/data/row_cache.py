@@ -46,7 +46,7 @@ def content_hash(*parts: bytes | str) -> bytes:
 
 def hash_array(hashes: Iterable[bytes]) -> Hashes:
     """Join hashes into an array of 16 bytes each."""
-    return np.frombuffer(b"".join(hashes), f"V{HASH_BYTES}")
+    return np.fromiter(hashes, f"V{HASH_BYTES}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,11 @@ class _Column:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Shard:
-    """A shard's file: its tensors, and the hash of each row."""
+    """A shard's file, its tensors, and how many rows each has."""
 
     path: Path
     columns: dict[str, _Column]
-    hashes: Hashes
+    rows: int
 
     def read(self, row: int) -> dict[str, Tensor]:
         """Read a row of every tensor. The file is opened anew, so that any number of shards and of threads may be.
@@ -92,25 +92,25 @@ class RowCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._shards: list[_Shard] = []
-        self._hashes: Hashes = np.empty(0, f"V{HASH_BYTES}")
-        self._places = np.empty((0, 2), np.int64)
         self.refresh()
 
     def refresh(self) -> None:
         """Look for shards that were written since, by this process or another."""
-        self._shards = [_open_shard(path) for path in sorted(self.folder.glob("*.safetensors"))]
-        if self._shards:
-            every = np.concatenate([shard.hashes for shard in self._shards])
-            places = [
-                np.stack([np.full(len(shard.hashes), number), np.arange(len(shard.hashes))], axis=1)
-                for number, shard in enumerate(self._shards)
-            ]
-            self._hashes, first = np.unique(every, return_index=True)
-            self._places = np.concatenate(places)[first]
+        self._shards: list[_Shard] = []
+        hashes: list[Hashes] = [np.empty(0, f"V{HASH_BYTES}")]
+        for path in sorted(self.folder.glob("*.safetensors")):
+            shard, of_rows = _open_shard(path)
+            self._shards.append(shard)
+            hashes.append(of_rows)
+        self._ends = np.cumsum([shard.rows for shard in self._shards], dtype=np.int64)
+        joined = np.concatenate(hashes)
+        # Of all that memory holds for a row: its hash, in order, and its number, counted through all shards.
+        self._numbers = np.argsort(joined, kind="stable").astype(np.uint32 if len(joined) < 2**32 else np.int64)
+        self._hashes = joined[self._numbers]
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        """Count the rows, each content once: two processes may have written the same."""
+        return int((self._hashes[1:] != self._hashes[:-1]).sum()) + (len(self._hashes) > 0)
 
     def missing(self, hashes: Hashes) -> Int[np.ndarray, " missing"]:
         """List the positions in ``hashes`` of rows that are not there, each content once."""
@@ -128,18 +128,21 @@ class RowCache:
 
     def read(self, hashes: Hashes) -> dict[str, Shaped[Tensor, "rows ..."]]:
         """Read rows by their hashes; all must be there, and of one shape."""
-        places, found = self._find(hashes)
+        at, found = self._find(hashes)
         if not found.all():
             raise DataError(f"{self.folder} lacks {int((~found).sum())} of {len(hashes)} rows: was it changed?")
-        rows = [self._shards[shard].read(row) for shard, row in places.tolist()]
+        numbers = self._numbers[at].astype(np.int64)
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        within = numbers - self._ends[shards] + [self._shards[shard].rows for shard in shards]
+        rows = [self._shards[shard].read(row) for shard, row in zip(shards.tolist(), within.tolist(), strict=True)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _find(self, hashes: Hashes) -> tuple[Int[np.ndarray, "rows 2"], Bool[np.ndarray, " rows"]]:
-        """Find rows: (shard and row of each, whether it is there)."""
+    def _find(self, hashes: Hashes) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+        """Find rows: (where each would stand among all hashes in order, whether it is there)."""
         if not len(self._hashes):
-            return np.zeros((len(hashes), 2), np.int64), np.zeros(len(hashes), bool)
+            return np.zeros(len(hashes), np.int64), np.zeros(len(hashes), bool)
         at = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
-        return self._places[at], self._hashes[at] == hashes
+        return at, self._hashes[at] == hashes
 
 
 def fill(
@@ -228,7 +231,7 @@ def _write_header(file: BinaryIO, rows: int, example: dict[str, Tensor]) -> dict
     return {name: replace(column, start=8 + len(text) + column.start) for name, column in columns.items()}
 
 
-def _open_shard(path: Path) -> _Shard:
+def _open_shard(path: Path) -> tuple[_Shard, Hashes]:
     """Read a shard's header and hashes: safetensors is 8 bytes of length, JSON of that length, then the tensors."""
     try:
         with path.open("rb") as file:
@@ -256,4 +259,4 @@ def _open_shard(path: Path) -> _Shard:
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}): remove it, its rows are computed again") from error
     del columns[_HASHES]
-    return _Shard(path=path, columns=columns, hashes=hashes)
+    return _Shard(path=path, columns=columns, rows=rows), hashes
