@@ -112,8 +112,8 @@ _DREAMBOOTH = ("--preset", "dreambooth", "--unet.optim.steps", "400", "--unet.op
 EXPERIMENTS = {
     "lora": Experiment(
         draw=draw_hearts,
-        options=("--preset", "lora", "--adapter.targets", "all", "--adapter.rank", "32", "--unet.optim.steps", "2000", "--prior.weight", "2",
-                 "--unet.optim.learning-rate", "4e-4", *_LEARN),
+        options=("--preset", "lora", "--adapter.targets", "all", "--adapter.rank", "32", "--unet.optim.steps", "2000",
+                 "--unet.optim.learning-rate", "4e-4", "--prior.weight", "2", *_LEARN),
         prompt=_HEART,
         shape="heart",
         has_prior=True,
@@ -214,7 +214,7 @@ def score_learned(pipeline: Pipeline, experiment: Experiment, world: World, shee
             right.append(is_right and (experiment.paper is None or _is_on(image, experiment.paper)))
         tiles.append(Tile(image=images[0].resize((128, 128), Image.Resampling.NEAREST), caption=prompt))
     if sheet is not None:
-        captioned_grid([TileRow(tiles=tiles)], columns=5, side=128, title=experiment.prompt).save(sheet)
+        captioned_grid([TileRow(tiles=tiles)], columns=5, side=128, title=sheet.stem).save(sheet)
     return Share.of(right)
 
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from gobelin.clip import ImageEncoder
+from gobelin.clip import IMAGE_ENCODER, ImageEncoder
 from gobelin.evaluate.benchmark import benchmark_report
 from gobelin.formats.files import read_json, write_text
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.training.recipes.claim import config_file
-from gobelin.training.recipes.from_scratch import IMAGE_ENCODER
 
 NOTES = """## The recipe
 

@@ -191,6 +191,23 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_clip(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small CLIP with random weights, as transformers writes it."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = CLIPTokenizer.from_pretrained(words)
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**sizes, **tokens, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    folder = tmp_path_factory.mktemp("clip")
+    fill_(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_oracle(words: Path) -> Callable[..., Any]:
     """Makes diffusers' pipeline of a small model with random weights, always the same ones."""
     from tests.oracles import small_pipeline

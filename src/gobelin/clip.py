@@ -277,6 +277,8 @@ class TextEncoder(Component[TextEncoderConfig]):
 # Pooled features and few channels with places told shapes apart better than flattened features (decisions, "The text
 # encoder learns at a tenth of the rate").
 _PLACE_CHANNELS = 16
+IMAGE_ENCODER = "image_encoder"
+"""The folder of an :class:`ImageEncoder` in that of its model."""
 
 
 @dataclass(frozen=True, kw_only=True)

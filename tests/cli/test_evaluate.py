@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-MEASUREMENTS = ("scenes", "images", "prompts", "attribution", "editing")
+MEASUREMENTS = ("scenes", "images", "prompts", "attribution", "editing", "fidelity")
 
 
 def is_one_sentence(text):
@@ -41,6 +41,7 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
         "prompts": {"splits", "out"},
         "attribution": {"json", "report", "dtype"},
         "editing": {"json", "report", "dtype"},
+        "fidelity": {"json", "report", "sampler", "dtype", "out"},
     }[name]
 
 
@@ -52,7 +53,7 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
         (
             ["zebra"],
             2,
-            "unknown measurement 'zebra': the choices are scenes, images, prompts, attribution, editing",
+            "unknown measurement 'zebra': the choices are scenes, images, prompts, attribution, editing, fidelity",
         ),
         (["--limit", "2"], 2, "unknown measurement '--limit'"),
         (["attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),

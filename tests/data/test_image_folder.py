@@ -21,6 +21,7 @@ from gobelin.data import Dataset, ImageFolderDataset, image_folder, indexed_imag
 from gobelin.data.captioned_files import CaptionedFile
 from gobelin.data.image_folder import read_image
 from gobelin.data.pair_index import Pair
+from gobelin.data.webdataset import open_images
 from gobelin.errors import DataError
 
 
@@ -47,6 +48,27 @@ def test_metadata_names_images_and_captions(tmp_path):
     dataset = ImageFolderDataset(tmp_path, 8)
     assert len(dataset) == 1
     assert dataset[0].caption == "Ünïcode"
+
+
+def test_images_without_captions_are_taken_where_none_are_required(tmp_path):
+    for number in range(4):
+        picture(tmp_path / f"{number}.png")
+    (tmp_path / "1.txt").write_text("red")
+    (tmp_path / "2.png").write_text("not an image at all")
+    dataset = open_images(tmp_path, 8, require_captions=False)
+    assert list(dataset.names) == ["0.png", "1.png", "3.png"]
+    assert [dataset.captions(index) for index in range(3)] == [(), ("red",), ()]
+    assert [(skip.name, skip.reason) for skip in dataset.skipped] == [("2.png", "not a readable image")]
+    with pytest.raises(DataError, match="only 1 of 4 images can be used"):
+        open_images(tmp_path, 8)
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": ""}\n{"file_name": "1.png", "text": "red"}'
+    )
+    dataset = open_images(tmp_path, 8, require_captions=False)
+    assert [dataset.captions(index) for index in range(len(dataset))] == [(), ("red",)]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="none has no images: expected some"):
+        open_images(tmp_path / "none", 8, require_captions=False)
 
 
 def test_bad_images_are_named_skipped_and_counted(tmp_path):

@@ -1,19 +1,18 @@
-"""``gobelin evaluate``: measure a model's scores, the attribution of its words and its edits, or score images."""
+"""``gobelin evaluate``: measure a model's scores, its words' attribution, its edits, or its images beside true ones."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from gobelin.cli.options import parse, write_report
+from gobelin.cli.options import parse
+from gobelin.cli.report_files import ReportFiles, progress_bar, publish
 from gobelin.errors import UsageError
 from gobelin.evaluate.image_list import ALL_TASKS, MAX_PROMPTS, requested_images
-from gobelin.evaluate.measurement_report import Report
-from gobelin.formats.files import replacing, write_text
+from gobelin.formats.files import replacing
 
 if TYPE_CHECKING:
     from gobelin.evaluate.benchmark import Benchmark
@@ -22,7 +21,7 @@ _SHEET_SUFFIXES = (".png", ".jpg")
 
 _HELP = """usage: gobelin evaluate MEASUREMENT [OPTIONS]
 
-Measure a model that was trained on the scenes, or score images of any program.
+Measure a model: on scenes whose truth is known, or by the distance of its images from true ones.
 
 measurements:
   scenes       generate images of six tasks, and score them without a look at their prompts
@@ -30,6 +29,7 @@ measurements:
   prompts      write the list of prompts and seeds for another program
   attribution  compare the heat map of each word with the object that it speaks of
   editing      change one colour word, and see whether its object changes and nothing else
+  fidelity     compare images painted from captions with the true ones: FID, KID, CLIP score
 
   gobelin evaluate MEASUREMENT --help   options and examples
 
@@ -40,21 +40,12 @@ examples:
   gobelin evaluate images elsewhere
   gobelin evaluate attribution --limit 64
   gobelin evaluate editing --limit 50
+  gobelin evaluate fidelity my-images --model runs/mine --features model
 """
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ReportFiles:
-    """Files that every measurement can write."""
-
-    json: Path | None = None
-    """Write the results here as JSON."""
-    report: Path | None = None
-    """Write the tables here as Markdown."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BenchmarkFiles(_ReportFiles):
+class _BenchmarkFiles(ReportFiles):
     """Files that a benchmark can write: its report, and a contact sheet of the scored images."""
 
     sheet: Path | None = None
@@ -148,7 +139,7 @@ class EvaluatePrompts(_ListOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateAttribution(_ReportFiles, _ModelOptions):
+class EvaluateAttribution(ReportFiles, _ModelOptions):
     """Compare the heat map of each word with the objects that it speaks of, in the model's images and in true ones.
 
     Some examples:
@@ -161,7 +152,7 @@ class EvaluateAttribution(_ReportFiles, _ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateEditing(_ReportFiles, _ModelOptions):
+class EvaluateEditing(ReportFiles, _ModelOptions):
     """Change one colour word of captions, and measure whether its object changes and nothing else.
 
     Some examples:
@@ -183,18 +174,16 @@ def run(arguments: Sequence[str]) -> None:
         from gobelin.validation import refuse_unknown  # imported where it is needed: the help has to be quick
 
         refuse_unknown([name], _MEASUREMENTS, what="measurement")
-    options, measure = _MEASUREMENTS[name]
-    measure(parse(options, f"evaluate {name}", rest))
+    _MEASUREMENTS[name](rest)
 
 
 def _scenes(options: EvaluateScenes) -> None:
     """Generate images with a model, and score them."""
-    from gobelin.clip import ImageEncoder
+    from gobelin.clip import IMAGE_ENCODER, ImageEncoder
     from gobelin.evaluate.benchmark import measure_scenes
     from gobelin.evaluate.scene_models import open_scene_model
     from gobelin.evaluate.scored_images import GenerationSettings
     from gobelin.pipeline import shipped_model
-    from gobelin.training.recipes.from_scratch import IMAGE_ENCODER
 
     _require_sheet_suffix(options.sheet)
     if options.seed < 0:
@@ -209,7 +198,7 @@ def _scenes(options: EvaluateScenes) -> None:
     generation = GenerationSettings(
         sampler=options.sampler, steps=options.steps, guidance=options.guidance, seed=options.seed
     )
-    with _progress("generating", len(requests)) as advance:
+    with progress_bar("generating", len(requests)) as advance:
         benchmark = measure_scenes(pipeline, world, requests, generation, image_encoder, advance)
     _publish_benchmark(options, benchmark)
 
@@ -247,9 +236,9 @@ def _attribution(options: EvaluateAttribution) -> None:
 
     _require_captions(options.limit)
     pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype)
-    with _progress("tracing") as advance:
+    with progress_bar("tracing") as advance:
         content = measure_attribution(pipeline, world, options.limit, lambda: advance(1)).to_json()
-    _publish(options, content, attribution_report(content))
+    publish(options, content, attribution_report(content))
 
 
 def _editing(options: EvaluateEditing) -> None:
@@ -259,17 +248,25 @@ def _editing(options: EvaluateEditing) -> None:
 
     _require_captions(options.limit)
     pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype)
-    with _progress("editing") as advance:
+    with progress_bar("editing") as advance:
         content = measure_editing(pipeline, world, options.limit, lambda: advance(1)).to_json()
-    _publish(options, content, editing_report(content))
+    publish(options, content, editing_report(content))
 
 
-_MEASUREMENTS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
-    "scenes": (EvaluateScenes, _scenes),
-    "images": (EvaluateImages, _images),
-    "prompts": (EvaluatePrompts, _prompts),
-    "attribution": (EvaluateAttribution, _attribution),
-    "editing": (EvaluateEditing, _editing),
+def _fidelity(arguments: Sequence[str]) -> None:
+    """Compare painted images with true ones; its options are those of painting, which import PyTorch."""
+    from gobelin.cli.evaluate_fidelity import run
+
+    run(arguments)
+
+
+_MEASUREMENTS: dict[str, Callable[[Sequence[str]], None]] = {
+    "scenes": lambda rest: _scenes(parse(EvaluateScenes, "evaluate scenes", rest)),
+    "images": lambda rest: _images(parse(EvaluateImages, "evaluate images", rest)),
+    "prompts": lambda rest: _prompts(parse(EvaluatePrompts, "evaluate prompts", rest)),
+    "attribution": lambda rest: _attribution(parse(EvaluateAttribution, "evaluate attribution", rest)),
+    "editing": lambda rest: _editing(parse(EvaluateEditing, "evaluate editing", rest)),
+    "fidelity": _fidelity,
 }
 
 
@@ -285,44 +282,13 @@ def _require_captions(limit: int) -> None:
         raise UsageError(f"limit is {limit}: give a number from 2 to {MAX_PROMPTS}")
 
 
-@contextmanager
-def _progress(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar where a person is watching; yields a function that advances it by a number of images."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-def _publish(options: _ReportFiles, content: dict[str, Any], report: Report) -> None:
-    """Print a report, and write it where ``--json`` and ``--report`` ask for it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=150)
-    console.print(report.description, highlight=False)
-    for table in report.tables:
-        grid = Table(*table.columns, title=table.title, title_justify="left", title_style="bold")
-        for number, row in enumerate(table.rows):
-            grid.add_row(*row, style="bold" if number in table.bold else None, end_section=number in table.bold)
-        console.print()
-        console.print(grid, highlight=False)
-        if table.note:
-            console.print(table.note, highlight=False)
-    write_report(options.json, content)
-    if options.report is not None:
-        write_text(options.report, report.markdown())
-
-
 def _publish_benchmark(options: _BenchmarkFiles, benchmark: "Benchmark") -> None:
     """Print a benchmark's report, and write it and the contact sheet where the options ask for them."""
     from gobelin.evaluate.benchmark import benchmark_report
     from gobelin.evaluate.failures_sheet import failures_sheet
 
     content = benchmark.to_json()
-    _publish(options, content, benchmark_report(content))
+    publish(options, content, benchmark_report(content))
     if options.sheet is not None:
         sheet = failures_sheet(benchmark.images, f"{benchmark.model}: a sample of its images, and where it fails")
         with replacing(options.sheet) as temporary:

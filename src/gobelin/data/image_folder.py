@@ -12,7 +12,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from gobelin.data.buckets import Preprocessing
-from gobelin.data.captioned_files import IMAGE_SUFFIXES, METADATA_NAMES, SkippedImage, iterate_captioned_files
+from gobelin.data.captioned_files import (
+    IMAGE_SUFFIXES,
+    METADATA_NAMES,
+    NO_CAPTION,
+    SkippedImage,
+    iterate_captioned_files,
+)
 from gobelin.data.indexed_images import (
     UNREADABLE_FILE,
     Candidate,
@@ -34,8 +40,9 @@ class ImageFolderDataset(IndexedImages):
     that of the metadata. Every image is opened once, after which ``advance`` is called with their number so far and in
     all; unusable ones are listed in ``skipped``. With ``index``, a folder, those whose name, size and time of change
     are as in the run before are not opened again. ``size``, ``buckets``, ``fit`` and ``background`` are those of
-    :class:`~gobelin.data.buckets.Preprocessing`; of an animation the first frame counts. Raises :class:`DataError` for
-    a missing folder, broken metadata, or if less than half of the images can be used.
+    :class:`~gobelin.data.buckets.Preprocessing`; of an animation the first frame counts. Without ``require_captions``
+    images that have none are taken too, and their captions are empty. Raises :class:`DataError` for a missing folder,
+    broken metadata, or if less than half of the images can be used.
     """
 
     def __init__(
@@ -49,12 +56,14 @@ class ImageFolderDataset(IndexedImages):
         buckets: bool = False,
         fit: Literal["crop", "pad"] = "crop",
         background: str = "white",
+        require_captions: bool = True,
     ):
         self.folder = Path(folder)
-        self._column, self._advance = caption_column, advance
+        self._column, self._advance, self._require_captions = caption_column, advance, require_captions
         preprocessing = Preprocessing(size=size, buckets=buckets, fit=fit, background=background)
         if not self.folder.is_dir():
-            raise DataError(f"no folder at {self.folder}: expected images with captions there")
+            expected = "images with captions" if require_captions else "images"
+            raise DataError(f"no folder at {self.folder}: expected {expected} there")
         super().__init__(self.folder, self.folder, preprocessing, index, kind="folder")
         del self._advance  # a progress bar's: it is in no copy that another process gets
 
@@ -74,12 +83,15 @@ class ImageFolderDataset(IndexedImages):
         """Write names and captions to a file, so that their number is known and none stays in memory."""
         total = 0
         for one in iterate_captioned_files(self.folder, self._column):
-            if isinstance(one, SkippedImage):
-                writer.skip(one)
+            if not isinstance(one, SkippedImage):
+                name, captions = one.file.relative_to(self.folder).as_posix(), one.captions
+            elif one.kind == NO_CAPTION and not self._require_captions:
+                name, captions = one.name, ()
             else:
-                name = one.file.relative_to(self.folder).as_posix()
-                listed.write(json.dumps([name, one.captions]) + "\n")
-                total += 1
+                writer.skip(one)
+                continue
+            listed.write(json.dumps([name, captions]) + "\n")
+            total += 1
         return total
 
     def _pair(self, earlier: PairIndex | None, one: Candidate) -> Pair | SkippedImage:
@@ -95,6 +107,8 @@ class ImageFolderDataset(IndexedImages):
         return inspect_image(one)
 
     def _nothing(self) -> str:
+        if not self._require_captions:
+            return f"{self.folder} has no images: expected some ({', '.join(IMAGE_SUFFIXES)})"
         return (
             f"{self.folder} has no captioned images: expected {' or '.join(METADATA_NAMES)} with file_name and "
             f"text, or images ({', '.join(IMAGE_SUFFIXES)}) with a .txt caption beside each"

@@ -130,15 +130,24 @@ class WebDataset(IndexedImages):
         )
 
 
-def open_images(path: str | Path, size: int = 64, caption_column: str | None = None, **options: Any) -> IndexedImages:
+def open_images(
+    path: str | Path,
+    size: int = 64,
+    caption_column: str | None = None,
+    *,
+    require_captions: bool = True,
+    **options: Any,
+) -> IndexedImages:
     """Open captioned images: a tar or a folder of tars as :class:`WebDataset`, any other folder as an image folder.
 
-    A folder that has both tars and images outside of them is refused, as one of the two would be left out. The options
-    are those of either class; raises as they do.
+    A folder that has both tars and images outside of them is refused, as one of the two would be left out. Without
+    ``require_captions`` images of a folder need none; those of tars do. The other options are those of either class;
+    raises as they do.
     """
     place = Path(path)
+    as_folder = partial(ImageFolderDataset, require_captions=require_captions)
     if not place.is_dir():
-        kind = WebDataset if place.is_file() else ImageFolderDataset
+        kind = WebDataset if place.is_file() else as_folder
         return kind(path, size, caption_column, **options)
     tar = next(_files(place, (".tar", *_COMPRESSED)), None)
     image = next(_files(place, IMAGE_SUFFIXES), None)
@@ -147,7 +156,7 @@ def open_images(path: str | Path, size: int = 64, caption_column: str | None = N
             f"{place} has tars and images, as {tar.relative_to(place)} and {image.relative_to(place)}: "
             "give a folder that has one of the two"
         )
-    return (WebDataset if tar else ImageFolderDataset)(path, size, caption_column, **options)
+    return (WebDataset if tar else as_folder)(path, size, caption_column, **options)
 
 
 def list_tars(path: Path) -> list[Path]:

@@ -1,1 +1,1 @@
-"""Measuring: scores on scenes with their controls, attribution of words to pixels, editing, and sanity checks."""
+"""Measuring: scores on scenes with their controls, attribution of words to pixels, editing, sanity checks; fidelity."""

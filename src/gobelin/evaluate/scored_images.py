@@ -11,7 +11,7 @@ from gobelin.pipeline import Pipeline
 from gobelin.scenes import Detection, Prompt, Score, World, grade, score
 
 CPU_BATCH_SIZE = 32  # more are no faster on a CPU, and take more memory
-_GPU_BATCH_SIZE = 256
+GPU_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def generate_images(
     ``advance`` is called with the number of images of each finished batch.
     """
     generation = generation or GenerationSettings()
-    most = CPU_BATCH_SIZE if pipeline.unet.device.type == "cpu" else _GPU_BATCH_SIZE
+    most = CPU_BATCH_SIZE if pipeline.unet.device.type == "cpu" else GPU_BATCH_SIZE
     for batch in request_batches(requests, most):
         with torch.inference_mode():
             result = pipeline(

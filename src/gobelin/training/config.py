@@ -346,7 +346,7 @@ class PriorConfig:
 
     @property
     def is_given(self) -> bool:
-        """Whether there is a prior."""
+        """Tell whether there is a prior."""
         return bool(self.prompts) or self.path is not None
 
     def __post_init__(self) -> None:

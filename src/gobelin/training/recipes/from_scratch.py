@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from gobelin.checkpoint import Model
-from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
+from gobelin.clip import IMAGE_ENCODER, ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from gobelin.data.batches import derive_seed
 from gobelin.errors import TrainingError
 from gobelin.formats.files import write_text
@@ -30,7 +30,6 @@ from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 STAGES = ("tokenizer", "text_encoder", "vae", "unet")
-IMAGE_ENCODER = "image_encoder"
 _INITIAL_TEXT_ENCODER = "training/text_encoder"  # from its own stage: the U-Net's stage starts here, resumed or not
 _GRID_COLUMNS = 8  # images in the VAE's sample sheet
 _LATENT_STATISTICS = 8192  # images for the latents' mean and variance: 2 million values a channel at 64×64
