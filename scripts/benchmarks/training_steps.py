@@ -132,7 +132,7 @@ def fit_loop(
     """Train with gobelin's ``fit``."""
     optim = OptimConfig(**{**vars(made.optim), **changes})
     if optim.compile:
-        turn = torch.compiler.disable(turn)  # the loss inside is compiled, the waiting is not
+        turn = cast(Any, torch.compiler.disable(turn))  # the loss inside is compiled, the waiting is not
     stage = MadeStage(module=TakingTurns(made.loss(network()), turn), optim=optim, batches=made.batches)
     with _average(average):
         trainer.fit(cast(Any, stage), quiet_run(made.folder / str(id(stage))))

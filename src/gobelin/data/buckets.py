@@ -159,8 +159,8 @@ def decode(
                 most = MAX_IMAGE_PIXELS // 1_000_000
                 raise DataError(f"{name} has {width}×{height} pixels: give {most} million pixels at most")
             if at_least is not None:
-                sides = at_least if (width, height) == opened.size else at_least[::-1]
-                opened.draft("RGB", sides)  # of JPEGs alone; at 47 dB or more from scaling the whole image down
+                across, down = at_least if (width, height) == opened.size else at_least[::-1]
+                opened.draft("RGB", (across, down))  # of JPEGs alone; at 47 dB or more from scaling the whole image down
             opened.load()
             return open_image(_laid_on(opened, background), name)
     except UNREADABLE as error:

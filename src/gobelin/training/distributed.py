@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Shaped
@@ -136,7 +136,7 @@ def barrier() -> None:
 @lru_cache(maxsize=1)
 def _waiting_group(world: ProcessGroup) -> ProcessGroup:
     """Make the group of all processes whose barriers are waited at for as long as it takes."""
-    return distributed.new_group(backend="gloo", timeout=_WAIT)
+    return cast(ProcessGroup, distributed.new_group(backend="gloo", timeout=_WAIT))
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
