@@ -160,7 +160,7 @@ def decode(
                 raise DataError(f"{name} has {width}×{height} pixels: give {most} million pixels at most")
             if at_least is not None:
                 across, down = at_least if (width, height) == opened.size else at_least[::-1]
-                opened.draft("RGB", (across, down))  # of JPEGs alone; at 47 dB or more from scaling the whole image down
+                opened.draft("RGB", (across, down))  # of JPEGs alone; 47 dB or more from the whole scaled down
             opened.load()
             return open_image(_laid_on(opened, background), name)
     except UNREADABLE as error:
