@@ -145,7 +145,7 @@ def main() -> None:
     """Draw, train, score and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=EXPERIMENTS)
+    parser.add_argument("--only", choices=EXPERIMENTS, nargs="+", default=[*EXPERIMENTS])
     parser.add_argument("--prompts", type=int, default=_TASK_PROMPTS, help="of each of the model's tasks")
     options = parser.parse_args()
     SHAPES["heart"] = _heart
@@ -153,7 +153,7 @@ def main() -> None:
     before = Pipeline.from_pretrained()
     known = score_tasks(before, options.prompts)
     for name, experiment in EXPERIMENTS.items():
-        if options.only in (None, name):
+        if name in options.only:
             print(json.dumps(_run(name, experiment, world, before, known, options), indent=2), flush=True)
 
 
