@@ -1,0 +1,104 @@
+"""C++ that is compiled at its first use, and kept in the user's cache folder.
+
+A library is code that will run: it is only read from a folder that nobody else can write to, and ends with its hash.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+# Every CPU that multiplies bfloat16 has x86-64-v4. Nothing depends on the machine that compiles: homes are shared.
+FLAGS = ("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-fPIC", "-shared")
+_PATIENCE = 120  # seconds for a compilation, which takes two
+
+
+def load_library(source: Path, includes: Sequence[Path] = ()) -> ctypes.CDLL | None:
+    """Load the library of a C++ ``source``, compiled anew unless it was before; None where that is not possible.
+
+    ``includes`` are the files that it includes. The library is kept in ``gobelin/kernels`` of ``$XDG_CACHE_HOME`` or
+    ``~/.cache``, or, where that folder is not safe or not writable, compiled into a temporary one by every process.
+    """
+    for compiler in _compilers():
+        for open_folder in (_cache_folder, _temporary_folder):
+            try:
+                with open_folder() as folder:
+                    library = folder / _library_name(compiler, source, includes)
+                    if not _is_ours(library):
+                        _compile(compiler, source, library)
+                    return ctypes.CDLL(str(library))
+            except subprocess.SubprocessError:
+                break  # another folder would not help
+            except OSError:
+                continue
+    return None
+
+
+def _compilers() -> Iterator[list[str]]:
+    """List the compilers that there are, as commands: ``$CXX`` alone where it is set."""
+    named = os.environ.get("CXX")
+    for command in [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]:
+        if command and shutil.which(command[0]):
+            yield command
+
+
+def _library_name(compiler: list[str], source: Path, includes: Sequence[Path]) -> str:
+    """Name a library by everything that it is made of and with."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
+    parts = [*(file.read_bytes() for file in (source, *includes)), " ".join((*compiler, *FLAGS)).encode(), version]
+    digests = b"".join(hashlib.sha256(part).digest() for part in parts)
+    return f"{source.stem}-{hashlib.sha256(digests).hexdigest()[:32]}.so"
+
+
+@contextmanager
+def _cache_folder() -> Iterator[Path]:
+    """Open the cache folder; raises OSError where it cannot be made, or where somebody else could change it."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    parent = (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "gobelin"
+    for folder in (parent, parent / "kernels"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_safe(folder):
+            raise PermissionError(f"{folder} can be written to by others")
+    yield parent / "kernels"
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Open a folder that is gone afterwards; a library that was loaded from it stays."""
+    with tempfile.TemporaryDirectory(prefix="gobelin-") as folder:
+        yield Path(folder)
+
+
+def _is_safe(path: Path) -> bool:
+    """Tell whether a path is the user's own, and nobody else may write there."""
+    status = path.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _is_ours(library: Path) -> bool:
+    """Tell whether a library is there, safe, and whole: to load half of one may end the process."""
+    if not library.is_file() or not _is_safe(library):
+        return False
+    written = library.read_bytes()
+    return written[-32:] == hashlib.sha256(written[:-32]).digest()
+
+
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    """Compile a source into a library, which appears whole, and with its hash at the end, where ELF ignores it.
+
+    Raises SubprocessError for a compiler that fails, OSError for a folder that cannot be written to.
+    """
+    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [*compiler, *FLAGS, str(source), "-o", str(made)]
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_PATIENCE)
+        with made.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
+        made.chmod(0o700)
+        made.replace(library)
