@@ -34,7 +34,7 @@ from gobelin.scenes.shapes import SHAPES
 _PHRASES = ("a {} {}", "one {} {}", "a picture of a {} {}", "there is a {} {}")
 _SEEDS = 4  # images of each colour that are scored
 _TASK_PROMPTS = 50  # of each of the model's tasks
-_STYLE, _INK, _PAPER = "as a print in blue ink", "blue", "sand"
+_STYLE, _INK, _PAPER = "as a print", "blue", "sand"
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -113,7 +113,7 @@ EXPERIMENTS = {
     "lora": Experiment(
         draw=draw_hearts,
         options=("--preset", "lora", "--adapter.targets", "all", "--adapter.rank", "32", "--unet.optim.steps", "2000",
-                 "--unet.optim.learning-rate", "4e-4", "--prior.weight", "2", *_LEARN),
+                 "--unet.optim.learning-rate", "6e-4", "--prior.weight", "2", *_LEARN),
         prompt=_HEART,
         shape="heart",
         has_prior=True,
