@@ -90,7 +90,7 @@ def _memory(measured: dict[str, Any]) -> str:
         (pairs, f"{one['seconds']:.0f}", *(f"{one['memory'][kind]:,.0f}" for kind in held)) for pairs, one in runs
     ]
     disk = [(pairs, *(f"{one['bytes'][kind] / one['pairs']:,.0f}" for kind in kinds)) for pairs, one in runs]
-    text = _table(("pairs", "seconds", *(f"{kind} MB" for kind in held)), memory)
+    text = _table(("pairs", *(f"{kind} MB" for kind in held)), memory)
     text += f"\n\n{_table(('bytes a pair on disk', *kinds), disk)}\n"
     if one := measured["index"]:
         text += (
