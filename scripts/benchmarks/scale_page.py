@@ -86,9 +86,7 @@ def _memory(measured: dict[str, Any]) -> str:
     """Make a table of a run's memory, one of its files, and a sentence on a made index."""
     kinds, held = ("index", "pixels", "latents", "texts"), ("peak", "own", "mapped")
     runs = [(f"{one['pairs']:,}", one) for one in measured["runs"]]
-    memory = [
-        (pairs, f"{one['seconds']:.0f}", *(f"{one['memory'][kind]:,.0f}" for kind in held)) for pairs, one in runs
-    ]
+    memory = [(pairs, *(f"{one['memory'][kind]:,.0f}" for kind in held)) for pairs, one in runs]
     disk = [(pairs, *(f"{one['bytes'][kind] / one['pairs']:,.0f}" for kind in kinds)) for pairs, one in runs]
     text = _table(("pairs", *(f"{kind} MB" for kind in held)), memory)
     text += f"\n\n{_table(('bytes a pair on disk', *kinds), disk)}\n"
