@@ -113,7 +113,8 @@ def _sd15(measured: dict[str, Any]) -> str:
                 spent = [f"{np.median(one[kind]):.1f}" for kind in ("seconds", "cpu_seconds")]
                 rows.append((f"{side}×{side}", name, trained, *spent, peak))
     table = _table(("latents", "way", "trained", "seconds a step", "of CPU time, all threads", "peak MB"), rows)
-    return f"{table}\n\nAll with {_threads(' and '.join(dict.fromkeys(settings)).removesuffix(' thread(s)'))}."
+    (setting,) = set(settings)
+    return f"{table}\n\nAll with {_threads(setting.removesuffix(' thread(s)'))}."
 
 
 _TABLES: dict[str, Callable[[Any], str]] = {

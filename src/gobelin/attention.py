@@ -32,6 +32,8 @@ def attention(
 
     ``mask`` is True where a query may attend to a key: the field's convention, and the opposite of a
     ``masked_fill(mask, -inf)``. ``causal`` lets a query attend to itself and to what stands before it.
+
+    Where gradients are wanted in bfloat16 on a CPU, a kernel of ours may compute it, which has first derivatives alone.
     """
     if _trains_in_bfloat16_on_cpu(query) and mask is None and not causal:
         from gobelin.kernels.fused_attention import fused_attention, takes  # compiles: only where it is used

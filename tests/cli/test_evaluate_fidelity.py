@@ -144,7 +144,10 @@ def test_captions_are_painted_as_they_are(gobelin, trained, tmp_path):
 
 REFUSED = [
     ("{true} --count 3", 2, "--count is 3: give 4 or more"),
-    ("{true} --seed -1", 2, "the seed is -1: give 0 or more"),
+    ("{true} --seed -1", 2, "seed is -1"),
+    ("{true} --seed 99999999999999999999", 2, "seed is 99999999999999999999"),
+    ("{true} --steps 0 --out painted", 2, "steps is 0"),
+    ("{true} --sampler nope --out painted", 2, "unknown sampler 'nope': the choices are"),
     ("{true} --count 11 --features model", 2, "--count is 11: {true} has 20 images that can be used, half to paint"),
     ("{true} --painted {painted} --count 9 --features {model}", 2, "--count is 9: {painted} has 8 images that can be"),
     ("{true} --painted {true}", 2, "the true images are in {true} and --painted is {true}: give folders apart"),

@@ -101,6 +101,13 @@ def test_a_damaged_shard_is_named_or_right(cut, flip, bit, tmp_path_factory):
     assert not said or "computed again" in said or "lacks" in said
 
 
+@pytest.mark.parametrize("text", [b"[" * 90_000, b'{"hashes": {"shape": [1e999]}}', b"[1, 2]", b'{"hashes": 3}'])
+def test_a_header_that_is_none_is_said(tmp_path, text):
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(DataError, match=r"is damaged .*computed again"):
+        RowCache(tmp_path)
+
+
 def test_a_shard_of_many_parts_is_a_safetensors_file(tmp_path, monkeypatch):
     monkeypatch.setattr(row_cache, "_COMPUTED_TOGETHER", 4)
     names = [str(number) for number in range(30)]

@@ -45,6 +45,43 @@ def answer(source: Path) -> int:
     return library.answer()
 
 
+@pytest.mark.parametrize("named", ["g++ 'x", "/nowhere/c++", " "])
+def test_a_compiler_that_cannot_be_run_is_none(source: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    monkeypatch.setenv("CXX", named)
+    assert load(source) is None
+
+
+def test_a_compiler_of_any_name_is_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsencode(tmp_path) + b"/c\xff"
+    os.symlink(shutil.which("c++") or shutil.which("g++") or "", name)
+    monkeypatch.setenv("CXX", os.fsdecode(name))
+    assert answer(source) == 42
+
+
+def test_without_a_home_every_process_compiles_for_itself(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as of a user that the system does not know
+    assert answer(source) == 42
+
+
+@pytest.mark.parametrize("place", ["cache", "cache/gobelin"])
+def test_a_folder_that_others_write_to_is_not_used(source: Path, tmp_path: Path, place: str) -> None:
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert answer(source) == 42
+    assert not list(folder.rglob("*.so"))
+
+
+def test_a_link_in_place_of_the_folder_is_not_followed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "cache" / "gobelin").symlink_to(tmp_path / "other")
+    assert answer(source) == 42
+    assert not list((tmp_path / "other").iterdir())
+
+
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The libraries that are compiled from now on."""
     done = []

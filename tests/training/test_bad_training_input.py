@@ -77,6 +77,16 @@ def changed(config: Any, path: str, value: Any) -> Any:
             {"prior.prompts": ("a dog",), "prior.path": "dogs"},
             "prior.prompts and prior.path are both given: the prior is painted, or read from a folder",
         ),
+        ("lora", {"prior.prompts": ("a dog", " ")}, "prior.prompts: one is empty: say what to paint"),
+        ("lora", {"sample_prompts": ("",)}, "sample_prompts: one is empty: say what to paint"),
+        ("lora", {"prior.path": ""}, "path is '': give the name of a folder, . for this one"),
+        ("nano", {"data.path": ""}, "path is '': give the name of a folder, . for this one"),
+        ("lora", {"prior.caption_column": "x"}, "prior.caption_column is 'x', and there is no prior.path to read it"),
+        (
+            "lora",
+            {"data": FOLDER, "prior.path": "images/of/dogs"},
+            "prior.path is 'images/of/dogs' and data.path 'images': give two folders apart",
+        ),
         ("lora", {"prior.count": 7, "prior.path": "dogs"}, "prior.count is 7: with prior.path, all of its images are"),
         ("vae", {"unet.train_text_encoder": True}, "unet.train_text_encoder is True: the method vae trains no text"),
         ("textual-inversion", {"unet.train_text_encoder": True}, "unet.train_text_encoder is True: the method textual"),
@@ -204,7 +214,12 @@ def test_a_unet_that_sees_a_mask_has_no_prior(refused, make_oracle, tmp_path) ->
 def test_a_prior_is_there_and_captioned(refused, tmp_path) -> None:
     assert refused("lora", prior=PriorConfig(path=str(tmp_path / "none"))).startswith(f"no folder at {tmp_path}")
     (tmp_path / "empty").mkdir()
-    assert "empty" in refused("lora", prior=PriorConfig(path=str(tmp_path / "empty")))
+    said = refused("lora", prior=PriorConfig(path=str(tmp_path / "empty")))
+    assert said.startswith(f"{tmp_path / 'empty'} has no captioned images")
+    Image.new("RGB", (64, 64)).save(tmp_path / "empty" / "a.png")
+    (tmp_path / "empty" / "a.json").write_text('{"text": "a dog"}')
+    said = refused("lora", prior=PriorConfig(path=str(tmp_path / "empty"), caption_column="title"))
+    assert "no 'title' in its JSON" in said
 
 
 SHORT_OF_MEMORY = """

@@ -36,10 +36,13 @@ from gobelin.evaluate.image_sets import (
     common_side,
     paint_captions,
     painted_size,
+    require_empty,
     shuffled_rows,
     write_captions,
 )
+from gobelin.formats.files import overlap
 from gobelin.pipeline import find_device, shipped_model
+from gobelin.settings import Settings
 
 _MODEL, _NONE = "model", "none"
 _SETTINGS = ("sampler", "steps", "guidance")
@@ -63,7 +66,7 @@ class EvaluateFidelity(ReportFiles, PipelineOptions):
     """
 
     folder: Positional[Path]
-    """True images with captions, as for training: a folder, or tars; beside --painted they need no captions."""
+    """True images with captions, as for training: a folder, or tars; beside --painted a folder needs no captions."""
     painted: Path | None = None
     """A folder of images that are painted already, by any program; with captions, if there is to be a CLIP score."""
     count: int | None = None
@@ -78,7 +81,8 @@ class EvaluateFidelity(ReportFiles, PipelineOptions):
     """What compares images with captions: model, none, or the path of a model or CLIP folder; without it, the features
     where they are of captions too, or else the model's own."""
     caption_column: str | None = None
-    """The column of the metadata, or the key of the JSON, with the captions; without it, text, caption or prompt."""
+    """The column of the metadata, or the key of the JSON, with the true images' captions; without it, text, caption or
+    prompt, as beside --painted."""
     sampler: str | None = None
     """The sampler; without it, the model's recommendation, as for the next two."""
     steps: int | None = None
@@ -94,7 +98,7 @@ def run(arguments: Sequence[str]) -> None:
     options = parse(EvaluateFidelity, "evaluate fidelity", arguments)
     _refuse_mistakes(options)
     require_package("torchmetrics")
-    folder = _open(options.folder, options, require_captions=options.painted is None)
+    folder = _open(options.folder, options.caption_column, require_captions=options.painted is None)
     order = shuffled_rows(folder, options.seed, 2 * FEWEST_IMAGES if options.painted is None else FEWEST_IMAGES)
     side = _paint(options, folder, order) if options.painted is None else _read(options, options.painted)
     true, others = _true_sides(options, folder, order, side)
@@ -134,7 +138,7 @@ class _Side:
 
 def _read(options: EvaluateFidelity, folder: Path) -> _Side:
     """Read images that are painted already."""
-    found = _open(folder, options, require_captions=False)
+    found = _open(folder, None, require_captions=False)
     order = shuffled_rows(found, options.seed)
     _refuse_more(options, found, len(order))
     rows = sorted(order[: options.count or MOST_IMAGES])  # in the order in which --out wrote them: the same KID
@@ -180,7 +184,7 @@ def _true_sides(
         rows = order[side.count : 2 * side.count], order[: side.count]
         return ImageSet(folder, rows[0], side.size), ImageSet(folder, rows[1], side.size)
     _refuse_more(options, folder, len(order))
-    return ImageSet(folder, order[: options.count or MOST_IMAGES], side.size), None
+    return ImageSet(folder, order[: side.count], side.size), None
 
 
 def _refuse_more(options: EvaluateFidelity, images: IndexedImages, most: int) -> None:
@@ -195,8 +199,9 @@ def _refuse_more(options: EvaluateFidelity, images: IndexedImages, most: int) ->
 
 def _refuse_mistakes(options: EvaluateFidelity) -> None:
     """Raise :class:`UsageError` for options that make no sense alone or together, before anything is read."""
-    if options.seed < 0:
-        raise UsageError(f"the seed is {options.seed}: give 0 or more")
+    Settings(seed=options.seed, **{name: getattr(options, name) for name in _SETTINGS})
+    if options.out is not None:
+        require_empty(options.out)
     if options.count is not None and options.count < FEWEST_IMAGES:
         raise UsageError(f"--count is {options.count}: give {FEWEST_IMAGES} or more")
     if options.lora_dir is not None:
@@ -206,7 +211,7 @@ def _refuse_mistakes(options: EvaluateFidelity) -> None:
     if options.clip == INCEPTION:
         raise _reads_no_captions(options.clip)
     for option, other in (("--painted", options.painted), ("--out", options.out)):
-        if other is not None and _overlap(options.folder, other):
+        if other is not None and overlap(options.folder, other):
             raise UsageError(
                 f"the true images are in {options.folder} and {option} is {other}: give folders apart from each other"
             )
@@ -223,19 +228,13 @@ def _refuse_mistakes(options: EvaluateFidelity) -> None:
             raise UsageError(f"{option} is model, and --painted comes with none: give the model's folder as {option}")
 
 
-def _overlap(one: Path, other: Path) -> bool:
-    """Tell whether two folders are the same, or one in the other."""
-    one, other = one.resolve(), other.resolve()
-    return one.is_relative_to(other) or other.is_relative_to(one)
-
-
-def _open(folder: Path, options: EvaluateFidelity, require_captions: bool) -> IndexedImages:
+def _open(folder: Path, caption_column: str | None, require_captions: bool) -> IndexedImages:
     """Open a folder of images, with a progress bar."""
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"reading {folder}", total=None)
         return open_images(
             folder,
-            caption_column=options.caption_column,
+            caption_column=caption_column,
             require_captions=require_captions,
             advance=lambda done, total: progress.update(task, completed=done, total=total),
         )

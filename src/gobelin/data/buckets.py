@@ -23,6 +23,9 @@ MAX_BUCKETS = 256  # their number is kept as a byte
 _LONGEST_STEP, _SHORTEST_STEP = 64, 16  # pixels; 16 is 2 in latents, which a U-Net of two levels halves
 _AT_ONCE = 1_000_000  # images, of whose sides numbers are made in memory
 _ORIENTATION, _QUARTER_TURNS = 0x0112, 5  # EXIF: from 5 on, width and height change places
+_SPARE = (
+    1.25  # times what is asked for is what a JPEG is decoded at least: docs/decisions.md, "JPEGs are decoded small"
+)
 _WHITE = (255, 255, 255)
 _DECODING = 2  # counts the ways in which the same bytes became pixels, as caches are known by them
 
@@ -149,8 +152,8 @@ def decode(
 ) -> Image.Image:
     """Decode a file's bytes as 8-bit RGB, as :func:`~gobelin.images.open_image` does, on any ``background``.
 
-    ``at_least`` is a width and height, upright, which a JPEG may be decoded near to where it has more. Raises
-    :class:`DataError` for what cannot be read, and for more than 64 million pixels.
+    ``at_least`` is a width and height, upright: a JPEG that is much larger is decoded at a half, a quarter or an eighth
+    of its size. Raises :class:`DataError` for what cannot be read, and for more than 64 million pixels.
     """
     try:
         with Image.open(io.BytesIO(content)) as opened:
@@ -160,7 +163,7 @@ def decode(
                 raise DataError(f"{name} has {width}×{height} pixels: give {most} million pixels at most")
             if at_least is not None:
                 across, down = at_least if (width, height) == opened.size else at_least[::-1]
-                opened.draft("RGB", (across, down))  # of JPEGs alone; 47 dB or more from the whole scaled down
+                opened.draft("RGB", (int(_SPARE * across), int(_SPARE * down)))  # of JPEGs alone
             opened.load()
             return open_image(_laid_on(opened, background), name)
     except UNREADABLE as error:

@@ -249,14 +249,14 @@ def _open_shard(path: Path) -> tuple[_Shard, Hashes]:
                 for name, entry in header.items()
             }
             rows = header[_HASHES]["shape"][0]
-            if _CHECKSUMS not in columns:
-                raise ValueError("it has no checksums")
+            if (columns[_CHECKSUMS].shape, columns[_CHECKSUMS].dtype) != ((), torch.int64):
+                raise ValueError("its checksums are no column of numbers")
             ends = [8 + length, *sorted(column.start + rows * column.row_bytes for column in columns.values())]
             if ends != [*sorted(column.start for column in columns.values()), path.stat().st_size]:
                 raise ValueError("its length is not what its header says")
             file.seek(columns[_HASHES].start)
             hashes = np.frombuffer(file.read(rows * HASH_BYTES), f"V{HASH_BYTES}")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}): remove it, its rows are computed again") from error
     del columns[_HASHES]
     return _Shard(path=path, columns=columns, rows=rows), hashes

@@ -96,14 +96,16 @@ def paint_captions(
 
 
 def write_captions(folder: Path, captions: Sequence[str]) -> None:
-    """Write the captions of images that are to be painted, so that the folder can be compared again.
-
-    Raises :class:`DataError` for a folder with anything in it.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is not an empty folder: choose another")
+    """Write the captions of images that are to be painted, so that the folder can be compared again."""
+    require_empty(folder)
     lines = [json.dumps({"file_name": _name(n), "text": text}, ensure_ascii=False) for n, text in enumerate(captions)]
     write_text(folder / METADATA, "\n".join(lines) + "\n")
+
+
+def require_empty(folder: Path) -> None:
+    """Raise :class:`DataError` for a folder with anything in it, and for a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is not an empty folder: choose another")
 
 
 def painted_size(pipeline: Pipeline) -> int:

@@ -89,6 +89,12 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def overlap(one: str | Path, other: str | Path) -> bool:
+    """Tell whether two folders are the same, or one in the other."""
+    one, other = Path(one).resolve(), Path(other).resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder to disk (fsync), so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)

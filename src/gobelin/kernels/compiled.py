@@ -8,6 +8,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,11 @@ def load_library(source: Path, includes: Sequence[Path] = ()) -> ctypes.CDLL | N
 def _compilers() -> Iterator[list[str]]:
     """List the compilers that there are, as commands: ``$CXX`` alone where it is set."""
     named = os.environ.get("CXX")
-    for command in [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]:
+    try:
+        commands = [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]
+    except ValueError:  # quotes that are not closed
+        return
+    for command in commands:
         if command and shutil.which(command[0]):
             yield command
 
@@ -51,7 +56,7 @@ def _compilers() -> Iterator[list[str]]:
 def _library_name(compiler: list[str], source: Path, includes: Sequence[Path]) -> str:
     """Name a library by everything that it is made of and with."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
-    parts = [*(file.read_bytes() for file in (source, *includes)), " ".join((*compiler, *FLAGS)).encode(), version]
+    parts = [*(file.read_bytes() for file in (source, *includes)), os.fsencode(" ".join((*compiler, *FLAGS))), version]
     digests = b"".join(hashlib.sha256(part).digest() for part in parts)
     return f"{source.stem}-{hashlib.sha256(digests).hexdigest()[:32]}.so"
 
@@ -59,13 +64,15 @@ def _library_name(compiler: list[str], source: Path, includes: Sequence[Path]) -
 @contextmanager
 def _cache_folder() -> Iterator[Path]:
     """Open the cache folder; raises OSError where it cannot be made, or where somebody else could change it."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    parent = (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "gobelin"
-    for folder in (parent, parent / "kernels"):
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    cache = Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~")) / ".cache"
+    if not cache.is_absolute():
+        raise FileNotFoundError("there is no home folder")
+    for folder in (cache, cache / "gobelin", cache / "gobelin" / "kernels"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_safe(folder):
             raise PermissionError(f"{folder} can be written to by others")
-    yield parent / "kernels"
+    yield folder
 
 
 @contextmanager
@@ -76,9 +83,9 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _is_safe(path: Path) -> bool:
-    """Tell whether a path is the user's own, and nobody else may write there."""
-    status = path.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+    """Tell whether a path is the user's own, no link, and nobody else may write there."""
+    status = path.lstat()
+    return not stat.S_ISLNK(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _is_ours(library: Path) -> bool:

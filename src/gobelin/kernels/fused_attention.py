@@ -61,13 +61,7 @@ def is_available() -> bool:
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tell whether the kernel computes attention of these: bfloat16 on a CPU, nothing to broadcast, nothing empty."""
-    return (
-        all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in (query, key, value))
-        and _fit(query, key, value)
-        and query.numel() > 0
-        and key.numel() > 0
-        and is_available()
-    )
+    return _fit(query, key, value) and is_available()
 
 
 def fused_attention(query: QueryRows, key: KeyRows, value: KeyRows) -> QueryRows:
@@ -87,8 +81,7 @@ def fused_attention(query: QueryRows, key: KeyRows, value: KeyRows) -> QueryRows
 )
 def _forward(query: QueryRows, key: KeyRows, value: KeyRows) -> tuple[QueryRows, QueryRows, LogSumExp]:
     """Compute attention, and for the way back what rounding took from it, and the log-sum-exp of every query."""
-    if not _fit(query, key, value):  # beyond the end of a tensor is other memory
-        raise ValueError(f"query {[*query.shape]}, key {[*key.shape]} and value {[*value.shape]} do not fit")
+    _require_fit(query, key, value)
     out, remainder, log_sum_exp = _forward_shapes(query, key, value)
     query, key, value = (_with_rows(each) for each in (query, key, value))
     tensors = (_described(each) for each in (query, key, value, out, remainder))
@@ -113,6 +106,9 @@ def _backward(
     log_sum_exp: LogSumExp,
 ) -> tuple[QueryRows, KeyRows, KeyRows]:
     """Compute the gradients of a scalar with respect to query, key and value from the one with respect to ``out``."""
+    _require_fit(query, key, value)
+    for each in (grad, out, remainder):
+        _require_fit(each, query, query)
     grads = _backward_shapes(grad, query, key, value, out, remainder, log_sum_exp)
     inputs = [_with_rows(each) for each in (query, key, value, out, remainder, grad)]
     log_sum_exp = log_sum_exp.contiguous()
@@ -146,7 +142,19 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return key.shape == value.shape and query.shape[:2] == key.shape[:2] and query.shape[3:] == key.shape[3:]
+    return (
+        all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in (query, key, value))
+        and all(each.ndim == 4 and each.numel() > 0 for each in (query, key, value))
+        and key.shape == value.shape
+        and (query.shape[:2], query.shape[3]) == (key.shape[:2], key.shape[3])
+    )
+
+
+def _require_fit(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ValueError for what the kernel would read wrongly: beyond the end of a tensor is other memory."""
+    if not _fit(query, key, value):
+        said = ", ".join(f"{each.dtype} {[*each.shape]}" for each in (query, key, value))
+        raise ValueError(f"query, key and value are {said}: give bfloat16 on a CPU, whose shapes fit")
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -180,7 +188,7 @@ def _run(function: str, problem: ctypes.Structure) -> None:
 @cache
 def _library() -> ctypes.CDLL | None:
     """Load the kernel where the CPU has its instructions, Linux keeps its users apart, and torch has threads for it."""
-    has_instructions = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    has_instructions = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if sys.platform != "linux" or not has_instructions or _openmp() is None:
         return None
     return load_library(_SOURCE, _INCLUDES)

@@ -40,6 +40,7 @@ Vector add_product(Vector sum, PairVector lanes, uint32_t pair) {
 // 2^x: a polynomial over [-1/2, 1/2], minimax, and the exponent's bits. NaN stays NaN. Its relative error, 3e-6, is a
 // thousandth of the rounding to bfloat16 that follows.
 Vector exp2(Vector x) {
+    x = _mm512_max_ps(all(-1e30f), x); // -inf has no rest; of two, NaN is the second that is returned
     Vector whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     Vector rest = _mm512_sub_ps(x, whole);
     Vector power = all(9.570104e-3f);

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from gobelin.adapters.adapter_file import AdapterLayout
 from gobelin.adapters.trainable import AdapterConfig
 from gobelin.errors import UsageError
+from gobelin.formats.files import overlap
 from gobelin.prompt_weighting import parse_weights
 from gobelin.settings import Settings
 from gobelin.tokenizer import MIN_VOCABULARY
@@ -59,6 +60,7 @@ class DataConfig:
         validate_fields(self)
         if self.size is not None and self.size % 16:
             raise UsageError(f"size is {self.size}: give a multiple of 16")
+        _refuse_empty(self.path)
         if self.path is None:
             plain = DataConfig(path="of images")
             for name in ("caption_column", "buckets", "fit", "background"):
@@ -261,10 +263,18 @@ class SamplingConfig:
         return Settings(**asdict(self))
 
 
+def _refuse_empty(path: str | None) -> None:
+    """Raise :class:`UsageError` for a path without a letter, which would be the folder that one is in."""
+    if path == "":
+        raise UsageError("path is '': give the name of a folder, . for this one")
+
+
 def _check_prompts(name: str, prompts: tuple[str, ...]) -> None:
     """Raise :class:`UsageError` for what cannot be painted, which would else be found when a run has begun."""
     for prompt in prompts:
         try:
+            if not prompt.strip():
+                raise UsageError("one is empty: say what to paint")
             parse_weights(prompt)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
@@ -341,6 +351,8 @@ class PriorConfig:
     """Images that the model paints from the prompts before it trains."""
     path: Annotated[str | None, "a folder"] = None
     """A folder or tars of captioned images that are there already: regularization images, in other tools."""
+    caption_column: Annotated[str | None, "the name of a column"] = None
+    """The column of its metadata with the captions; without it, text, caption or prompt, whichever is there."""
     weight: PositiveNumber = 1.0
     """Weight of their loss beside that of one's own images."""
 
@@ -351,9 +363,12 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self)
-        _check_prompts("prompts", self.prompts)
+        _check_prompts("prior.prompts", self.prompts)
+        _refuse_empty(self.path)
         if self.prompts and self.path is not None:
             raise UsageError("prior.prompts and prior.path are both given: the prior is painted, or read from a folder")
+        if self.path is None and self.caption_column is not None:
+            raise UsageError(f"prior.caption_column is {self.caption_column!r}, and there is no prior.path to read it")
         if self.path is not None and self.count != PriorConfig.count:
             raise UsageError(f"prior.count is {self.count}: with prior.path, all of its images are the prior")
 
@@ -388,6 +403,10 @@ class FineTuneConfig(RunConfig):
             raise UsageError("layout is 'peft', which holds a U-Net alone: give kohya or diffusers, or freeze the text")
         if self.prior.is_given and method not in ("full", "adapter"):
             raise UsageError(f"a prior is given: the method {method} has none, leave it out")
+        if self.prior.path is not None and self.data.path is not None and overlap(self.prior.path, self.data.path):
+            raise UsageError(
+                f"prior.path is {self.prior.path!r} and data.path {self.data.path!r}: give two folders apart"
+            )
         if self.prior.is_given and self.data.buckets:
             raise UsageError("data.buckets is True: beside a prior, whose images are square, one's own are too")
         if method == "adapter" and self.adapter.kind != "lora" and self.layout != "kohya":

@@ -4,6 +4,7 @@ In a single process every function here does nothing. The process that fails fir
 a word; ``torchrun --max-restarts 1`` starts them again, and the run that they began goes on from its newest checkpoint.
 """
 
+import itertools
 import os
 import resource
 import shlex
@@ -26,7 +27,8 @@ from gobelin.errors import TrainingError
 
 _Value = TypeVar("_Value")
 _TIMEOUT = timedelta(minutes=30)  # of what all processes compute together
-_WAIT = timedelta(days=7)  # at a barrier: the main process may look at millions of images first, or paint a prior
+_WAIT = timedelta(days=7)  # for the main process, which may look at millions of images first, or paint a prior
+_STARTED = itertools.count()  # the process groups of this process, in which all processes agree
 
 
 def is_torchrun() -> bool:
@@ -56,6 +58,7 @@ def init_process_group(device: torch.device) -> Iterator[None]:
             )
         torch.cuda.set_device(local_rank)
     store, number, count = next(rendezvous("env://", timeout=_TIMEOUT))
+    store = PrefixStore(f"group-{next(_STARTED)}", store)  # a store outlives a group, and with it what was in it
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # machines count their restarts apart
         # The store outlives a restart, and with it the addresses of the processes that were there before.
         store = PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -129,6 +132,12 @@ def is_initialized() -> bool:
 
 def barrier() -> None:
     """Wait until every process of the group is here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def wait_for_main() -> None:
+    """Wait until every process is here, of which the main one may be late by days."""
     if distributed.is_initialized():
         distributed.barrier(_waiting_group(distributed.group.WORLD))
 

@@ -153,7 +153,7 @@ def _prior_sentence(config: FineTuneConfig) -> str:
     """Say with which prior it was trained, if any."""
     prior = config.prior
     if prior.path is not None:
-        return f"Beside them it learned the images of {Path(prior.path).name}, to keep what it knew."
+        return f"Beside them it learned the images of {Path(prior.path).resolve().name}, to keep what it knew."
     if not prior.prompts:
         return ""
     first, *others = prior.prompts

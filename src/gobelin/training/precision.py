@@ -24,7 +24,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         case "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
         case "cpu":
-            capabilities = torch.cpu.get_capabilities()
+            capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest PyTorch
             return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         case _:
             return False

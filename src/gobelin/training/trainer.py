@@ -347,7 +347,7 @@ def _evaluate(
                 if sheet is not None:
                     run.save_sheet(stage.name, step, sheet)
             averaged.train()
-    distributed.barrier()
+    distributed.wait_for_main()
 
 
 @contextmanager

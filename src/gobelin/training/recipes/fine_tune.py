@@ -36,7 +36,7 @@ from gobelin.formats.png import write_png
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.plan import inpaints
 from gobelin.training import distributed
-from gobelin.training.config import FineTuneConfig
+from gobelin.training.config import FineTuneConfig, PriorConfig
 from gobelin.training.fine_tune_stages import InpaintingStage, WithPrior, widen_for_mask_
 from gobelin.training.losses import UNetLoss
 from gobelin.training.model_card import adapter_card, fine_tune_card
@@ -112,7 +112,8 @@ class FineTune(Recipe[FineTuneConfig]):
             check_new_word(self.model.tokenizer, new.word, new.begin, new.vectors)
             self._require_word(new.word, source)
         if config.prior.path is not None:  # here, where every process comes by
-            prior = replace(config, data=replace(config.data, path=config.prior.path))
+            named = {"path": config.prior.path, "caption_column": config.prior.caption_column}
+            prior = replace(config, data=replace(config.data, **named), prior=PriorConfig())
             self._prior_source = self._open(prior, "opening images of the prior")
             self.console.print(f"prior: {self._prior_source.description}", highlight=False)
         return source
@@ -272,7 +273,7 @@ class FineTune(Recipe[FineTuneConfig]):
                 json.dumps({"file_name": f"{seed:05d}.png", "text": prompts[seed]}) for seed in range(config.count)
             ]
             write_text(folder / METADATA, "\n".join(lines) + "\n")
-        distributed.barrier()
+        distributed.wait_for_main()
         data = self.config.data
         source = ImageFolderDataset(folder, self.image_size, fit=data.fit, background=data.background)
         return self.cached(source, "reading images of the prior")

@@ -159,7 +159,7 @@ class Recipe(ABC, Generic[Config]):
     def _open(self, config: Config, what: str) -> Dataset:
         """Open the data of a configuration, this run's or one like it; in every process, the main one first."""
         if not distributed.is_main_process():
-            distributed.barrier()
+            distributed.wait_for_main()
         with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(what, total=None)
             source = open_dataset(
@@ -169,7 +169,7 @@ class Recipe(ABC, Generic[Config]):
                 advance=lambda done, total: progress.update(task, completed=done, total=total),
             )
         if distributed.is_main_process():
-            distributed.barrier()
+            distributed.wait_for_main()
         return source
 
     def _index(self, path: str | None) -> Path:
@@ -208,7 +208,7 @@ class Recipe(ABC, Generic[Config]):
     def cached(self, dataset: Dataset, what: str) -> CachedDataset:
         """Read a dataset into the cache; the main process does, and the others wait for it."""
         if not distributed.is_main_process():
-            distributed.barrier()
+            distributed.wait_for_main()
         with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(what, total=len(dataset))
             cached = CachedDataset(
@@ -218,7 +218,7 @@ class Recipe(ABC, Generic[Config]):
                 advance=lambda done, total: progress.update(task, completed=done, total=total),
             )
         if distributed.is_main_process():
-            distributed.barrier()
+            distributed.wait_for_main()
         return cached
 
     def latents(self, dataset: CachedDataset, vae: VAE, precision: Precision) -> LatentCache:
