@@ -40,7 +40,7 @@ from gobelin.evaluate.image_sets import (
     shuffled_rows,
     write_captions,
 )
-from gobelin.formats.files import overlap
+from gobelin.formats.files import share_files
 from gobelin.pipeline import find_device, shipped_model
 from gobelin.settings import Settings
 
@@ -211,7 +211,7 @@ def _refuse_mistakes(options: EvaluateFidelity) -> None:
     if options.clip == INCEPTION:
         raise _reads_no_captions(options.clip)
     for option, other in (("--painted", options.painted), ("--out", options.out)):
-        if other is not None and overlap(options.folder, other):
+        if other is not None and share_files(options.folder, other):
             raise UsageError(
                 f"the true images are in {options.folder} and {option} is {other}: give folders apart from each other"
             )

@@ -89,8 +89,8 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def overlap(one: str | Path, other: str | Path) -> bool:
-    """Tell whether two folders are the same, or one in the other."""
+def share_files(one: str | Path, other: str | Path) -> bool:
+    """Tell whether files can be in both of two folders: whether they are the same, or one in the other."""
     one, other = Path(one).resolve(), Path(other).resolve()
     return one.is_relative_to(other) or other.is_relative_to(one)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from gobelin.adapters.adapter_file import AdapterLayout
 from gobelin.adapters.trainable import AdapterConfig
 from gobelin.errors import UsageError
-from gobelin.formats.files import overlap
+from gobelin.formats.files import share_files
 from gobelin.prompt_weighting import parse_weights
 from gobelin.settings import Settings
 from gobelin.tokenizer import MIN_VOCABULARY
@@ -403,7 +403,7 @@ class FineTuneConfig(RunConfig):
             raise UsageError("layout is 'peft', which holds a U-Net alone: give kohya or diffusers, or freeze the text")
         if self.prior.is_given and method not in ("full", "adapter"):
             raise UsageError(f"a prior is given: the method {method} has none, leave it out")
-        if self.prior.path is not None and self.data.path is not None and overlap(self.prior.path, self.data.path):
+        if self.prior.path is not None and self.data.path is not None and share_files(self.prior.path, self.data.path):
             raise UsageError(
                 f"prior.path is {self.prior.path!r} and data.path {self.data.path!r}: give two folders apart"
             )
