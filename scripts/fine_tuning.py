@@ -34,7 +34,7 @@ from gobelin.scenes.shapes import SHAPES
 _PHRASES = ("a {} {}", "one {} {}", "a picture of a {} {}", "there is a {} {}")
 _SEEDS = 4  # images of each colour that are scored
 _TASK_PROMPTS = 50  # of each of the model's tasks
-_STYLE, _INK, _PAPER = "as a print", "blue", "sand"
+_STYLE, _INK, _PAPER = "a print of", "blue", "sand"
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -79,7 +79,7 @@ def draw_prints(folder: Path, count: int = 200) -> None:
         sample = scenes.sample(7, index, CORE, "train")
         things = tuple(replace(thing, colour=_INK) for thing in sample.scene.objects)
         image, _ = render(replace(sample.scene, objects=things, background=_PAPER), noise=CORE.noise, rng=random)
-        pairs.append((image, f"{sample.caption}, {_STYLE}"))
+        pairs.append((image, f"{_STYLE} {sample.caption}"))
     _write(folder, pairs)
 
 
@@ -120,8 +120,8 @@ EXPERIMENTS = {
     ),
     "style": Experiment(
         draw=draw_prints,
-        options=("--preset", "finetune", "--unet.optim.steps", "600", "--unet.optim.learning-rate", "1e-4", *_LEARN),
-        prompt=f"{{article}} {{colour}} circle, {_STYLE}",
+        options=("--preset", "finetune", "--unet.optim.steps", "400", "--unet.optim.learning-rate", "4e-4", *_LEARN),
+        prompt=f"{_STYLE} {{article}} {{colour}} circle",
         shape="circle",
         ink=_INK,
         paper=_PAPER,
