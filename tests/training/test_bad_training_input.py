@@ -16,7 +16,8 @@ from tests.conftest import sentence_of
 from gobelin.adapters.trainable import AdapterConfig
 from gobelin.pipeline import Pipeline
 from gobelin.training import find_preset
-from gobelin.training.config import DataConfig, NewWordConfig, PriorConfig
+from gobelin.training.config import DataConfig
+from gobelin.training.fine_tune_config import NewWordConfig, PriorConfig
 from gobelin.training.presets import refuse_scenes_of_folder, refuse_without_effect
 from gobelin.training.train_model import train
 

@@ -29,7 +29,8 @@ from gobelin.cli.main import main
 from gobelin.errors import TrainingError, UsageError
 from gobelin.pipeline import Pipeline
 from gobelin.training import FineTuneConfig, find_preset, trainer
-from gobelin.training.config import DataConfig, NewWordConfig, PriorConfig
+from gobelin.training.config import DataConfig
+from gobelin.training.fine_tune_config import NewWordConfig, PriorConfig
 from gobelin.training.fine_tune_stages import draw_mask
 from gobelin.training.recipes.fine_tune import FineTune
 from gobelin.training.train_model import train

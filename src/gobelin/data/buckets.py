@@ -23,9 +23,7 @@ MAX_BUCKETS = 256  # their number is kept as a byte
 _LONGEST_STEP, _SHORTEST_STEP = 64, 16  # pixels; 16 is 2 in latents, which a U-Net of two levels halves
 _AT_ONCE = 1_000_000  # images, of whose sides numbers are made in memory
 _ORIENTATION, _QUARTER_TURNS = 0x0112, 5  # EXIF: from 5 on, width and height change places
-_SPARE = (
-    1.25  # times what is asked for is what a JPEG is decoded at least: docs/decisions.md, "JPEGs are decoded small"
-)
+_SPARE = 1.25  # times the size that is asked for: "JPEGs are decoded small" in docs/decisions.md
 _WHITE = (255, 255, 255)
 _DECODING = 2  # counts the ways in which the same bytes became pixels, as caches are known by them
 

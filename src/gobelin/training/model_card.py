@@ -6,7 +6,8 @@ from pathlib import Path
 
 from gobelin.clip import TextEncoder
 from gobelin.formats.weights import parameter_count
-from gobelin.training.config import FineTuneConfig, OptimConfig, TrainConfig
+from gobelin.training.config import OptimConfig, TrainConfig
+from gobelin.training.fine_tune_config import FineTuneConfig
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 

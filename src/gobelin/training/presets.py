@@ -11,7 +11,6 @@ from gobelin.errors import UsageError
 from gobelin.training.config import (
     DataConfig,
     DiffusionConfig,
-    FineTuneConfig,
     OptimConfig,
     SamplingConfig,
     TextStageConfig,
@@ -21,6 +20,7 @@ from gobelin.training.config import (
     VAELossConfig,
     VAEStageConfig,
 )
+from gobelin.training.fine_tune_config import FineTuneConfig
 
 
 def nano() -> TrainConfig:

@@ -8,7 +8,8 @@ from rich.console import Console
 from gobelin.errors import UsageError
 from gobelin.pipeline import find_device
 from gobelin.training import distributed
-from gobelin.training.config import FineTuneConfig, TrainConfig
+from gobelin.training.config import TrainConfig
+from gobelin.training.fine_tune_config import FineTuneConfig
 from gobelin.training.presets import refuse_without_effect
 from gobelin.training.recipes.fine_tune import FineTune
 from gobelin.training.recipes.from_scratch import FromScratch

@@ -36,7 +36,7 @@ from gobelin.formats.png import write_png
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.plan import inpaints
 from gobelin.training import distributed
-from gobelin.training.config import FineTuneConfig, PriorConfig
+from gobelin.training.fine_tune_config import FineTuneConfig, PriorConfig
 from gobelin.training.fine_tune_stages import InpaintingStage, WithPrior, widen_for_mask_
 from gobelin.training.losses import UNetLoss
 from gobelin.training.model_card import adapter_card, fine_tune_card
@@ -47,9 +47,8 @@ from gobelin.training.trainer import Stage, fit
 
 ADAPTER_FILE, ADAPTER_FOLDER = "adapter.safetensors", "adapter"
 _TRIED = 8  # images that the VAE is tried on
-_LEAST_PSNR = (
-    18  # dB of reproduced images: the shipped model's on paper that it never saw is below, on its own above 30
-)
+# dB of reproduced images: the shipped model's are below on paper that it never saw, and above 30 on its own.
+_LEAST_PSNR = 18
 _PRIOR_TOGETHER = 4  # images of the prior that are painted at once
 
 
