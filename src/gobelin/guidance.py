@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Trace
+from gobelin.engines import NoisePredictor
 from gobelin.errors import UsageError
 from gobelin.schedule import NoiseSchedule
 from gobelin.text_conditioning import TextConditioning
 from gobelin.types import Latents
-from gobelin.unet import UNet
 from gobelin.validation import shown, validated
 
 
@@ -31,7 +31,7 @@ class ConditionedUNet:
     ``extra_channels`` are what an inpainting U-Net sees beside the latents: mask, and latents of the masked image.
     """
 
-    unet: UNet
+    unet: NoisePredictor
     schedule: NoiseSchedule
     positive: TextConditioning
     negative: TextConditioning

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from gobelin.attention import Trace
 from gobelin.checkpoint import Model
 from gobelin.denoiser import ComposableDenoiser, Denoiser
+from gobelin.engines import Engine, LatentDecoder
 from gobelin.errors import Cancelled, ModelError, UsageError
 from gobelin.formats.png import write_png
 from gobelin.guidance import ConditionedUNet
@@ -27,7 +28,6 @@ from gobelin.plan import Plan, inpaints
 from gobelin.samplers import NoiseSource, Step, sample_latents
 from gobelin.text_conditioning import TextConditioning, batch_texts, encode_chunks
 from gobelin.types import Images, Latents, Mask
-from gobelin.vae import VAE
 
 MAX_DECODED_PIXELS = 2**22  # at once: the VAE of Stable Diffusion takes some 7 GB for them
 MIN_SHOWN = 256  # pixels: smaller images are enlarged where a notebook shows them
@@ -39,7 +39,7 @@ _NAME_LENGTH = 60  # characters of a prompt in a file name
 class PaintingStep(Step):
     """A sampler's step that can show the image as it is predicted so far."""
 
-    vae: VAE
+    vae: LatentDecoder
 
     @torch.no_grad()
     def preview(self, index: int = 0) -> Image.Image:
@@ -124,6 +124,7 @@ class Painting:
 
     model: Model
     plan: Plan = field(repr=False)
+    engine: Engine = field(repr=False)
     _steps: Iterator[PaintingStep] = field(init=False, repr=False)
     _collector: Collector = field(init=False, repr=False)
     _latents: Tensor | None = field(default=None, init=False, repr=False)
@@ -185,7 +186,7 @@ class Painting:
         start = self._start(noise)
         positive, negative = self._encode_texts()
         network = ConditionedUNet(
-            unet=model.unet,
+            unet=self.engine.unet,
             schedule=model.schedule,
             positive=positive,
             negative=negative,
@@ -202,7 +203,7 @@ class Painting:
                     f"the latents are not finite after step {step.index + 1} of {len(self)}: in float16 they may "
                     "overflow, so paint in float32 or bfloat16, or the weights are damaged"
                 )
-            yield PaintingStep(**{**vars(step), "latents": latents}, vae=model.vae)
+            yield PaintingStep(**{**vars(step), "latents": latents}, vae=self.engine.vae)
 
     def _steps_of(self, denoise: ComposableDenoiser, start: _Start, noise: Callable[[], Tensor]) -> Iterator[Step]:
         """Sample, or as a control does it in a sampler's place."""
@@ -271,7 +272,7 @@ class Painting:
 
     def _decoded(self, latents: Latents) -> list[Image.Image]:
         """Decode latents: a few at once where they are large, in tiles where that is asked for."""
-        vae, tile = self.model.vae, self.plan.tile
+        vae, tile = self.engine.vae, self.plan.tile
         if tile is not None:
             decoded = [vae.latents_to_large_images(latents.to(vae.dtype), tile, tile // 4)]
         else:

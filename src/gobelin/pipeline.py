@@ -19,6 +19,7 @@ from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.clip import TextEncoder
 from gobelin.control import AnyControl, EditGuidance, FlowEdit, LocalBlend, prompt_to_prompt, reweight
+from gobelin.engines import EngineName, find_engine
 from gobelin.errors import UsageError
 from gobelin.formats.textual_inversion import read_textual_inversion
 from gobelin.images import open_image, tensor_to_images
@@ -72,6 +73,7 @@ class Pipeline:
         self._learned = LearnedWords(model.tokenizer, model.text_encoder)
         self.loras = Loras({"unet": model.unet, "text_encoder": model.text_encoder}, self._learned)
         self.learned_words: list[str] = []
+        self.use("eager")
 
     @classmethod
     def from_pretrained(
@@ -79,18 +81,20 @@ class Pipeline:
         path: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        engine: EngineName = "eager",
         **options: Any,
     ) -> Self:
         """Open a model: the one that ships with Gobelin, a diffusers folder, an original ``.safetensors`` or ``.ckpt``
         file, or a repository of the Hub by its name.
 
-        ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None takes float32. The other options are
-        those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError` that names the file and what is wrong
-        with it.
+        ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None takes float32; ``engine`` is as in
+        :meth:`use`. The other options are those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError`
+        that names the file and what is wrong with it.
         """
         source = shipped_model() if path is None else validated("the model", path, Annotated[str | Path, "its path"])
         refuse_unknown(options, list(inspect.signature(open_model).parameters)[3:])
-        return cls(open_model(source, find_device(device), find_dtype(dtype or torch.float32), **options))
+        find_engine(engine)  # is refused before a model is opened
+        return cls(open_model(source, find_device(device), find_dtype(dtype or torch.float32), **options)).use(engine)
 
     @takes_settings(Settings)
     def __call__(self, prompt: Prompts, settings: Settings) -> Result:
@@ -191,6 +195,20 @@ class Pipeline:
         """
         return latent_size(self.model, height, width)
 
+    def use(self, engine: EngineName) -> Self:
+        """Choose the engine that runs U-Net and VAE's decoder while painting (:mod:`gobelin.engines`); returns self.
+
+        It sees LoRAs that are loaded later, and other devices and precisions. Raises :class:`UsageError` for one that
+        there is not, that is not installed, or that cannot run this model.
+        """
+        self._engine = find_engine(engine)(self.model)
+        return self
+
+    @property
+    def engine(self) -> EngineName:
+        """The name of the engine."""
+        return self._engine.name
+
     def to(
         self, device: str | torch.device | torch.dtype | None = None, dtype: str | torch.dtype | None = None
     ) -> Self:
@@ -203,7 +221,7 @@ class Pipeline:
         for network in networks:
             network.to(where, dtype)
         self.loras.to(where, dtype)
-        return self
+        return self.use(self.engine)
 
     def save_pretrained(
         self, folder: str | Path, dtype: str | torch.dtype | None = None, fuse_loras: bool = False
@@ -291,6 +309,7 @@ class Pipeline:
         side = self.unet.config.sample_size * self.vae.config.factor
         added = [f"loras={self.loras.weights}"] if self.loras.weights else []
         added += [f"learned_words={self.learned_words}"] if self.learned_words else []
+        added += [] if self.engine == "eager" else [f"engine={self.engine!r}"]
         parts = [repr(self.name), f"{side}×{side} pixels", f"{self.unet.device}, {self.unet.dtype}", *added]
         return f"Pipeline({', '.join(parts)}, recommended={self.recommended})"
 
@@ -302,7 +321,8 @@ class Pipeline:
     def _start(self, prompt: Prompts, settings: Settings) -> Painting:
         added: dict[str, Any] = {LORAS: dict(self.loras.weights)} if self.loras.weights else {}
         added |= {LEARNED_WORDS: list(self.learned_words)} if self.learned_words else {}
-        return Painting(model=self.model, plan=make_plan(self.model, prompt, settings, added))
+        plan = make_plan(self.model, prompt, settings, added)
+        return Painting(model=self.model, plan=plan, engine=self._engine)
 
     @torch.no_grad()
     def _encoded(self, image: Any, settings: Settings) -> tuple[Any, torch.Tensor]:

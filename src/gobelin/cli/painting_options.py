@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gobelin.cli.options import SettingsOf
+from gobelin.engines import EngineName
 from gobelin.errors import UsageError
 from gobelin.painting import Painting, PaintingStep, Result
 from gobelin.pipeline import SHIPPED, Pipeline
@@ -69,11 +70,14 @@ class PipelineOptions(ModelOptions):
     """Device: cpu, cuda or mps; without it, or with auto, the fastest there is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision to compute in."""
+    engine: EngineName = "eager"
+    """Engine that runs the networks."""
 
     def open(self, tags: Sequence[LoraTag] = ()) -> Pipeline:
         """Open the model, and load what is added to it, ``tags`` of prompts from :attr:`lora_dir` included."""
         tagged = [(self._find_lora(tag.name), tag.weight) for tag in tags]
-        pipeline = Pipeline.from_pretrained(self.model, self.device, getattr(torch, self.dtype), **self.files())
+        dtype = getattr(torch, self.dtype)
+        pipeline = Pipeline.from_pretrained(self.model, self.device, dtype, self.engine, **self.files())
         for given in self.lora:
             file, weight = _file_and_weight(given)
             pipeline.load_lora(file, weight, allow_pickle=self.allow_pickle)

@@ -1,0 +1,26 @@
+"""Engines: what runs a model's networks while it paints. Each gives the same images, up to rounding, in its own time.
+
+``eager`` is PyTorch as it is. :data:`ENGINES` is the one list of them, for :meth:`gobelin.Pipeline.use` and
+``--engine``.
+"""
+
+from collections.abc import Callable
+from typing import get_args
+
+from gobelin.engines.eager import EagerEngine
+from gobelin.engines.engine import Engine, EngineName, LatentDecoder, NoisePredictor, PaintingNetworks
+from gobelin.validation import validated
+
+__all__ = ["ENGINES", "Engine", "EngineName", "LatentDecoder", "NoisePredictor", "PaintingNetworks", "find_engine"]
+
+ENGINES: tuple[str, ...] = get_args(EngineName)
+"""The engines by name."""
+
+
+def find_engine(name: str) -> Callable[[PaintingNetworks], Engine]:
+    """Find an engine by its name: a function that makes one of a model's networks.
+
+    Raises :class:`UsageError` with the choices for a name that there is not, and for what is not installed.
+    """
+    validated("engine", name, EngineName)
+    return EagerEngine.of

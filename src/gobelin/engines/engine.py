@@ -1,0 +1,95 @@
+"""The protocols of an engine: what a denoiser needs of a U-Net, and what painting needs of a VAE to decode."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Num
+from torch import Tensor
+
+from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
+from gobelin.unet import UNet, UNetConfig
+from gobelin.vae import VAE, VAEConfig
+
+EngineName = Literal["eager"]
+"""The names of the engines."""
+
+
+@runtime_checkable
+class NoisePredictor(Protocol):
+    """A U-Net, or what runs one: noisy latents, timesteps and text in, the prediction out, as :class:`UNet` says it."""
+
+    @property
+    def config(self) -> UNetConfig: ...
+
+    @property
+    def attention_sites(self) -> tuple[AttentionSite, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(
+        self,
+        noisy_latents: Float[Tensor, "batch in_channels height width"],
+        timesteps: Num[Tensor, " batch"],
+        text_embeddings: Float[Tensor, "batch length text_width"],
+        text_mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch out_channels height width"]: ...
+
+    def trace(
+        self,
+        noisy_latents: Float[Tensor, "batch in_channels height width"],
+        timesteps: Num[Tensor, " batch"],
+        text_embeddings: Float[Tensor, "batch length text_width"],
+        text_mask: Bool[Tensor, "batch length"] | None = None,
+        sites: Sites = None,
+        reduce: Reduction = "heads",
+        rows: slice | None = None,
+        edits: Sequence[AttentionEdit] = (),
+    ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]: ...
+
+
+@runtime_checkable
+class LatentDecoder(Protocol):
+    """A VAE's decoder, or what runs one: latents in, images out, as :class:`VAE` says it."""
+
+    @property
+    def config(self) -> VAEConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def latents_to_images(
+        self, latents: Float[Tensor, "batch latent_channels h w"]
+    ) -> Float[Tensor, "batch 3 height width"]: ...
+
+    def latents_to_large_images(
+        self, latents: Float[Tensor, "batch latent_channels h w"], tile: int = 64, overlap: int = 16
+    ) -> Float[Tensor, "batch 3 height width"]: ...
+
+
+@runtime_checkable
+class PaintingNetworks(Protocol):
+    """A model, as far as an engine is concerned: the networks that it runs."""
+
+    @property
+    def unet(self) -> UNet: ...
+
+    @property
+    def vae(self) -> VAE: ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """An engine: a U-Net that predicts and a VAE that decodes, with the weights that the model has at each call."""
+
+    name: ClassVar[EngineName]
+
+    @property
+    def unet(self) -> NoisePredictor: ...
+
+    @property
+    def vae(self) -> LatentDecoder: ...
