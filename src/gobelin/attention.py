@@ -33,14 +33,23 @@ def attention(
     ``mask`` is True where a query may attend to a key: the field's convention, and the opposite of a
     ``masked_fill(mask, -inf)``. ``causal`` lets a query attend to itself and to what stands before it.
 
-    Where gradients are wanted in bfloat16 on a CPU, a kernel of ours may compute it, which has first derivatives alone.
+    In bfloat16 on a CPU a kernel of ours may compute it, which has first derivatives alone.
     """
-    if _trains_in_bfloat16_on_cpu(query) and mask is None and not causal:
-        from gobelin.kernels.fused_attention import fused_attention, takes  # compiles: only where it is used
+    # Kernels are imported where they are used: the import of one takes time, and its first use compiles it.
+    if _is_bfloat16_on_cpu(query) and not causal:
+        if query.requires_grad or key.requires_grad or value.requires_grad:
+            if query.requires_grad and mask is None:
+                from gobelin.kernels import fused_attention
 
-        if takes(query, key, value):
-            return fused_attention(query, key, value)
-        return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2), dim=-1) @ value
+                if fused_attention.takes(query, key, value):
+                    return fused_attention.fused_attention(query, key, value)
+                return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2), dim=-1) @ value
+        elif not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            from gobelin.kernels import tiled_attention
+
+            if tiled_attention.takes(query, key, value, mask):
+                attend = tiled_attention.tiled_attention if torch.compiler.is_compiling() else tiled_attention.attend
+                return attend(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
@@ -187,6 +196,6 @@ class Probe:
         return attended
 
 
-def _trains_in_bfloat16_on_cpu(query: Tensor) -> bool:
-    """Tell where torch's fused kernel is slow: slower than ours, and than plain products."""
-    return query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+def _is_bfloat16_on_cpu(tensor: Tensor) -> bool:
+    """Tell where torch's fused kernel is slow: slower than ours, and, while it trains, than plain products."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"

@@ -112,7 +112,9 @@ def place(source: Path, cache: Path) -> Path:
     """Where the library will be."""
     cache.mkdir(mode=0o700, parents=True)
     cache.parent.chmod(0o700)
-    return cache / compiled._library_name(next(compiled._compilers()), source, [source.with_name("number.hpp")])
+    return cache / compiled._library_name(
+        [*next(compiled._compilers()), *compiled.FLAGS], source, [source.with_name("number.hpp")]
+    )
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "a byte"])

@@ -1,22 +1,142 @@
-"""The eager engine: PyTorch runs the model's own networks, operation by operation."""
+"""The eager engine: PyTorch runs the model's own networks, operation by operation; on a CPU with packed weights."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-from gobelin.engines.engine import EngineName, PaintingNetworks
-from gobelin.unet import UNet
-from gobelin.vae import VAE
+import torch
+from torch import Tensor
+
+from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
+from gobelin.engines.engine import EngineName, LatentDecoder, NoisePredictor, PaintingNetworks
+from gobelin.kernels.packed_weights import PackedWeights, pays
+from gobelin.types import Images, Latents, TextEmbeddings, TextMask
+from gobelin.unet import UNet, UNetConfig
+from gobelin.vae import VAE, VAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class EagerEngine:
-    """Run a model's networks as they are."""
+    """Run a model's own networks: their hooks are called, and what is put in a module's place is used.
+
+    Where it pays, weights are packed (:mod:`gobelin.kernels.packed_weights`), and feature maps are channels last, in
+    which a row of patches and a feature map are the same memory.
+    """
 
     name: ClassVar[EngineName] = "eager"
-    unet: UNet
-    vae: VAE
+    model: PaintingNetworks
+    _packed_unet: "PackedUNet" = field(init=False)
+    _packed_vae: "PackedDecoder" = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_packed_unet", PackedUNet(self.model.unet))
+        object.__setattr__(self, "_packed_vae", PackedDecoder(self.model.vae))
 
     @classmethod
     def of(cls, model: PaintingNetworks) -> Self:
         """Take the networks of a model."""
-        return cls(unet=model.unet, vae=model.vae)
+        return cls(model=model)
+
+    @property
+    def unet(self) -> NoisePredictor:
+        """The U-Net, its weights packed as they are now."""
+        return self._packed_unet.updated() if pays(self.model.unet) else self.model.unet
+
+    @property
+    def vae(self) -> LatentDecoder:
+        """The VAE, whose decoder's weights are packed when it is first used."""
+        return self._packed_vae if pays(self.model.vae) else self.model.vae
+
+
+class PackedUNet:
+    """A U-Net that is run with packed weights."""
+
+    def __init__(self, unet: UNet):
+        self._unet = unet
+        self._weights = PackedWeights(unet)
+
+    def updated(self) -> Self:
+        """Pack the weights that have changed, and return this."""
+        self._weights.update()
+        return self
+
+    @property
+    def config(self) -> UNetConfig:
+        """The U-Net's configuration."""
+        return self._unet.config
+
+    @property
+    def attention_sites(self) -> tuple[AttentionSite, ...]:
+        """The U-Net's attention sites."""
+        return self._unet.attention_sites
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self._unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self._unet.dtype
+
+    def __call__(
+        self,
+        noisy_latents: Latents,
+        timesteps: Tensor,
+        text_embeddings: TextEmbeddings,
+        text_mask: TextMask | None = None,
+    ) -> Latents:
+        """Predict, as :class:`UNet` does."""
+        with self._weights.in_use():
+            return self._unet(_channels_last(noisy_latents), timesteps, text_embeddings, text_mask)
+
+    def trace(
+        self,
+        noisy_latents: Latents,
+        timesteps: Tensor,
+        text_embeddings: TextEmbeddings,
+        text_mask: TextMask | None = None,
+        sites: Sites = None,
+        reduce: Reduction = "heads",
+        rows: slice | None = None,
+        edits: Sequence[AttentionEdit] = (),
+    ) -> tuple[Latents, AttentionMaps]:
+        """Predict and record attention maps, as :meth:`UNet.trace` does."""
+        with self._weights.in_use():
+            latents = _channels_last(noisy_latents)
+            return self._unet.trace(latents, timesteps, text_embeddings, text_mask, sites, reduce, rows, edits)
+
+
+class PackedDecoder:
+    """A VAE whose decoder is run with packed weights."""
+
+    def __init__(self, vae: VAE):
+        self._vae = vae
+        self._weights = PackedWeights(vae.decoder)
+
+    @property
+    def config(self) -> VAEConfig:
+        """The VAE's configuration."""
+        return self._vae.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self._vae.dtype
+
+    def latents_to_images(self, latents: Latents) -> Images:
+        """Decode, as :meth:`VAE.latents_to_images` does."""
+        self._weights.update()
+        with self._weights.in_use():
+            return self._vae.latents_to_images(_channels_last(latents)).contiguous()
+
+    def latents_to_large_images(self, latents: Latents, tile: int = 64, overlap: int = 16) -> Images:
+        """Decode in tiles, as :meth:`VAE.latents_to_large_images` does."""
+        self._weights.update()
+        with self._weights.in_use():
+            return self._vae.latents_to_large_images(_channels_last(latents), tile, overlap).contiguous()
+
+
+def _channels_last(latents: Latents) -> Latents:
+    return latents.contiguous(memory_format=torch.channels_last)

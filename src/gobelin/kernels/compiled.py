@@ -20,19 +20,20 @@ FLAGS = ("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-fPIC", "-sha
 _PATIENCE = 120  # seconds for a compilation, which takes two
 
 
-def load_library(source: Path, includes: Sequence[Path] = ()) -> ctypes.CDLL | None:
+def load_library(source: Path, includes: Sequence[Path] = (), flags: Sequence[str] = ()) -> ctypes.CDLL | None:
     """Load the library of a C++ ``source``, compiled anew unless it was before; None where that is not possible.
 
-    ``includes`` are the files that it includes. The library is kept in ``gobelin/kernels`` of ``$XDG_CACHE_HOME`` or
-    ``~/.cache``, or, where that folder is not safe or not writable, compiled into a temporary one by every process.
+    ``includes`` are the files that it includes, ``flags`` those of the compiler beside :data:`FLAGS`. The library is
+    kept in ``gobelin/kernels`` of ``$XDG_CACHE_HOME`` or ``~/.cache``, or, where that folder is not safe or not
+    writable, compiled into a temporary one by every process.
     """
     for compiler in _compilers():
         for open_folder in (_cache_folder, _temporary_folder):
             try:
                 with open_folder() as folder:
-                    library = folder / _library_name(compiler, source, includes)
+                    library = folder / _library_name([*compiler, *FLAGS, *flags], source, includes)
                     if not _is_ours(library):
-                        _compile(compiler, source, library)
+                        _compile([*compiler, *FLAGS, *flags], source, library)
                     return ctypes.CDLL(str(library))
             except subprocess.SubprocessError:
                 break  # another folder would not help
@@ -53,10 +54,10 @@ def _compilers() -> Iterator[list[str]]:
             yield command
 
 
-def _library_name(compiler: list[str], source: Path, includes: Sequence[Path]) -> str:
+def _library_name(command: list[str], source: Path, includes: Sequence[Path]) -> str:
     """Name a library by everything that it is made of and with."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
-    parts = [*(file.read_bytes() for file in (source, *includes)), os.fsencode(" ".join((*compiler, *FLAGS))), version]
+    version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
+    parts = [*(file.read_bytes() for file in (source, *includes)), os.fsencode(" ".join(command)), version]
     digests = b"".join(hashlib.sha256(part).digest() for part in parts)
     return f"{source.stem}-{hashlib.sha256(digests).hexdigest()[:32]}.so"
 
@@ -96,14 +97,14 @@ def _is_ours(library: Path) -> bool:
     return written[-32:] == hashlib.sha256(written[:-32]).digest()
 
 
-def _compile(compiler: list[str], source: Path, library: Path) -> None:
+def _compile(command: list[str], source: Path, library: Path) -> None:
     """Compile a source into a library, which appears whole, and with its hash at the end, where ELF ignores it.
 
     Raises SubprocessError for a compiler that fails, OSError for a folder that cannot be written to.
     """
     with tempfile.TemporaryDirectory(prefix=".compiling-", dir=library.parent) as folder:
         made = Path(folder) / library.name
-        command = [*compiler, *FLAGS, str(source), "-o", str(made)]
+        command = [*command, str(source), "-o", str(made)]
         subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_PATIENCE)
         with made.open("r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())

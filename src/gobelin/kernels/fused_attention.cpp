@@ -20,6 +20,7 @@
 #include <cmath>
 
 #include "lanes.hpp"
+#include "operands.hpp"
 
 namespace {
 
@@ -28,16 +29,6 @@ constexpr int64_t QUERIES_AT_ONCE = 64; // going backward: P and dS of 16 keys t
 constexpr float NO_LOGIT = -1e30f; // of a key that is padding: finite, so that its difference from a logit is no NaN
 
 // ---- What Python hands over (fused_attention.py has the same structures) ----
-
-struct Sizes {
-    int64_t batch, heads, queries, keys, width;
-};
-
-// A tensor [batch, heads, length, width] of bfloat16, whose rows are contiguous; strides count elements.
-struct Tensor {
-    uint16_t *data;
-    int64_t batch_stride, head_stride, row_stride;
-};
 
 struct ForwardProblem {
     Sizes sizes;
@@ -50,14 +41,6 @@ struct BackwardProblem {
     Tensor query, key, value, out, remainder, grad, dquery, dkey, dvalue;
     const float *log_sum_exp; // [batch, heads, queries]
 };
-
-// OpenMP's entry, GOMP_parallel: calls work(data) in so many threads. It is handed over and not linked to, so that it
-// is the one of the OpenMP that torch has loaded; two of them would each keep threads that spin.
-using Parallel = void (*)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
-
-Rows head_of(const Tensor &tensor, int64_t batch, int64_t head, int64_t length, int64_t width) {
-    return {tensor.data + batch * tensor.batch_stride + head * tensor.head_stride, tensor.row_stride, length, width};
-}
 
 // ---- Forward: 16 queries along the lanes ----
 

@@ -131,7 +131,7 @@ __mmask32 first_32(int64_t count) { return (__mmask32)((1ull << std::clamp<int64
 
 // Layout "rows" of the first `count` rows. Stores are whole: what one writes beyond its row is written again with the
 // next, and beyond the last row there is room for it.
-void pack_rows(uint32_t *packed, const Rows &rows, int64_t count, int64_t pairs) {
+inline void pack_rows(uint32_t *packed, const Rows &rows, int64_t count, int64_t pairs) {
     for (int64_t row = 0; row < count; ++row, packed += pairs)
         for (int64_t column = 0; column < rows.width; column += 2 * LANES) {
             __mmask32 there = row < rows.length ? first_32(rows.width - column) : 0;
@@ -140,7 +140,7 @@ void pack_rows(uint32_t *packed, const Rows &rows, int64_t count, int64_t pairs)
 }
 
 // Layout "row pairs" of `count` rows from `start` on, in rows of `padded`; stores are whole here too.
-void pack_row_pairs(uint32_t *packed, const Rows &rows, int64_t start, int64_t count, int64_t padded) {
+inline void pack_row_pairs(uint32_t *packed, const Rows &rows, int64_t start, int64_t count, int64_t padded) {
     for (int64_t row = start; row < start + count; row += 2, packed += padded)
         for (int64_t column = 0; column < rows.width; column += LANES) {
             __mmask16 there = first_16(rows.width - column);
@@ -152,7 +152,7 @@ void pack_row_pairs(uint32_t *packed, const Rows &rows, int64_t start, int64_t c
 }
 
 // Layout "columns" of the 16 rows from `start` on.
-void pack_columns(uint32_t *packed, const Rows &rows, int64_t start) {
+inline void pack_columns(uint32_t *packed, const Rows &rows, int64_t start) {
     for (int64_t column = 0; column < rows.width; column += 2 * LANES, packed += LANES * LANES) {
         PairVector block[LANES];
         for (int64_t row = 0; row < LANES; ++row) {
@@ -176,7 +176,7 @@ void pack_columns(uint32_t *packed, const Rows &rows, int64_t start) {
 
 // Write sums [width, 16], times a factor for each lane, as the rows from `start` on, and what rounding took from them
 // where there is a place for it.
-void write_columns(const Rows &rows, int64_t start, const float *sums, Vector factor, const Rows *rests = nullptr) {
+inline void write_columns(const Rows &rows, int64_t start, const float *sums, Vector factor, const Rows *rests = nullptr) {
     for (int64_t column = 0; column < rows.width; column += 2 * LANES, sums += 2 * LANES * LANES) {
         PairVector block[LANES] = {}, rest[LANES] = {};
         for (int64_t pair = 0; pair < LANES; ++pair)
@@ -193,7 +193,7 @@ void write_columns(const Rows &rows, int64_t start, const float *sums, Vector fa
 }
 
 // Write sums [length, padded], times a factor, as rows.
-void write_rows(const Rows &rows, const float *sums, int64_t padded, Vector factor) {
+inline void write_rows(const Rows &rows, const float *sums, int64_t padded, Vector factor) {
     for (int64_t row = 0; row < rows.length; ++row, sums += padded)
         for (int64_t column = 0; column < rows.width; column += LANES) {
             __m256i narrow = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sums + column), factor));
@@ -214,7 +214,7 @@ void write_rows(const Rows &rows, const float *sums, int64_t padded, Vector fact
 
 // sums[c][lane] += sum over i of tile[i][lane] * row_pairs[i][c], for WIDTH columns c
 template <int WIDTH>
-void add_columns(float *sums, const uint32_t *tile, const uint32_t *row_pairs, int64_t count, int64_t padded) {
+inline void add_columns(float *sums, const uint32_t *tile, const uint32_t *row_pairs, int64_t count, int64_t padded) {
     Vector registers[WIDTH];
     for (int c = 0; c < WIDTH; ++c) registers[c] = _mm512_load_ps(sums + c * LANES);
     for (int64_t i = 0; i < count; ++i, row_pairs += padded) {
@@ -225,7 +225,7 @@ void add_columns(float *sums, const uint32_t *tile, const uint32_t *row_pairs, i
 }
 
 // The same for all columns, of which there are a multiple of 4.
-void add_products(float *sums, const uint32_t *tile, const uint32_t *row_pairs, int64_t count, int64_t padded) {
+inline void add_products(float *sums, const uint32_t *tile, const uint32_t *row_pairs, int64_t count, int64_t padded) {
     int64_t c = 0;
     for (; c + 12 <= padded; c += 12) add_columns<12>(sums + c * LANES, tile, row_pairs + c, count, padded);
     if (padded - c == 8) add_columns<8>(sums + c * LANES, tile, row_pairs + c, count, padded);
@@ -233,7 +233,7 @@ void add_products(float *sums, const uint32_t *tile, const uint32_t *row_pairs, 
 }
 
 // sums[i][c] += sum over 16 keys of tile[i] * row_pairs[key][c]; the width lies along the lanes
-void add_row_products(float *sums, const uint32_t *tile, const uint32_t *row_pairs, int64_t count, int64_t padded) {
+inline void add_row_products(float *sums, const uint32_t *tile, const uint32_t *row_pairs, int64_t count, int64_t padded) {
     constexpr int BLOCK = 4, PAIRS = LANES / 2;
     for (int64_t column = 0; column < padded; column += LANES) {
         PairVector lanes[PAIRS];
@@ -251,7 +251,7 @@ void add_row_products(float *sums, const uint32_t *tile, const uint32_t *row_pai
 }
 
 // The sum of the products of two rows.
-float dot(const uint16_t *left, const uint16_t *right, int64_t width) {
+inline float dot(const uint16_t *left, const uint16_t *right, int64_t width) {
     Vector sum = all(0);
     for (int64_t column = 0; column < width; column += 2 * LANES) {
         __mmask32 there = first_32(width - column);

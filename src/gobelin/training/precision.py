@@ -4,6 +4,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from gobelin.kernels.hardware import has_fast_bfloat16
+
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 
@@ -16,15 +18,3 @@ def computes_in(device: torch.device, precision: Precision) -> torch.dtype:
     """Resolve a precision for a device: "auto" is bfloat16 where the device multiplies it in hardware."""
     bfloat16 = has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
     return torch.bfloat16 if bfloat16 else torch.float32
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Tell whether a device multiplies bfloat16 in hardware; a CPU that emulates it is some 30 times slower."""
-    match device.type:
-        case "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        case "cpu":
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest PyTorch
-            return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        case _:
-            return False

@@ -1,0 +1,126 @@
+"""Weights packed ahead of time: in the blocks in which oneDNN multiplies them, instead of anew at every call.
+
+The matrix products and convolutions of oneDNN read weights in an order of their own, into which PyTorch puts them at
+every call. The operators here, those by which ``torch.compile`` computes with frozen weights, take them in that order.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from gobelin.kernels.hardware import has_fast_bfloat16
+
+_WIDE = (
+    128  # channels of the narrowest feature map: Stable Diffusion's U-Net has 320, its VAE 128, the shipped model 48
+)
+
+Fingerprint = tuple[int, int, torch.dtype, int]
+PackableLayer = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class _PackedLayer:
+    """The forward of a layer by its packed weight, and what the weight was when it was packed."""
+
+    fingerprint: Fingerprint
+    forward: Callable[[Tensor], Tensor]
+
+
+class PackedWeights:
+    """The packed weights of a network's linear layers and convolutions, beside its own, which stay as they are.
+
+    They take as much memory again. Only layers of PyTorch's own two classes have them: what computes in another way, as
+    an adapter does, goes on doing so.
+    """
+
+    def __init__(self, network: nn.Module):
+        self._network = network
+        self._packed: dict[PackableLayer, _PackedLayer] = {}
+
+    def update(self) -> None:
+        """Pack what is new or has changed: a LoRA was loaded, a weight was written to, or has another precision.
+
+        Weights are read once, as fast as memory is, so that even a write through ``weight.data`` is found, of which
+        PyTorch keeps no count.
+        """
+        found: dict[PackableLayer, _PackedLayer] = {}
+        for layer in self._network.modules():
+            if _can_pack(layer):
+                fingerprint = _fingerprint(layer.weight)
+                known = self._packed.get(layer)
+                found[layer] = known if known and known.fingerprint == fingerprint else _pack(layer, fingerprint)
+        self._packed = found
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Compute with the packed weights in every call of the network that is made inside."""
+        # An instance's own forward is called in place of its class's, between the same hooks; somebody else's stays.
+        changed = [layer for layer in self._packed if "forward" not in vars(layer)]
+        for layer in changed:
+            vars(layer)["forward"] = self._packed[layer].forward
+        try:
+            yield
+        finally:
+            for layer in changed:
+                vars(layer).pop("forward", None)
+
+
+def pays(network: nn.Module) -> bool:
+    """Tell whether packed weights make a network faster: in bfloat16, on a CPU that multiplies it, if it is wide.
+
+    In float32 oneDNN packs for shapes that it does not know yet, and may compute ten times as slowly. Narrow networks
+    lose more by the blocks' padding than they gain, and by feature maps that are channels last.
+    """
+    weight = next(network.parameters())
+    narrowest = min((len(layer.weight) for layer in network.modules() if isinstance(layer, nn.GroupNorm)), default=0)
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and has_fast_bfloat16(weight.device)
+        and narrowest >= _WIDE
+    )
+
+
+def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
+    plain = type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.padding_mode == "zeros")
+    return plain and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
+
+
+def _fingerprint(weight: Tensor) -> Fingerprint:
+    """Describe a weight: where it is, how often it was written to, its precision, and the sum of its bits."""
+    flat = weight.detach().flatten()
+    in_a_word = 8 // flat.element_size()
+    words = len(flat) // in_a_word * in_a_word
+    if flat.storage_offset() % in_a_word:
+        flat = flat.clone()
+    bits = flat[:words].view(torch.int64).sum() + flat[words:].view(torch.uint8).sum()
+    return weight.data_ptr(), weight._version, weight.dtype, int(bits)
+
+
+def _pack(layer: PackableLayer, fingerprint: Fingerprint) -> _PackedLayer:
+    weight = layer.weight.detach()
+    dtype = weight.dtype
+    if isinstance(layer, nn.Linear):
+        packed_matrix = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+        def multiply(hidden: Tensor) -> Tensor:
+            if torch.is_grad_enabled() or hidden.dtype != dtype:
+                return nn.Linear.forward(layer, hidden)
+            return torch.ops.mkldnn._linear_pointwise(hidden, packed_matrix, layer.bias, "none", [], "")
+
+        return _PackedLayer(fingerprint, multiply)
+
+    sizes = layer.padding, layer.stride, layer.dilation, layer.groups
+    packed_filters = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *sizes, None)
+
+    def convolve(hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or hidden.dtype != dtype:
+            return nn.Conv2d.forward(layer, hidden)
+        return torch.ops.mkldnn._convolution_pointwise(hidden, packed_filters, layer.bias, *sizes, "none", [], "")
+
+    return _PackedLayer(fingerprint, convolve)

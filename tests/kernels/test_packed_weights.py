@@ -1,0 +1,148 @@
+"""Packed weights: the same numbers as a network's own, up to rounding, and never those that it had before."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gobelin.kernels.hardware import has_fast_bfloat16
+from gobelin.kernels.packed_weights import PackedWeights, pays
+from gobelin.unet import UNet, UNetConfig
+from gobelin.vae import VAE, VAEConfig
+
+pytestmark = pytest.mark.skipif(
+    not has_fast_bfloat16(torch.device("cpu")), reason="needs a CPU that multiplies bfloat16"
+)
+
+CONVOLUTIONS = [
+    nn.Conv2d(5, 7, 3, padding=1),
+    nn.Conv2d(4, 8, 1),
+    nn.Conv2d(6, 6, 3, stride=2, padding=1),
+    nn.Conv2d(6, 4, (3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1), bias=False),
+    nn.Conv2d(6, 9, 3, padding=1, groups=3),
+    nn.Conv2d(6, 6, 3, stride=2),
+]
+LINEARS = [nn.Linear(7, 5), nn.Linear(1, 9, bias=False), nn.Linear(64, 130)]
+
+
+def packed(network: nn.Module) -> PackedWeights:
+    weights = PackedWeights(network.bfloat16().requires_grad_(False))
+    weights.update()
+    return weights
+
+
+def error(ours: Tensor, truth: Tensor) -> float:
+    return ((ours.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [*CONVOLUTIONS, *LINEARS], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_layer_computes_the_same(layer: nn.Module, last: bool) -> None:
+    layer = nn.Sequential(layer)
+    weights = packed(layer)
+    if isinstance(layer[0], nn.Conv2d):
+        given = torch.randn(2, layer[0].in_channels, 9, 11).bfloat16()
+        given = given.contiguous(memory_format=torch.channels_last) if last else given
+    else:
+        given = torch.randn(2, 13, 3 * layer[0].in_features).bfloat16()[..., :: 3 if last else 1]
+        given = given[..., : layer[0].in_features]
+    plain, truth = layer(given), nn.Sequential(layer[0]).double()(given.double())
+    layer.bfloat16()
+    weights.update()
+    with weights.in_use():
+        assert "forward" in vars(layer[0])
+        ours = layer(given)
+    assert "forward" not in vars(layer[0])
+    assert ours.shape == plain.shape
+    assert ours.dtype == torch.bfloat16
+    assert error(ours, truth) <= 1.1 * error(plain, truth) + 1e-6
+
+
+WRITES: dict[str, Callable[[nn.Linear], object]] = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "through data": lambda layer: layer.weight.data.mul_(2),
+    "a sign, through data": lambda layer: layer.weight.data[3, 4].neg_(),
+    "other data": lambda layer: setattr(layer.weight, "data", layer.weight * 2),
+    "another parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight * 2)),
+    "a state": lambda layer: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}),
+    "the bias": lambda layer: layer.bias.data.add_(1),
+    "another precision and back": lambda layer: layer.half().bfloat16(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_is_written_to_a_weight_is_seen(write: Callable[[nn.Linear], object]) -> None:
+    network = nn.Sequential(nn.Linear(9, 33), nn.Linear(33, 5))
+    weights = packed(network)
+    given = torch.randn(4, 9).bfloat16()
+    write(network[0])
+    weights.update()
+    with weights.in_use():
+        ours = network(given)
+    assert error(ours, network(given)) <= 0.01
+
+
+@torch.no_grad()
+def test_only_what_has_changed_is_packed_again() -> None:
+    network = nn.Sequential(nn.Linear(9, 33), nn.Linear(33, 5))
+    weights = packed(network)
+    before = dict(weights._packed)
+    network[1].weight.data[0, 0] += 1
+    weights.update()
+    assert weights._packed[network[0]] is before[network[0]]
+    assert weights._packed[network[1]] is not before[network[1]]
+
+
+@torch.no_grad()
+def test_hooks_other_forwards_and_other_classes_are_left_alone() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, given: Tensor) -> Tensor:
+            return 2 * super().forward(given)
+
+    network = nn.Sequential(nn.Linear(9, 9), Doubled(9, 9), nn.Linear(9, 9))
+    weights = packed(network)
+    calls = []
+    network[0].register_forward_hook(lambda *_: calls.append(1))
+    network[2].forward = lambda given: given + 1  # type: ignore[method-assign]
+    given = torch.randn(4, 9).bfloat16()
+    with weights.in_use():
+        ours = network(given)
+    assert calls == [1]
+    assert error(ours, network(given)) <= 0.01
+    assert "forward" in vars(network[2])
+
+
+def test_gradients_and_other_precisions_go_by_the_weights_themselves() -> None:
+    network = nn.Sequential(nn.Linear(9, 9), nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 2, 3))
+    weights = packed(network)
+    given = torch.randn(4, 9).bfloat16().requires_grad_()
+    with weights.in_use():
+        torch.autograd.grad(network(given).sum(), given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert network(torch.randn(4, 9)).dtype == torch.bfloat16
+
+
+def test_the_state_of_a_network_stays_its_own_while_its_packed_weights_are_in_use() -> None:
+    network = nn.Sequential(nn.Linear(9, 9))
+    weights = packed(network)
+    before = network.state_dict()
+    with weights.in_use():
+        assert all(torch.equal(one, before[name]) for name, one in network.state_dict().items())
+    with pytest.raises(ZeroDivisionError), weights.in_use():
+        raise ZeroDivisionError
+    assert "forward" not in vars(network[0])
+
+
+def test_it_pays_for_wide_networks_in_bfloat16_alone() -> None:
+    with torch.device("meta"):
+        wide, vae, narrow = UNet(UNetConfig.sd15()), VAE(VAEConfig.sd15()), UNet(UNetConfig.tiny())
+    assert not pays(wide.bfloat16())  # where the meta device is, no product is
+    small = UNet(UNetConfig.of(128, attention=(True,), cross_attention_dim=8, layers_per_block=1))
+    assert not pays(small)
+    assert pays(small.bfloat16())
+    assert not pays(UNet(UNetConfig.nano()).bfloat16())
+    assert min(wide.config.block_out_channels + vae.config.block_out_channels) >= 128
+    assert narrow.config.block_out_channels[0] < 128
