@@ -43,7 +43,7 @@ def type_checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Before anything imports gobelin: every annotated type and shape in it is checked at every call. Not where
 # many small functions hold no tensors: a scene takes 2 ms, and with the checks 11; names are mapped 10⁶ times.
-_UNCHECKED = {"adapters", "formats", "scenes", "tokenizer", "prompt_weighting", "settings", "validation"}
+_UNCHECKED = {"adapters", "formats", "scenes", "tokenizer", "words", "prompt_weighting", "settings", "validation"}
 _package = Path(__file__).parents[1] / "src" / "gobelin"
 jaxtyping.install_import_hook(
     [f"gobelin.{module.name}" for module in pkgutil.iter_modules([str(_package)]) if module.name not in _UNCHECKED],

@@ -18,9 +18,9 @@ from gobelin.cli.options import SettingsOf, parse
 from gobelin.cli.painting_options import PaintingOptions
 from gobelin.errors import UsageError
 from gobelin.guidance import classifier_free_guidance
-from gobelin.pipeline import EditSettings, Pipeline
+from gobelin.pipeline import Pipeline
 from gobelin.samplers import SAMPLERS
-from gobelin.settings import Settings, takes_settings
+from gobelin.settings import OWN_SAMPLERS, EditSettings, Settings, takes_settings
 from gobelin.validation import field_docs
 
 NAMES = [field.name for field in fields(Settings)]
@@ -99,6 +99,10 @@ def test_any_prompt_is_taken_or_refused_in_one_sentence(pipe: Pipeline, prompt: 
 def test_mistakes_are_said(pipe: Pipeline, options: dict, message: str) -> None:
     for call in (lambda: Settings(**options), lambda: pipe("a cat", **options), lambda: pipe.start("a cat", **options)):
         assert sentence_of(call) == message
+
+
+def test_samplers_are_known_without_pytorch() -> None:
+    assert sorted(OWN_SAMPLERS) == sorted(SAMPLERS)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -42,7 +42,8 @@ from paired import (
 from torch.utils.flop_counter import FlopCounterMode
 from training_steps import make_batch
 
-from gobelin.adapters.trainable import AdapterConfig, add_adapters_
+from gobelin.adapters.adapter_settings import AdapterConfig
+from gobelin.adapters.trainable import add_adapters_
 from gobelin.errors import TrainingError
 from gobelin.schedule import NoiseSchedule
 from gobelin.training import trainer

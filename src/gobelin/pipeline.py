@@ -1,14 +1,13 @@
 """The pipeline: a model that paints. A prompt and settings in, a painting of steps and images out."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
-from annotated_types import Interval
 from PIL import Image
 from torch import nn
 
@@ -25,42 +24,23 @@ from gobelin.formats.textual_inversion import read_textual_inversion
 from gobelin.images import open_image, tensor_to_images
 from gobelin.inpainting import InitImage
 from gobelin.painting import Painting, PaintingStep, Result
-from gobelin.plan import LEARNED_WORDS, LORAS, control_list, latent_size, make_plan
+from gobelin.plan import control_list, latent_size, make_plan
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.schedule import NoiseSchedule
-from gobelin.settings import Prompts, Settings, takes_settings
+from gobelin.settings import LEARNED_WORDS, LORAS, EditSettings, Prompts, Settings, takes_settings
 from gobelin.text_conditioning import TextConditioning, batch_texts, chunk_prompt, encode_chunks
-from gobelin.tokenizer import Tokenizer, Word, Words
+from gobelin.tokenizer import Tokenizer
 from gobelin.types import Latents
 from gobelin.unet import UNet
 from gobelin.vae import VAE
-from gobelin.validation import Fraction, OnCommandLine, refuse_unknown, validated
+from gobelin.validation import refuse_unknown, validated
+from gobelin.words import Words
 
 __all__ = ["EditSettings", "Painting", "PaintingStep", "Pipeline", "Result", "Settings", "find_device", "shipped_model"]
 
 SHIPPED = "tiny"
 DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 """The precisions that a model is painted with and saved in, by name."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class EditSettings(Settings):
-    """Settings of an edit: those of an image, and how it is changed."""
-
-    strength: Annotated[float, Interval(gt=0, le=1)] | None = None
-    """How far back towards noise the change begins, 0 to 1: less changes less; without it, 1."""
-    method: Literal["flowedit", "prompt_to_prompt"] = "flowedit"
-    """flowedit changes a finished image; prompt_to_prompt paints both at once, from the same noise."""
-    cross_replace: Fraction = 0.8
-    """Fraction of the way in which words keep the attention of those they stand for."""
-    self_replace: Fraction = 0.6
-    """Fraction of the way in which patches attend to each other as in the first image."""
-    edit_guidance: float = 2.0
-    """How strongly to push from the first prompt's words to the changed ones, beside the guidance; 0 for not at all."""
-    local_blend: Annotated[Sequence[Word] | None, OnCommandLine("words")] = None
-    """Words outside of whose pixels nothing changes; without it, what the changed words belong to."""
-    reweight: Annotated[Mapping[Word, float] | None, OnCommandLine("weights")] = None
-    """Words of the changed prompt, and how many times as much they are attended to."""
 
 
 class Pipeline:

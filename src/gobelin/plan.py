@@ -19,7 +19,7 @@ from gobelin.inpainting import InitImage
 from gobelin.look.heatmaps import sharp_trace
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.samplers import NoiseLevels, find_noise_levels, img2img_levels
-from gobelin.settings import DEFAULT_STRENGTH, MAX_SEED, Prompts, Settings
+from gobelin.settings import DEFAULT_STRENGTH, MAX_SEED, NOT_REPEATABLE, Prompts, Settings
 from gobelin.text_conditioning import Chunks, chunk_prompt
 from gobelin.types import Latents
 from gobelin.unet import UNet
@@ -27,12 +27,9 @@ from gobelin.validation import Fraction, shown, validated
 
 MAX_PIXELS = 2**26  # of an image: 8192 × 8192, whose latents' attention takes minutes a step
 MAX_ENLARGED = 16  # times the model's own pixels; a photograph taken at its own size by mistake has more
-LORAS, LEARNED_WORDS = "loras", "learned_words"
 _NOT_RECORDED = ("count", "latents", "trace", "control")
 """Settings that an image does not record: they are of the call, or change nothing, or cannot be written down."""
 _OF_EACH_IMAGE = ("seed", "init_image", "mask", "strength")
-NOT_REPEATABLE = "control"
-"""In an image's settings where controls, latents or a guidance of one's own took part, which they do not hold."""
 
 
 @dataclass(frozen=True, kw_only=True)

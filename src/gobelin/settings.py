@@ -1,12 +1,13 @@
 """Settings: every option of an image, in one list.
 
 The call of a pipeline, the command line, what a model recommends, and what a PNG remembers are all made of
-:class:`Settings`: a new option is one more field.
+:class:`Settings`: a new option is one more field. Annotations in quotes name types that only Python code gives and that
+import PyTorch, which takes longer than the whole help of a command.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import (
@@ -25,19 +26,34 @@ from typing import (
 )
 
 from annotated_types import Ge, Interval
-from torch import Tensor
 
-from gobelin.attention import Trace
-from gobelin.control.batch import AnyControl
 from gobelin.errors import UsageError
-from gobelin.guidance import Guidance
-from gobelin.images import ImageSource
 from gobelin.prompt_weighting import PromptSyntax
-from gobelin.samplers import SAMPLERS
 from gobelin.validation import Fraction, OnCommandLine, field_docs, refuse_unknown, validate_fields
+from gobelin.words import Word
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gobelin.attention import Trace
+    from gobelin.control.batch import AnyControl
+    from gobelin.guidance import Predictions
+    from gobelin.images import ImageSource
+    from gobelin.types import Latents
 
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 DEFAULT_STRENGTH = 0.8  # diffusers' for image-to-image
+LORAS, LEARNED_WORDS = "loras", "learned_words"
+"""Keys beside the settings of an image that name what was loaded for it."""
+NOT_REPEATABLE = "control"
+"""In an image's settings where controls, latents or a guidance of one's own took part, which they do not hold."""
+_WITH_KARRAS = ("euler", "heun", "lms", "dpm_2", "dpm_2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "deis")
+OWN_SAMPLERS = (
+    *("ddpm", "ddim", "pndm", "lcm", "euler_ancestral"),
+    *_WITH_KARRAS,
+    *(f"{name}_karras" for name in _WITH_KARRAS),
+)
+"""Gobelin's own samplers, known without PyTorch; others may be added to :data:`gobelin.samplers.SAMPLERS`."""
 
 Prompts = str | Sequence[str]
 """One prompt, or several to be painted in one batch."""
@@ -73,7 +89,9 @@ class Settings:
     steps: Annotated[int, Interval(ge=1, le=1000)] | None = None
     """Denoising steps; without it, what the model recommends."""
     guidance: Annotated[
-        float | Guidance | None, OnCommandLine(float), "a number, or a function of gobelin.guidance"
+        float | Callable[["Predictions"], "Latents"] | None,
+        OnCommandLine(float),
+        "a number, or a function of gobelin.guidance",
     ] = None
     """Classifier-free guidance scale, 1 for none; without it, what the model recommends."""
     guidance_rescale: Fraction | None = None
@@ -91,19 +109,19 @@ class Settings:
     """Last layers of the text encoder to leave out; without it, none."""
     weights: PromptSyntax | None = None
     """Tool in whose meaning (word:1.2) is read: a1111, comfyui, or none to read it as text; without it, a1111."""
-    init_image: Annotated[ImageSource | Sequence[ImageSource] | None, OnCommandLine("path")] = None
+    init_image: Annotated["ImageSource | Sequence[ImageSource] | None", OnCommandLine("path")] = None
     """Image to begin from (image-to-image), or to inpaint: turned as its EXIF says, white where it is transparent."""
     strength: Fraction | None = None
     """How much of the init image to paint anew, 0 to 1; without it, 0.8."""
-    mask: Annotated[ImageSource | Sequence[ImageSource] | None, OnCommandLine("path")] = None
+    mask: Annotated["ImageSource | Sequence[ImageSource] | None", OnCommandLine("path")] = None
     """Mask of the init image: inpaint where it is white (128 or more of 255), and change no pixel elsewhere."""
     tile: Annotated[int, Ge(16)] | None = None
     """Decode large images in tiles of so many latents a side; without it, whole."""
-    latents: Annotated[Tensor | None, _PYTHON_ONLY] = None
+    latents: Annotated["Tensor | None", _PYTHON_ONLY] = None
     """Start noise of your own, [batch, channels, h, w]."""
-    trace: Annotated[bool | Literal["sharp"] | Trace, _PYTHON_ONLY] = False
+    trace: Annotated["bool | Literal['sharp'] | Trace", _PYTHON_ONLY] = False
     """Attention maps: True for a mean over all cross-attention, "sharp" for maps that point best, or a Trace."""
-    control: Annotated[AnyControl | Sequence[AnyControl] | None, _PYTHON_ONLY] = ()
+    control: Annotated["AnyControl | Sequence[AnyControl] | None", _PYTHON_ONLY] = ()
     """Controls of gobelin.control, or a function (site, probs) -> probs; several compose."""
 
     if not TYPE_CHECKING:  # a misspelt name is a sentence here too, and the constructor's signature stays the fields
@@ -116,7 +134,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         validate_fields(self, but=_OPENED_LATER)
-        if self.sampler is not None and self.sampler not in SAMPLERS:
+        if self.sampler is not None and self.sampler not in OWN_SAMPLERS:
+            from gobelin.samplers import SAMPLERS  # with PyTorch
+
             refuse_unknown([self.sampler], SAMPLERS, what="sampler")
 
     def keys(self) -> Iterator[str]:
@@ -134,6 +154,26 @@ class Settings:
         said = set(self.keys())
         unsaid = {name: value for name, value in dict(recommended).items() if name not in said}
         return dataclasses.replace(self, **unsaid)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EditSettings(Settings):
+    """Settings of an edit: those of an image, and how it is changed."""
+
+    strength: Annotated[float, Interval(gt=0, le=1)] | None = None
+    """How far back towards noise the change begins, 0 to 1: less changes less; without it, 1."""
+    method: Literal["flowedit", "prompt_to_prompt"] = "flowedit"
+    """flowedit changes a finished image; prompt_to_prompt paints both at once, from the same noise."""
+    cross_replace: Fraction = 0.8
+    """Fraction of the way in which words keep the attention of those they stand for."""
+    self_replace: Fraction = 0.6
+    """Fraction of the way in which patches attend to each other as in the first image."""
+    edit_guidance: float = 2.0
+    """How strongly to push from the first prompt's words to the changed ones, beside the guidance; 0 for not at all."""
+    local_blend: Annotated[Sequence[Word] | None, OnCommandLine("words")] = None
+    """Words outside of whose pixels nothing changes; without it, what the changed words belong to."""
+    reweight: Annotated[Mapping[Word, float] | None, OnCommandLine("weights")] = None
+    """Words of the changed prompt, and how many times as much they are attended to."""
 
 
 # Their types are many; what they hold is checked where it is opened, with a sentence of its own.

@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from gobelin.clip import TextEncoder
 from gobelin.errors import UsageError
 from gobelin.prompt_weighting import PromptSyntax, parse_weights
-from gobelin.tokenizer import Token, Tokenizer, Words
+from gobelin.tokenizer import Tokenizer
 from gobelin.types import TextEmbeddings, TextMask
+from gobelin.words import Token, Words
 
 CHUNKED_LENGTH = 77
 """Only models with CLIP's text length are ever shown longer prompts, in several chunks."""

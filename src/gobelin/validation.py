@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import annotated_types as at
 import numpy as np
@@ -100,8 +100,13 @@ def described(hint: Any) -> str:
 
 @cache
 def field_hints(cls: type) -> Mapping[str, Any]:
-    """The annotations of a dataclass's fields, by name, with what ``Annotated`` adds to them."""
-    hints = get_type_hints(cls, include_extras=True)
+    """The annotations of a dataclass's fields, by name, with what ``Annotated`` adds to them.
+
+    Names in quotes within an annotation are left alone: they are of types that cannot be imported everywhere.
+    """
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        hints |= inspect.get_annotations(base, eval_str=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
@@ -141,14 +146,21 @@ def field_docs(cls: Any) -> Mapping[str, str]:
     """Read the text below each field of a dataclass, by name, in one line each."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(cast(type, base)))).body
-        assert isinstance(node, ast.ClassDef)
-        for field, text in zip(node.body, node.body[1:], strict=False):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=said)):
-                    docs[name] = " ".join(str(said).split())
-                case _:
-                    pass
+        if dataclasses.is_dataclass(base):
+            docs |= _own_docs(cast(type, base))
+    return docs
+
+
+@cache
+def _own_docs(cls: type) -> Mapping[str, str]:
+    """Read the texts below the fields that a class adds to those of its bases."""
+    docs: dict[str, str] = {}
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    for field, text in zip(node.body, node.body[1:], strict=False):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=said)):
+                docs[name] = " ".join(str(said).split())
+            case _:
+                pass
     return docs

@@ -15,7 +15,8 @@ from tests.conftest import relative_error
 from torch import Tensor
 
 from gobelin.adapters.adapter_file import write_adapter
-from gobelin.adapters.trainable import AdapterConfig, adapter_parameters, add_adapters_, remove_adapters_
+from gobelin.adapters.adapter_settings import AdapterConfig
+from gobelin.adapters.trainable import adapter_parameters, add_adapters_, remove_adapters_
 from gobelin.errors import UsageError
 from gobelin.pipeline import Pipeline
 

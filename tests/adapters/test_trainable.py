@@ -15,8 +15,8 @@ from tests.conftest import fill_, relative_error
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gobelin.adapters.adapter_settings import AdapterConfig
 from gobelin.adapters.trainable import (
-    AdapterConfig,
     adapter_config,
     adapter_deltas,
     adapter_parameters,

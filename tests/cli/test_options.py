@@ -9,9 +9,8 @@ import pytest
 from annotated_types import Interval
 from hypothesis import given
 from hypothesis import strategies as st
-from tyro.conf import Positional
 
-from gobelin.cli.options import parse
+from gobelin.cli.options import Positional, parse
 from gobelin.errors import UsageError
 
 

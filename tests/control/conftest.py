@@ -8,7 +8,8 @@ from gobelin.attention import AttentionSite, choose_sites
 from gobelin.control import AnyControl, Batch
 from gobelin.control.batch import attach_controls
 from gobelin.pipeline import Pipeline
-from gobelin.tokenizer import Tokenizer, Words
+from gobelin.tokenizer import Tokenizer
+from gobelin.words import Words
 
 SITE = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=2)
 COARSE = AttentionSite(name="mid.attn2", kind="cross", downscale=2, heads=2)

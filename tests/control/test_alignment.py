@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gobelin.control.alignment import alignment
-from gobelin.tokenizer import Tokenizer, Words
+from gobelin.tokenizer import Tokenizer
+from gobelin.words import Words
 
 TEXTS = st.lists(st.sampled_from(["a", "red", "ring", "zebra", "of,", "blue!", "(ring)"]), max_size=60).map(" ".join)
 

@@ -21,8 +21,9 @@ from gobelin.control import (
 from gobelin.control.batch import attach_controls
 from gobelin.errors import UsageError
 from gobelin.pipeline import Pipeline
-from gobelin.tokenizer import Tokenizer, Words
+from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet, UNetConfig
+from gobelin.words import Words
 
 LONG = "a red ring " * 15  # of three chunks of 18 tokens
 

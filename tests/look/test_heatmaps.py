@@ -13,7 +13,8 @@ from torch import Tensor
 from gobelin.attention import AttentionMaps, AttentionSite, Trace
 from gobelin.errors import UsageError
 from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
-from gobelin.tokenizer import Tokenizer, Words
+from gobelin.tokenizer import Tokenizer
+from gobelin.words import Words
 
 PROMPT = "A red circle, left of a blue Circle"
 LENGTH = 14

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from tests.conftest import sentence_of
 
-from gobelin.adapters.trainable import AdapterConfig
+from gobelin.adapters.adapter_settings import AdapterConfig
 from gobelin.pipeline import Pipeline
 from gobelin.training import find_preset
 from gobelin.training.config import DataConfig

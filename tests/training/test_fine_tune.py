@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tests.oracles import differences
 from torch import Tensor
 
-from gobelin.adapters.trainable import AdapterConfig
+from gobelin.adapters.adapter_settings import AdapterConfig
 from gobelin.cli.main import main
 from gobelin.errors import TrainingError, UsageError
 from gobelin.pipeline import Pipeline

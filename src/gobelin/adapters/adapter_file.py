@@ -6,20 +6,19 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gobelin.adapters.trainable import AdapterConfig, adapter_config, adapter_deltas
+from gobelin.adapters.adapter_settings import AdapterConfig, AdapterLayout
+from gobelin.adapters.trainable import adapter_config, adapter_deltas
 from gobelin.errors import UsageError
 from gobelin.formats.files import write_json
 from gobelin.formats.lora_layouts import KOHYA_PREFIXES, PEFT_METADATA_KEY, PEFT_PREFIX
 from gobelin.formats.weight_deltas import LoraDelta, WeightDelta
 from gobelin.formats.weights import write_tensors
 from gobelin.validation import validated
-
-AdapterLayout = Literal["kohya", "diffusers", "peft"]
 
 _KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 

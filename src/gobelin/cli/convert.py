@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from tyro.conf import Positional
-
-from gobelin.checkpoint import open_model
-from gobelin.checkpoint.diffusers_folder import save_folder
-from gobelin.checkpoint.single_file import save_single_file
-from gobelin.cli.options import parse
+from gobelin.cli.options import Positional, parse
 from gobelin.cli.painting_options import ModelOptions
 from gobelin.errors import UsageError
 
@@ -49,6 +43,12 @@ def run(arguments: Sequence[str]) -> None:
         )
     if options.target.exists() and (single or options.target.is_file() or any(options.target.iterdir())):
         raise UsageError(f"{options.target} exists already: choose another name")
+    import torch  # PyTorch is imported after the options are read: help and mistakes are quick
+
+    from gobelin.checkpoint import open_model
+    from gobelin.checkpoint.diffusers_folder import save_folder
+    from gobelin.checkpoint.single_file import save_single_file
+
     dtype = None if options.dtype == "own" else getattr(torch, options.dtype)
     model = open_model(options.source, torch.device("cpu"), dtype, **options.files())
     if single and (words := model.tokenizer.own_words()):

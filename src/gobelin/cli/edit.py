@@ -5,14 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional
-
-from gobelin.cli.options import SettingsOf, parse
+from gobelin.cli.options import Positional, SettingsOf, parse
 from gobelin.cli.painting_options import PaintingOptions
-from gobelin.formats.png import write_png
-from gobelin.look.word_sheets import comparison_sheet
-from gobelin.pipeline import EditSettings
-from gobelin.settings import Settings
+from gobelin.settings import EditSettings, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +36,15 @@ class EditOptions(PaintingOptions):
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     options = parse(EditOptions, "edit", arguments)
+    from gobelin.cli.open_and_paint import (
+        open_pipeline,  # PyTorch is imported after the options are read: help and mistakes are quick
+    )
+    from gobelin.formats.png import write_png
+    from gobelin.look.word_sheets import comparison_sheet
+
     (prompt, to), tags = options.take_tags([options.prompt, options.to], options.settings.get("weights"))
     settings = EditSettings(**options.settings)
-    pipeline = options.open(tags)
+    pipeline = open_pipeline(options, tags)
     result = pipeline.edit(prompt, to, **settings)
     kept = ("negative_prompt", "steps", "guidance", "guidance_rescale", "sampler", "clip_skip", "weights", "tile")
     same = {name: result.settings[1][name] for name in ("seed", "height", "width")}

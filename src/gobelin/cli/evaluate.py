@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import Positional
-
-from gobelin.cli.options import parse
+from gobelin.cli.options import Positional, parse
+from gobelin.cli.painting_options import PipelineOptions
 from gobelin.cli.report_files import ReportFiles, progress_bar, publish
 from gobelin.errors import UsageError
 from gobelin.evaluate.image_list import ALL_TASKS, MAX_PROMPTS, requested_images
@@ -164,6 +163,50 @@ class EvaluateEditing(ReportFiles, _ModelOptions):
     """The number of edits, 2 or more; fewer are made where the model gets few captions right."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFidelity(ReportFiles, PipelineOptions):
+    """Compare images painted from a folder's captions with its true images: FID, KID, and a CLIP score.
+
+    One half of the folder gives captions to paint, and the other is what they are compared with; the true images of
+    these captions are compared too, and say how near a perfect painter comes. The folder should hold images that the
+    model was not trained on, as copies of training images would be perfect.
+
+    Needs pip install 'gobelin[fidelity]'.
+
+    Some examples:
+      gobelin evaluate fidelity my-images --model runs/mine --features model --count 500
+      gobelin evaluate fidelity my-images --model runs/mine --clip clip-vit-large-patch14 --out painted
+      gobelin evaluate fidelity my-images --painted painted --features weights.pth --json fidelity.json
+    """
+
+    folder: Positional[Path]
+    """True images with captions, as for training: a folder, or tars; beside --painted a folder needs no captions."""
+    painted: Path | None = None
+    """A folder of images that are painted already, by any program; with captions, if there is to be a CLIP score."""
+    count: int | None = None
+    """The number of images of each side, chosen at random; without it, half of the folder's, up to 5,000, or as many
+    as --painted has."""
+    seed: int = 0
+    """Another seed: other images are chosen, and painted from other noise."""
+    features: str = "inception"
+    """What images are compared by: inception, whose weights are downloaded at first use; model, the image encoder of a
+    model that was trained from scratch; or a path: Inception's weights, a model folder, or a CLIP's of transformers."""
+    clip: str | None = None
+    """What compares images with captions: model, none, or the path of a model or CLIP folder; without it, the features
+    where they are of captions too, or else the model's own."""
+    caption_column: str | None = None
+    """The column of the metadata, or the key of the JSON, with the true images' captions; without it, text, caption or
+    prompt, as beside --painted."""
+    sampler: str | None = None
+    """The sampler; without it, the model's recommendation, as for the next two."""
+    steps: int | None = None
+    """The number of denoising steps."""
+    guidance: float | None = None
+    """The strength of classifier-free guidance; 1 is none."""
+    out: Path | None = None
+    """Keep the painted images here, with their captions, so that --painted can compare them again."""
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run ``gobelin evaluate``."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -253,11 +296,11 @@ def _editing(options: EvaluateEditing) -> None:
     publish(options, content, editing_report(content))
 
 
-def _fidelity(arguments: Sequence[str]) -> None:
-    """Compare painted images with true ones; its options are those of painting, which import PyTorch."""
-    from gobelin.cli.evaluate_fidelity import run
+def _fidelity(options: EvaluateFidelity) -> None:
+    """Compare painted images with true ones."""
+    from gobelin.cli.evaluate_fidelity import evaluate_fidelity
 
-    run(arguments)
+    evaluate_fidelity(options)
 
 
 _MEASUREMENTS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -266,7 +309,7 @@ _MEASUREMENTS: dict[str, Callable[[Sequence[str]], None]] = {
     "prompts": lambda rest: _prompts(parse(EvaluatePrompts, "evaluate prompts", rest)),
     "attribution": lambda rest: _attribution(parse(EvaluateAttribution, "evaluate attribution", rest)),
     "editing": lambda rest: _editing(parse(EvaluateEditing, "evaluate editing", rest)),
-    "fidelity": _fidelity,
+    "fidelity": lambda rest: _fidelity(parse(EvaluateFidelity, "evaluate fidelity", rest)),
 }
 
 

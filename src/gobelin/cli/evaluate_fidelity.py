@@ -1,4 +1,4 @@
-"""``gobelin evaluate fidelity``: compare painted images with true ones by FID, KID and CLIP score."""
+"""The work of ``gobelin evaluate fidelity``: painted images compared with true ones by FID, KID and CLIP score."""
 
 import dataclasses
 import sys
@@ -12,11 +12,11 @@ import torch
 from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import Progress
-from tyro.conf import Positional
 
-from gobelin.cli.options import parse
+from gobelin.cli.evaluate import EvaluateFidelity
+from gobelin.cli.open_and_paint import open_pipeline
 from gobelin.cli.painting_options import PipelineOptions
-from gobelin.cli.report_files import ReportFiles, progress_bar, publish
+from gobelin.cli.report_files import progress_bar, publish
 from gobelin.clip import IMAGE_ENCODER
 from gobelin.data.indexed_images import IndexedImages
 from gobelin.data.webdataset import open_images
@@ -49,53 +49,8 @@ _SETTINGS = ("sampler", "steps", "guidance")
 _PIPELINE = {field.name for field in dataclasses.fields(PipelineOptions)} - {"device"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateFidelity(ReportFiles, PipelineOptions):
-    """Compare images painted from a folder's captions with its true images: FID, KID, and a CLIP score.
-
-    One half of the folder gives captions to paint, and the other is what they are compared with; the true images of
-    these captions are compared too, and say how near a perfect painter comes. The folder should hold images that the
-    model was not trained on, as copies of training images would be perfect.
-
-    Needs pip install 'gobelin[fidelity]'.
-
-    Some examples:
-      gobelin evaluate fidelity my-images --model runs/mine --features model --count 500
-      gobelin evaluate fidelity my-images --model runs/mine --clip clip-vit-large-patch14 --out painted
-      gobelin evaluate fidelity my-images --painted painted --features weights.pth --json fidelity.json
-    """
-
-    folder: Positional[Path]
-    """True images with captions, as for training: a folder, or tars; beside --painted a folder needs no captions."""
-    painted: Path | None = None
-    """A folder of images that are painted already, by any program; with captions, if there is to be a CLIP score."""
-    count: int | None = None
-    """The number of images of each side, chosen at random; without it, half of the folder's, up to 5,000, or as many
-    as --painted has."""
-    seed: int = 0
-    """Another seed: other images are chosen, and painted from other noise."""
-    features: str = INCEPTION
-    """What images are compared by: inception, whose weights are downloaded at first use; model, the image encoder of a
-    model that was trained from scratch; or a path: Inception's weights, a model folder, or a CLIP's of transformers."""
-    clip: str | None = None
-    """What compares images with captions: model, none, or the path of a model or CLIP folder; without it, the features
-    where they are of captions too, or else the model's own."""
-    caption_column: str | None = None
-    """The column of the metadata, or the key of the JSON, with the true images' captions; without it, text, caption or
-    prompt, as beside --painted."""
-    sampler: str | None = None
-    """The sampler; without it, the model's recommendation, as for the next two."""
-    steps: int | None = None
-    """The number of denoising steps."""
-    guidance: float | None = None
-    """The strength of classifier-free guidance; 1 is none."""
-    out: Path | None = None
-    """Keep the painted images here, with their captions, so that --painted can compare them again."""
-
-
-def run(arguments: Sequence[str]) -> None:
-    """Run ``gobelin evaluate fidelity``."""
-    options = parse(EvaluateFidelity, "evaluate fidelity", arguments)
+def evaluate_fidelity(options: EvaluateFidelity) -> None:
+    """Paint images or read them, compare them, and print and write what came of it."""
     _refuse_mistakes(options)
     require_package("torchmetrics")
     folder = _open(options.folder, options.caption_column, require_captions=options.painted is None)
@@ -157,7 +112,7 @@ def _paint(options: EvaluateFidelity, folder: IndexedImages, order: Sequence[int
     """Open the model, and paint images when they are asked for: of the captions of the first rows, half at most."""
     half = len(order) // 2
     _refuse_more(options, folder, half)
-    pipeline = options.open()
+    pipeline = open_pipeline(options)
     size = painted_size(pipeline)
     captions = ImageSet(folder, order[: options.count or min(half, MOST_IMAGES)], size).captions
     assert captions is not None, "images without a caption were left out"

@@ -18,18 +18,18 @@ from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
-
-import tyro
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from gobelin.errors import UsageError
 from gobelin.formats.files import write_json
+from gobelin.settings import Settings
 from gobelin.validation import OnCommandLine, described, field_docs, field_hints, validated
 
-if TYPE_CHECKING:
-    from gobelin.settings import Settings
-
 Options = TypeVar("Options")
+_Value = TypeVar("_Value")
+_POSITIONAL = object()
+Positional = Annotated[_Value, _POSITIONAL]
+"""A field that is given without its name, as a command's prompt is."""
 _METAVARS = {int: "INT", float: "FLOAT", Path: "PATH", "path": "PATH", "words": "WORD …", "weights": "WORD=NUMBER …"}
 _DESCRIBED = {"words": "words", "weights": "WORD=NUMBER, as in red=2"}
 _WIDEST = 100  # columns of a paragraph of help: longer lines are hard to read
@@ -39,7 +39,14 @@ _WIDEST = 100  # columns of a paragraph of help: longer lines are hard to read
 class SettingsOf:
     """Mark a field as the settings that are given as options: a dict, ready for ``settings(**dict)``."""
 
-    settings: type["Settings"]
+    settings: type[Settings]
+
+
+@dataclass(frozen=True)
+class Named:
+    """Mark a field with its name on the command line; a section's fields have no prefix where that is empty."""
+
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +139,7 @@ def _options_of(
             said = getattr(hints[name], "__metadata__", ())
             settings = [one.settings for one in said if isinstance(one, SettingsOf)]
             value = field.default if default is None else getattr(default, name)
-            renamed = [one.name for one in said if getattr(one, "name", None) is not None]
+            renamed = [one.name for one in said if isinstance(one, Named)]
             shown = renamed[0] if renamed else name.replace("_", "-")
             if settings:
                 yield from _options_of(settings[0], None, (*path, name), prefix)
@@ -141,7 +148,7 @@ def _options_of(
             else:
                 kinds = [one.kind for one in said if isinstance(one, OnCommandLine)]
                 kind = kinds[0] if kinds else _plain(hints[name])
-                positional = tyro.conf.Positional in said
+                positional = _POSITIONAL in said
                 if kind is bool and value is True:
                     shown = f"no-{shown}"
                 if kind is not None:
@@ -238,6 +245,8 @@ def _nearest_option(name: str, known: Iterable[str], command: str) -> str:
 
 def print_help(options: type, command: str, known: Sequence[CommandOption]) -> None:
     """Print a command's help: what its class says, and its options as tyro draws them."""
+    import tyro  # which nothing else needs
+
     print(_wrapped(inspect.getdoc(options) or ""), end="\n\n")
     groups: dict[str, list[tuple[str, Any, Any]]] = {"": []}
     for index, option in enumerate(known):

@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from gobelin.cli.options import parse
+from gobelin.cli.options import Positional, parse
 from gobelin.errors import UsageError
-from gobelin.training.run_report import write_run_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,4 +33,8 @@ def run(arguments: Sequence[str]) -> None:
         raise UsageError(
             f"--out is {options.out}, a folder: give the name of a file, such as {options.out}/report.html"
         )
+    from gobelin.training.run_report import (
+        write_run_report,  # PyTorch is imported after the options are read: help and mistakes are quick
+    )
+
     print(write_run_report(options.run, options.out))

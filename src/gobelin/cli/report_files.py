@@ -25,10 +25,13 @@ class ReportFiles:
 @contextmanager
 def progress_bar(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Show a progress bar where a person is watching; yields a function that advances it by a number of images."""
-    from rich.console import Console  # imported where it is needed: the help has to be quick
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console  # imported where it is needed: help and painting have to begin quickly
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total)
         yield lambda count: progress.advance(task, count)
 

@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-import tyro
-from rich.console import Console
-from tyro.conf import Positional
 
-from gobelin.cli.options import parse
+from gobelin.cli.options import Named, Positional, parse
 from gobelin.errors import UsageError
 from gobelin.formats.files import read_json
-from gobelin.training import TRAINING_PRESETS, FineTuneConfig, TrainConfig, distributed, find_preset
-from gobelin.training.config import RunConfig
+from gobelin.training import TRAINING_PRESETS, FineTuneConfig, TrainConfig, find_preset
+from gobelin.training.config import RunConfig, config_file
 from gobelin.training.presets import FROM_SCRATCH, preset_of, refuse_scenes_of_folder, refuse_without_effect
-from gobelin.training.recipes.claim import config_file
-from gobelin.training.train_model import train
 from gobelin.validation import nearest
 
 _HELP = f"""Train a model: from scratch (tokenizer, text encoder, VAE, U-Net), or from a model.
@@ -57,7 +52,7 @@ class Train:
     """Train this stage alone: tokenizer, text_encoder, vae or unet; from a model there is one stage."""
     print_config: bool = False
     """Print the whole configuration and exit."""
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    config: Annotated[RunConfig, Named("")]
     """The run's configuration."""
 
 
@@ -77,6 +72,11 @@ def run(arguments: Sequence[str]) -> None:
         return
     if options.out is None:
         raise UsageError("no folder to write to: say --out DIR")
+    from rich.console import Console  # PyTorch is imported after the options are read: help and mistakes are quick
+
+    from gobelin.training import distributed
+    from gobelin.training.train_model import train
+
     console = Console(stderr=True)
     folder = train(options.config, options.out, resume=options.resume, stage=options.stage, console=console)
     if distributed.is_main_process():

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from tyro.conf import Positional
-
-from gobelin.checkpoint import open_model
-from gobelin.checkpoint.audit import audit_model, compare_models
-from gobelin.cli.options import parse, write_report
+from gobelin.cli.options import Positional, parse, write_report
 from gobelin.cli.painting_options import ModelOptions
 
 
@@ -42,6 +36,12 @@ class Verify(ModelOptions):
 def run(arguments: Sequence[str]) -> None:
     """Run ``gobelin verify``."""
     options = parse(Verify, "verify", arguments)
+    import torch  # PyTorch is imported after the options are read: help and mistakes are quick
+    from rich.console import Console
+
+    from gobelin.checkpoint import open_model
+    from gobelin.checkpoint.audit import audit_model, compare_models
+
     console, cpu = Console(), torch.device("cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.tokenizer import Word, Words, WordSpan
+from gobelin.words import Word, Words, WordSpan
 
 
 def alignment(source: Words, target: Words) -> Float[Tensor, "length length"]:

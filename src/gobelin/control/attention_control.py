@@ -18,8 +18,8 @@ from gobelin.attention import AttentionEdit, AttentionSite
 from gobelin.control.alignment import alignment
 from gobelin.control.batch import Batch, RowPair, Rows, WordControl, WordList, in_rows
 from gobelin.errors import UsageError
-from gobelin.tokenizer import Word
 from gobelin.validation import Fraction, shown, validated
+from gobelin.words import Word
 
 _TINY = 1e-9
 _WordWeights = Annotated[Mapping[Word, Any], "words and their weights, as in {'red': 2}"]

@@ -14,9 +14,9 @@ from gobelin.denoiser import ComposableDenoiser
 from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet
 from gobelin.samplers import DenoiserOutput
-from gobelin.tokenizer import Word
 from gobelin.types import Latents
 from gobelin.validation import Fraction, shown, validated
+from gobelin.words import Word
 
 _SHARPNESS = 100.0  # of the softmax over text tokens: attend-and-excite's own scale of its maps
 _GAUSSIAN = (0.1065, 0.7870, 0.1065)  # σ = 0.5 over 3 patches, attend-and-excite's smoothing

@@ -18,9 +18,9 @@ from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet, Guidance
 from gobelin.samplers import NoiseLevels, Step
 from gobelin.schedule import NoiseSchedule
-from gobelin.tokenizer import Word, Words
 from gobelin.types import Latents
 from gobelin.validation import Fraction, shown, validated
+from gobelin.words import Word, Words
 
 COARSE_PATCHES = 16 * 16
 """Sites with as many patches at most settle the layout, at less cost than finer ones (prompt-to-prompt, 3.2)."""

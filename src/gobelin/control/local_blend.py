@@ -13,9 +13,9 @@ from gobelin.denoiser import ComposableDenoiser
 from gobelin.guidance import ConditionedUNet
 from gobelin.look.heatmaps import sharp_trace, sharpen
 from gobelin.samplers import DenoiserOutput
-from gobelin.tokenizer import Words
 from gobelin.types import Latents
 from gobelin.validation import Fraction, validate_fields
+from gobelin.words import Words
 
 
 @dataclass(frozen=True, kw_only=True)

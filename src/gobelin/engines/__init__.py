@@ -7,8 +7,9 @@
 from collections.abc import Callable
 from typing import get_args
 
+from gobelin.engine_names import EngineName
 from gobelin.engines.eager import EagerEngine
-from gobelin.engines.engine import Engine, EngineName, LatentDecoder, NoisePredictor, PaintingNetworks
+from gobelin.engines.engine import Engine, LatentDecoder, NoisePredictor, PaintingNetworks
 from gobelin.validation import validated
 
 __all__ = ["ENGINES", "Engine", "EngineName", "LatentDecoder", "NoisePredictor", "PaintingNetworks", "find_engine"]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
-from gobelin.engines.engine import EngineName, LatentDecoder, NoisePredictor, PaintingNetworks
+from gobelin.engine_names import EngineName
+from gobelin.engines.engine import LatentDecoder, NoisePredictor, PaintingNetworks
 from gobelin.kernels.packed_weights import PackedWeights, pays
 from gobelin.types import Images, Latents, TextEmbeddings, TextMask
 from gobelin.unet import UNet, UNetConfig

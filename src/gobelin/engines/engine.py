@@ -1,18 +1,16 @@
 """The protocols of an engine: what a denoiser needs of a U-Net, and what painting needs of a VAE to decode."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
+from gobelin.engine_names import EngineName
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
-
-EngineName = Literal["eager"]
-"""The names of the engines."""
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.files import read_json, refuse_broken_link, write_json
@@ -38,6 +39,20 @@ def config_from_json(config_class: type[ConfigT], content: dict[str, Any], sourc
         return config_class(**values)
     except (UsageError, TypeError) as error:
         raise ModelError(f"{source}: {error}") from error
+
+
+class _WithoutInitialValues(TorchFunctionMode):
+    """Leave tensors as they are where :mod:`torch.nn.init` would draw their initial values.
+
+    On the meta device there are none, and what draws them there imports PyTorch's compiler ("What a start waits for").
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class Component(nn.Module, Generic[ConfigT]):
@@ -93,7 +108,7 @@ class Component(nn.Module, Generic[ConfigT]):
                 "configuration asks for"
             )
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutInitialValues():
                 return cls(config)
         except (RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(

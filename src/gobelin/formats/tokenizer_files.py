@@ -16,6 +16,8 @@ from gobelin.formats.files import is_there, read_json, read_text, write_json, wr
 from gobelin.validation import shown
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+MIN_VOCABULARY = 2 * 256 + 2
+"""Bytes, bytes that end a word, and markers."""
 LONGEST_ADDED = 1000
 """Characters of an added token or word."""
 _MOST_ADDED = 10_000  # tokens, whose table is read in a fraction of a second; trained words are a few

@@ -18,8 +18,8 @@ from torch import Tensor
 from gobelin.attention import AttentionMaps, AttentionSite, Sites, Trace, choose_sites
 from gobelin.errors import UsageError
 from gobelin.look.colour_map import overlay_values
-from gobelin.tokenizer import TokenKind, Word, Words, WordSpan
 from gobelin.validation import validated
+from gobelin.words import TokenKind, Word, Words, WordSpan
 
 MOST_PATCHES = 48 * 32  # of a site whose self-attention is kept: 9 MB; at 512 pixels the finest have 64×64, 67 MB
 _EVEN = 1e-5  # shares that differ by less are rounding

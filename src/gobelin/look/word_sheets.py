@@ -8,7 +8,7 @@ from PIL import Image
 from gobelin.formats.files import replacing
 from gobelin.look.contact_sheet import Tile, TileRow, captioned_grid
 from gobelin.look.heatmaps import HeatMap, HeatMaps
-from gobelin.tokenizer import Word
+from gobelin.words import Word
 
 WORD_SIDE = 220  # pixels, an image's longer side
 GRID_SIDE = 104  # in a grid of many

@@ -18,7 +18,8 @@ from torch import Generator, Tensor
 
 from gobelin.errors import DataError, TrainingError, UsageError
 from gobelin.schedule import NoiseSchedule
-from gobelin.training.precision import Precision, autocast
+from gobelin.training.config import Precision
+from gobelin.training.precision import autocast
 from gobelin.types import Latents, TextEmbeddings
 
 Against = Literal["empty", "wrong"]

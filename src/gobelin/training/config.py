@@ -5,13 +5,13 @@ Names in quotes are headings of ``docs/decisions.md``.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
 
 from gobelin.errors import UsageError
+from gobelin.formats.tokenizer_files import MIN_VOCABULARY
 from gobelin.prompt_weighting import parse_weights
 from gobelin.settings import Settings
-from gobelin.tokenizer import MIN_VOCABULARY
-from gobelin.training.precision import Precision
 from gobelin.validation import (
     Count,
     Fraction,
@@ -21,6 +21,8 @@ from gobelin.validation import (
     WholeNumber,
     validate_fields,
 )
+
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +260,11 @@ class SamplingConfig:
     def settings(self) -> Settings:
         """Return the same as settings of an image; raises :class:`UsageError` for what cannot be sampled."""
         return Settings(**asdict(self))
+
+
+def config_file(out: Path) -> Path:
+    """Name the file that records a run's configuration."""
+    return out / "training" / "config.json"
 
 
 def refuse_empty_path(path: str | None) -> None:

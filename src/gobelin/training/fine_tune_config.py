@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from gobelin.adapters.adapter_file import AdapterLayout
-from gobelin.adapters.trainable import AdapterConfig
+from gobelin.adapters.adapter_settings import AdapterConfig, AdapterLayout
 from gobelin.errors import UsageError
 from gobelin.formats.files import share_files
 from gobelin.training.config import DiffusionConfig, RunConfig, VAELossConfig, check_prompts, refuse_empty_path

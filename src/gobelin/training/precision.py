@@ -1,12 +1,9 @@
 """Mixed precision of a training step: the matrices multiplied in bfloat16, the weights kept in float32."""
 
-from typing import Literal, TypeAlias
-
 import torch
 
 from gobelin.kernels.hardware import has_fast_bfloat16
-
-Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+from gobelin.training.config import Precision
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

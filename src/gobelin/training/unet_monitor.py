@@ -20,8 +20,8 @@ from gobelin.look.heatmaps import HeatMaps
 from gobelin.painting import Result
 from gobelin.pipeline import Pipeline
 from gobelin.training.caption_validation import CaptionLosses, caption_losses, wrong_captions
+from gobelin.training.config import Precision
 from gobelin.training.losses import UNetLoss
-from gobelin.training.precision import Precision
 from gobelin.training.run_folder import Run
 
 VALIDATION, ATTENTION, NEAREST = "validation.jsonl", "attention.jsonl", "nearest.json"

@@ -9,7 +9,7 @@ from typing import Any
 from gobelin.errors import TrainingError
 from gobelin.formats.files import read_json, write_json
 from gobelin.training.checkpoints import newest_step
-from gobelin.training.config import RunConfig
+from gobelin.training.config import RunConfig, config_file
 
 # Fields that change no weight: when something is written, where the same data and the device are, what is recommended.
 _HARMLESS = (
@@ -18,11 +18,6 @@ _HARMLESS = (
 )
 # Settings that change the rounding of sums alone, as another number of processes does.
 _ROUNDING = (".gradient_checkpointing", ".optim.accumulate", ".optim.compile")
-
-
-def config_file(out: Path) -> Path:
-    """Name the file that records a run's configuration."""
-    return out / "training" / "config.json"
 
 
 def done_stages(out: Path) -> list[str]:

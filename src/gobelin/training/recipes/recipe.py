@@ -28,9 +28,9 @@ from gobelin.formats.files import write_json
 from gobelin.pipeline import find_device
 from gobelin.training import distributed
 from gobelin.training.checkpoints import is_disk_full, newest_step
-from gobelin.training.config import RunConfig
-from gobelin.training.precision import Precision, autocast, computes_in
-from gobelin.training.recipes.claim import check_folder, claim, config_file, done_stages, is_longer
+from gobelin.training.config import Precision, RunConfig, config_file
+from gobelin.training.precision import autocast, computes_in
+from gobelin.training.recipes.claim import check_folder, claim, done_stages, is_longer
 from gobelin.training.run_folder import Run, is_begun_by_this_launch, locked
 from gobelin.training.run_report import write_run_report
 from gobelin.training.stop_request import terminated_as_interrupted

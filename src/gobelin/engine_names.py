@@ -1,0 +1,6 @@
+"""The names of the engines, apart from :mod:`gobelin.engines`, so that help can list them without PyTorch."""
+
+from typing import Literal
+
+EngineName = Literal["eager"]
+"""The names of the engines."""
