@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import gobelin
 from gobelin.attention import AttentionEdit, Trace
+from gobelin.checkpoint import loading
 from gobelin.errors import ModelError, UsageError
 from gobelin.look.heatmaps import sharp_trace
 from gobelin.pipeline import Pipeline, shipped_model
@@ -226,3 +228,40 @@ def test_public_names_are_there():
         assert getattr(gobelin, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Unet'"):
         gobelin.Unet  # noqa: B018
+
+
+@pytest.fixture
+def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is a large one, on a CPU that multiplies bfloat16."""
+    monkeypatch.setattr(loading, "_SMALL_MODEL", 0)
+    monkeypatch.setattr(loading, "has_fast_bfloat16", lambda device: device.type == "cpu")
+
+
+def test_the_shipped_model_is_opened_in_float32(trained: Path) -> None:
+    for dtype in (None, "auto"):
+        assert Pipeline.from_pretrained(trained, dtype=dtype).unet.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("_small_is_large")
+def test_a_large_model_is_opened_in_bfloat16_where_that_is_fast(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = Pipeline.from_pretrained(trained)
+    pipe.save_single_file(tmp_path / "model.safetensors", dtype="float32")
+    tokenizer = trained / "tokenizer"
+    for made in (pipe, Pipeline.from_pretrained(tmp_path / "model.safetensors", dtype="auto", tokenizer=tokenizer)):
+        assert {made.unet.dtype, made.vae.dtype, made.text_encoder.dtype} == {torch.bfloat16}
+    assert Pipeline.from_pretrained(trained, dtype="float32").unet.dtype == torch.float32
+    monkeypatch.setattr(loading, "has_fast_bfloat16", lambda device: False)
+    assert Pipeline.from_pretrained(trained).unet.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("_small_is_large")
+def test_weights_that_were_rounded_unasked_are_not_saved_in_silence(trained: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(trained)
+    for save in (pipe.save_pretrained, pipe.to(dtype="float32").save_single_file):
+        with pytest.raises(UsageError, match="open it with dtype='float32' to save them as they were"):
+            save(tmp_path / "saved.safetensors")
+    assert not list(tmp_path.iterdir())
+    pipe.save_pretrained(tmp_path / "saved", dtype="bfloat16")
+    Pipeline.from_pretrained(trained, dtype="bfloat16").save_pretrained(tmp_path / "asked")

@@ -53,6 +53,7 @@ class Pipeline:
         self._learned = LearnedWords(model.tokenizer, model.text_encoder)
         self.loras = Loras({"unet": model.unet, "text_encoder": model.text_encoder}, self._learned)
         self.learned_words: list[str] = []
+        self._is_rounded = False
         self.use("eager")
 
     @classmethod
@@ -67,14 +68,18 @@ class Pipeline:
         """Open a model: the one that ships with Gobelin, a diffusers folder, an original ``.safetensors`` or ``.ckpt``
         file, or a repository of the Hub by its name.
 
-        ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None takes float32; ``engine`` is as in
-        :meth:`use`. The other options are those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError`
+        ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None, or "auto", the fastest for the device
+        and the model: bfloat16 for large ones where it is multiplied in hardware, float32 otherwise. ``engine`` is as
+        in :meth:`use`. The other options are those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError`
         that names the file and what is wrong with it.
         """
         source = shipped_model() if path is None else validated("the model", path, Annotated[str | Path, "its path"])
         refuse_unknown(options, list(inspect.signature(open_model).parameters)[3:])
         find_engine(engine)  # is refused before a model is opened
-        return cls(open_model(source, find_device(device), find_dtype(dtype or torch.float32), **options)).use(engine)
+        chosen = "auto" if dtype in (None, "auto") else find_dtype(dtype)
+        pipeline = cls(open_model(source, find_device(device), chosen, **options)).use(engine)
+        pipeline._is_rounded = chosen == "auto" and pipeline.unet.dtype != torch.float32
+        return pipeline
 
     @takes_settings(Settings)
     def __call__(self, prompt: Prompts, settings: Settings) -> Result:
@@ -209,10 +214,11 @@ class Pipeline:
         """Write a diffusers folder, in ``dtype`` or in the weights' own precision; the index comes last.
 
         Raises :class:`UsageError` where LoRAs are loaded and ``fuse_loras`` does not say that they become the model's,
-        and where learned words are, which neither form has a place for; nothing is written then.
+        where learned words are, which neither form has a place for, and for weights that were rounded for speed when
+        they were opened, unless ``dtype`` is given; nothing is written then.
         """
         self._refuse_additions(fuse_loras)
-        save_folder(self.model, Path(folder), None if dtype is None else find_dtype(dtype))
+        save_folder(self.model, Path(folder), self._saved_dtype(dtype))
 
     def save_single_file(
         self, path: str | Path, dtype: str | torch.dtype | None = None, fuse_loras: bool = False
@@ -222,7 +228,7 @@ class Pipeline:
         Raises as :meth:`save_pretrained` does.
         """
         self._refuse_additions(fuse_loras)
-        save_single_file(self.model, Path(path), None if dtype is None else find_dtype(dtype))
+        save_single_file(self.model, Path(path), self._saved_dtype(dtype))
 
     def load_lora(
         self, path: str | Path, weight: float = 1.0, name: str | None = None, allow_pickle: bool = False
@@ -297,6 +303,15 @@ class Pipeline:
         """Raise :class:`UsageError` for LoRAs that are not to be fused, and for learned words."""
         self.loras.require_fuse(fuse_loras)
         self.tokenizer.refuse_learned()
+
+    def _saved_dtype(self, dtype: str | torch.dtype | None) -> torch.dtype | None:
+        """Return the precision to save in, None for the weights' own; raises :class:`UsageError` for rounded ones."""
+        if dtype is None and self._is_rounded:
+            raise UsageError(
+                "the weights were rounded to bfloat16 when the model was opened, as that is the fastest here: open it "
+                "with dtype='float32' to save them as they were, or save with dtype='bfloat16'"
+            )
+        return None if dtype is None else find_dtype(dtype)
 
     def _start(self, prompt: Prompts, settings: Settings) -> Painting:
         added: dict[str, Any] = {LORAS: dict(self.loras.weights)} if self.loras.weights else {}

@@ -81,7 +81,7 @@ def test_options_stand_in_groups(gobelin, monkeypatch):
         ("generate x --guidance inf", "--guidance is inf: give a number"),
         ("generate x --guidance -nan", "--guidance is nan: give a number"),
         ("generate x --weights webui", "--weights is 'webui': give one of 'a1111', 'comfyui', 'none'"),
-        ("generate x --dtype float8", "--dtype is 'float8': give one of 'float32', 'bfloat16', 'float16'"),
+        ("generate x --dtype float8", "--dtype is 'float8': give one of 'auto', 'float32', 'bfloat16', 'float16'"),
         ("generate x --sampler magic", "unknown sampler 'magic': the choices are ddpm, ddim"),
         ("generate x --sampler eular", "unknown sampler 'eular': did you mean 'euler'?"),
         ("look x --per word", "--per is 'word': give one of 'step', 'layer', 'head'"),

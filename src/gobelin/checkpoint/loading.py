@@ -3,7 +3,7 @@
 import re
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from gobelin.checkpoint.model import NETWORKS, Model
 from gobelin.checkpoint.single_file import open_single_file, open_vae_file
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.files import is_there, refuse_broken_link
+from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.schedule import PredictionType
 from gobelin.tokenizer import Tokenizer
 from gobelin.vae import VAE
@@ -26,13 +27,14 @@ _CONFIG_PATTERNS = (
     "tokenizer/*",
     *(f"{network}/*.json" for network in NETWORKS),
 )
+_SMALL_MODEL = 100_000_000  # bytes of its files
 _WEIGHT_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "*-of-*")
 
 
 def open_model(
     path: str | Path,
     device: torch.device,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | Literal["auto"] | None,
     *,
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
@@ -44,21 +46,23 @@ def open_model(
 ) -> Model:
     """Open a diffusers folder, an original single file, or a repository of the Hub by its name ``owner/name``.
 
-    ``dtype`` None keeps each tensor's own precision. ``tokenizer``, a folder, takes the place of the model's own or of
-    CLIP's; so does ``vae``, a folder or a file. ``variant`` ("fp16") picks among a folder's files. ``allow_pickle``
-    allows ``.ckpt`` and ``.bin``, from which only tensors are read. ``ema`` takes the moving average of a single file's
-    U-Net. ``prediction_type`` and ``zero_terminal_snr`` say what the U-Net was trained with, where the model does not,
-    or wrongly. Raises :class:`ModelError` that names the file and what is wrong with it, and :class:`UsageError` for
-    options that do not apply to it.
+    ``dtype`` None keeps each tensor's own precision, and "auto" is :func:`fastest_dtype`. ``tokenizer``, a folder,
+    takes the place of the model's own or of CLIP's; so does ``vae``, a folder or a file. ``variant`` ("fp16") picks
+    among a folder's files. ``allow_pickle`` allows ``.ckpt`` and ``.bin``, from which only tensors are read. ``ema``
+    takes the moving average of a single file's U-Net. ``prediction_type`` and ``zero_terminal_snr`` say what the U-Net
+    was trained with, where the model does not, or wrongly. Raises :class:`ModelError` that names the file and what is
+    wrong with it, and :class:`UsageError` for options that do not apply to it.
     """
     source = _path(path, "model")
     schedule: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
     if zero_terminal_snr:
         schedule["rescale_betas_zero_snr"] = True
-    given_tokenizer = None if tokenizer is None else Tokenizer.from_pretrained(_path(tokenizer, "tokenizer"))
-    given_vae = None if vae is None else _open_vae(_path(vae, "VAE"), dtype, variant, allow_pickle)
     if not source.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         source = _download(str(path), variant, allow_pickle)
+    if dtype == "auto":
+        dtype = fastest_dtype(device, source)
+    given_tokenizer = None if tokenizer is None else Tokenizer.from_pretrained(_path(tokenizer, "tokenizer"))
+    given_vae = None if vae is None else _open_vae(_path(vae, "VAE"), dtype, variant, allow_pickle)
     if source.is_file():
         if variant is not None:
             raise UsageError(f"variant is {variant!r}, but {source} is a single file: leave it out")
@@ -88,6 +92,17 @@ def open_model(
         allow_pickle=allow_pickle,
         schedule=schedule,
     )
+
+
+def fastest_dtype(device: torch.device, source: Path) -> torch.dtype:
+    """Choose the precision in which a device paints fastest: bfloat16 where it is multiplied in hardware, if it pays.
+
+    For Stable Diffusion it pays three times over. A model whose files take less than 100 MB is computed in float32:
+    there it brings little, and images stay the same from machine to machine.
+    """
+    files = [source] if source.is_file() else [*source.glob("*/*.safetensors"), *source.glob("*/*.bin")]
+    is_small = sum(file.stat().st_size for file in files) < _SMALL_MODEL
+    return torch.bfloat16 if not is_small and has_fast_bfloat16(device) else torch.float32
 
 
 def _path(given: str | Path, what: str) -> Path:

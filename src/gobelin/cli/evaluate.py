@@ -63,8 +63,8 @@ class _ModelOptions:
     device: str | None = None
     """cpu, cuda or mps; without it, or with auto, the best there is."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """The precision to compute in; without it, float32. bfloat16 is about 1.5 times as fast on a CPU that computes
-    in it."""
+    """The precision to compute in; without it, the fastest for the device: bfloat16 for large models where it has it in
+    hardware, float32 otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)

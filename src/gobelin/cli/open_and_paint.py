@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gobelin.cli.painting_options import PipelineOptions
 from gobelin.cli.report_files import progress_bar
 from gobelin.errors import UsageError
@@ -23,8 +21,7 @@ ADDED = (LORAS, LEARNED_WORDS)
 def open_pipeline(options: PipelineOptions, tags: Sequence[LoraTag] = ()) -> Pipeline:
     """Open the model that options name, and load what is added to it; LoRAs of ``tags`` are in ``--lora-dir``."""
     tagged = [(_find_lora(options.lora_dir, tag.name), tag.weight) for tag in tags]
-    dtype = getattr(torch, options.dtype)
-    pipeline = Pipeline.from_pretrained(options.model, options.device, dtype, options.engine, **options.files())
+    pipeline = Pipeline.from_pretrained(options.model, options.device, options.dtype, options.engine, **options.files())
     for given in options.lora:
         file, weight = _file_and_weight(given)
         pipeline.load_lora(file, weight, allow_pickle=options.allow_pickle)

@@ -56,8 +56,9 @@ class PipelineOptions(ModelOptions):
     """Textual inversions to load; each is called by its file's name, or by the word in it, in any case."""
     device: str | None = None
     """Device: cpu, cuda or mps; without it, or with auto, the fastest there is."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision to compute in."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision to compute in; auto is the fastest for the device: bfloat16 for large models where it has it in
+    hardware, float32 otherwise."""
     engine: EngineName = "eager"
     """Engine that runs the networks."""
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from gobelin.data import find_world
 from gobelin.errors import UsageError
 from gobelin.pipeline import Pipeline
@@ -18,7 +16,7 @@ def open_scene_model(
     Raises :class:`UsageError` where there is no such world, or where the model's images have another size.
     """
     chosen = None if world is None else find_world(world)
-    pipeline = Pipeline.from_pretrained(folder, device, None if dtype is None else getattr(torch, dtype))
+    pipeline = Pipeline.from_pretrained(folder, device, dtype)
     found = chosen or find_model_world(pipeline)
     size = pipeline.unet.config.sample_size * pipeline.vae.config.factor
     if size != found.size:
