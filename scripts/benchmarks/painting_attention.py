@@ -1,0 +1,74 @@
+"""Attention while painting in bfloat16 on a CPU with AMX: the kernel that multiplies tiles beside torch's own.
+
+    python scripts/benchmarks/painting_attention.py --threads 2
+
+The shapes are those of Stable Diffusion 1.5's U-Net at 512×512 pixels, and of the shipped model's at a batch of 16. Both
+take turns; printed are medians of milliseconds, and of the ratios of neighbours in a round with their quartiles, what of
+the machine's arithmetic the kernel reaches, and the error of each against float64.
+"""
+
+import argparse
+from collections.abc import Callable
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from paired import machine, print_machine, ratios, written
+from torch import Tensor
+
+from gobelin.kernels import tiled_attention
+
+_SHAPES = (
+    *((1, 8, 4096, 4096, 40), (1, 8, 1024, 1024, 80), (1, 8, 256, 256, 160), (1, 8, 64, 64, 160)),
+    *((1, 8, 4096, 77, 40), (1, 8, 1024, 77, 80), (1, 8, 256, 77, 160), (16, 4, 256, 256, 12), (16, 4, 256, 32, 12)),
+)
+_TRUTH_KEYS = 2**22  # logits of which float64 is computed
+
+
+def seconds(attend: Callable[..., Tensor], inputs: list[Tensor]) -> float:
+    """Measure one attention."""
+    start = perf_counter()
+    attend(*inputs)
+    return perf_counter() - start
+
+
+def error(attended: Tensor, truth: Tensor) -> float:
+    """Compute the relative error, root mean square, of the queries that there is a truth of."""
+    part = attended[:, :, : truth.shape[2]].double()
+    return ((part - truth).norm() / truth.norm()).item()
+
+
+def main() -> None:
+    """Print a line for every shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print_machine(machine())
+    if tiled_attention.LIBRARY is None:
+        raise SystemExit("there is no kernel here: no compiler, or no AMX")
+    ways = {"tiles": tiled_attention.attend, "torch": F.scaled_dot_product_attention}
+    for shape in _SHAPES:
+        batch, heads, queries, keys, width = shape
+        wide = [torch.randn(batch, n, heads * width).bfloat16() for n in (queries, keys, keys)]
+        inputs = [each.unflatten(-1, (heads, width)).transpose(1, 2) for each in wide]
+        rounds = [{name: seconds(way, inputs) for name, way in ways.items()} for _ in range(options.rounds + 2)][2:]
+        times = {name: [one[name] for one in rounds] for name in ways}
+        count = max(1, _TRUTH_KEYS // (batch * heads * keys))
+        truth = F.scaled_dot_product_attention(
+            inputs[0][:, :, :count].double(), *(each.double() for each in inputs[1:])
+        )
+        print(
+            f"{' x '.join(map(str, shape)):24} tiles {1e3 * np.median(times['tiles']):8.3f} ms, "
+            f"{4 * np.prod(shape) / np.median(times['tiles']) / 1e9:5.0f} GFLOP/s, error "
+            f"{error(tiled_attention.attend(*inputs), truth):.5f}; torch {1e3 * np.median(times['torch']):8.3f} ms, "
+            f"error {error(F.scaled_dot_product_attention(*inputs), truth):.5f}; "
+            f"ratio {written(ratios(times['tiles'], times['torch']))}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
