@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-EngineName = Literal["eager"]
+EngineName = Literal["eager", "compiled", "openvino"]
 """The names of the engines."""

@@ -1,6 +1,7 @@
 """The pipeline: a model that paints. A prompt and settings in, a painting of steps and images out."""
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
@@ -206,7 +207,11 @@ class Pipeline:
         for network in networks:
             network.to(where, dtype)
         self.loras.to(where, dtype)
-        return self.use(self.engine)
+        try:
+            return self.use(self.engine)
+        except UsageError as error:  # an engine for other devices
+            warnings.warn(f"{error}; until then the engine is eager", stacklevel=2)
+            return self.use("eager")
 
     def save_pretrained(
         self, folder: str | Path, dtype: str | torch.dtype | None = None, fuse_loras: bool = False

@@ -4,7 +4,7 @@ Kingma and Welling 2013 (arXiv 1312.6114); Rombach et al. 2022 (arXiv 2112.10752
 only owner of the scaling factor: the rest of Gobelin knows latents of about unit variance and nothing else.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, Self
@@ -297,28 +297,7 @@ class VAE(Component[VAEConfig]):
         colours may differ a little from those of :meth:`latents_to_images`, except for an image of one tile. Raises
         :class:`UsageError` for an overlap of nothing, or of more than half of the tile.
         """
-        # Tiles of 64 are the 512 pixels that SD 1.5's VAE was trained at, a quarter of overlap is diffusers' default.
-        if not 0 < overlap <= tile // 2:
-            raise UsageError(
-                f"the tiles are {tile} latents and overlap by {overlap}: give an overlap from 1 to half of the tile"
-            )
-        height, width = latents.shape[-2:]
-        if max(height, width) <= tile:
-            return torch.cat([self.latents_to_images(one) for one in latents.split(1)])
-        factor = self.config.factor
-        images = []
-        for one in latents.split(1):
-            shape = (height * factor, width * factor)
-            image = torch.zeros(1, self.config.out_channels, *shape, device=one.device)  # summed in float32
-            weight = torch.zeros(1, 1, *shape, device=one.device)
-            for top, left in product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
-                part = one[..., top : top + tile, left : left + tile]
-                rows, columns = (slice(start * factor, (start + tile) * factor) for start in (top, left))
-                fade = _fade(part.shape[-2], overlap, factor)[:, None] * _fade(part.shape[-1], overlap, factor)
-                image[..., rows, columns] += self.latents_to_images(part).float() * fade.to(one.device)
-                weight[..., rows, columns] += fade.to(one.device)
-            images.append((image / weight).to(one))
-        return torch.cat(images)
+        return decode_in_tiles(self.latents_to_images, self.config, latents, tile, overlap)
 
     @torch.no_grad()
     def normalise_latents_(
@@ -360,6 +339,38 @@ class VAE(Component[VAEConfig]):
 
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def decode_in_tiles(
+    decode: Callable[[Tensor], Tensor],
+    config: VAEConfig,
+    latents: Float[Tensor, "batch latent_channels h w"],
+    tile: int,
+    overlap: int,
+) -> Float[Tensor, "batch 3 height width"]:
+    """Decode latents one image at a time, in tiles that fade into each other (:meth:`VAE.latents_to_large_images`)."""
+    # Tiles of 64 are the 512 pixels that SD 1.5's VAE was trained at, a quarter of overlap is diffusers' default.
+    if not 0 < overlap <= tile // 2:
+        raise UsageError(
+            f"the tiles are {tile} latents and overlap by {overlap}: give an overlap from 1 to half of the tile"
+        )
+    height, width = latents.shape[-2:]
+    if max(height, width) <= tile:
+        return torch.cat([decode(one) for one in latents.split(1)])
+    factor = config.factor
+    images = []
+    for one in latents.split(1):
+        shape = (height * factor, width * factor)
+        image = torch.zeros(1, config.out_channels, *shape, device=one.device)  # summed in float32
+        weight = torch.zeros(1, 1, *shape, device=one.device)
+        for top, left in product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
+            part = one[..., top : top + tile, left : left + tile]
+            rows, columns = (slice(start * factor, (start + tile) * factor) for start in (top, left))
+            fade = _fade(part.shape[-2], overlap, factor)[:, None] * _fade(part.shape[-1], overlap, factor)
+            image[..., rows, columns] += decode(part).float() * fade.to(one.device)
+            weight[..., rows, columns] += fade.to(one.device)
+        images.append((image / weight).to(one))
+    return torch.cat(images)
 
 
 def _starts(side: int, tile: int, overlap: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Engines: what runs a model's networks while it paints. Each gives the same images, up to rounding, in its own time.
 
-``eager`` is PyTorch as it is. :data:`ENGINES` is the one list of them, for :meth:`gobelin.Pipeline.use` and
-``--engine``.
+``eager`` is PyTorch as it is; ``compiled`` is what TorchInductor makes of the networks, and ``openvino`` what Intel's
+OpenVINO does. Choose one by :meth:`gobelin.Pipeline.use` or ``--engine``.
 """
 
 from collections.abc import Callable
@@ -24,4 +24,13 @@ def find_engine(name: str) -> Callable[[PaintingNetworks], Engine]:
     Raises :class:`UsageError` with the choices for a name that there is not, and for what is not installed.
     """
     validated("engine", name, EngineName)
+    if name == "compiled":
+        from gobelin.engines.torch_compile import CompiledEngine
+
+        return CompiledEngine.of
+    if name == "openvino":
+        from gobelin.engines.openvino_runtime import OpenVINOEngine, require_openvino
+
+        require_openvino()
+        return OpenVINOEngine.of
     return EagerEngine.of

@@ -8,12 +8,13 @@ import hashlib
 import os
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from gobelin.cache_folder import cache_folder, hashed, is_whole
 
 # Every CPU that multiplies bfloat16 has x86-64-v4. Nothing depends on the machine that compiles: homes are shared.
 FLAGS = ("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-fPIC", "-shared")
@@ -28,11 +29,11 @@ def load_library(source: Path, includes: Sequence[Path] = (), flags: Sequence[st
     writable, compiled into a temporary one by every process.
     """
     for compiler in _compilers():
-        for open_folder in (_cache_folder, _temporary_folder):
+        for open_folder in (_kept_folder, _temporary_folder):
             try:
                 with open_folder() as folder:
                     library = folder / _library_name([*compiler, *FLAGS, *flags], source, includes)
-                    if not _is_ours(library):
+                    if not is_whole(library):
                         _compile([*compiler, *FLAGS, *flags], source, library)
                     return ctypes.CDLL(str(library))
             except subprocess.SubprocessError:
@@ -63,17 +64,9 @@ def _library_name(command: list[str], source: Path, includes: Sequence[Path]) ->
 
 
 @contextmanager
-def _cache_folder() -> Iterator[Path]:
+def _kept_folder() -> Iterator[Path]:
     """Open the cache folder; raises OSError where it cannot be made, or where somebody else could change it."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~")) / ".cache"
-    if not cache.is_absolute():
-        raise FileNotFoundError("there is no home folder")
-    for folder in (cache, cache / "gobelin", cache / "gobelin" / "kernels"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_safe(folder):
-            raise PermissionError(f"{folder} can be written to by others")
-    yield folder
+    yield cache_folder("kernels")
 
 
 @contextmanager
@@ -83,30 +76,11 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _is_safe(path: Path) -> bool:
-    """Tell whether a path is the user's own, no link, and nobody else may write there."""
-    status = path.lstat()
-    return not stat.S_ISLNK(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-def _is_ours(library: Path) -> bool:
-    """Tell whether a library is there, safe, and whole: to load half of one may end the process."""
-    if not library.is_file() or not _is_safe(library):
-        return False
-    written = library.read_bytes()
-    return written[-32:] == hashlib.sha256(written[:-32]).digest()
-
-
 def _compile(command: list[str], source: Path, library: Path) -> None:
     """Compile a source into a library, which appears whole, and with its hash at the end, where ELF ignores it.
 
     Raises SubprocessError for a compiler that fails, OSError for a folder that cannot be written to.
     """
-    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=library.parent) as folder:
-        made = Path(folder) / library.name
+    with hashed(library) as made:
         command = [*command, str(source), "-o", str(made)]
         subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_PATIENCE)
-        with made.open("r+b") as file:
-            file.write(hashlib.sha256(file.read()).digest())
-        made.chmod(0o700)
-        made.replace(library)
