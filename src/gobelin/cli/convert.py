@@ -1,4 +1,4 @@
-"""``gobelin convert``: write a model as a diffusers folder or as a single file."""
+"""``gobelin convert``: write a model as a diffusers folder, as a single file, or as ONNX."""
 
 import sys
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ class Convert(ModelOptions):
       gobelin convert model.safetensors folder
       gobelin convert model.ckpt folder --allow-pickle --ema
       gobelin convert folder model.safetensors --dtype float16
+      gobelin convert model.safetensors folder --onnx
     """
 
     source: Positional[str]
@@ -30,6 +31,8 @@ class Convert(ModelOptions):
     """A folder, or a file whose name ends in .safetensors."""
     dtype: Literal["own", "float32", "bfloat16", "float16"] = "own"
     """The precision of the written weights; own keeps that of the source."""
+    onnx: bool = False
+    """Write unet.onnx, vae_decoder.onnx and text_encoder.onnx into the folder, and nothing else."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -39,8 +42,10 @@ def run(arguments: Sequence[str]) -> None:
     single = suffix in (".safetensors", ".sft")
     if suffix in (".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx"):
         raise UsageError(
-            f"{options.target} would be a {suffix} file, which Gobelin does not write: give a .safetensors"
+            f"{options.target} would be a {suffix} file, which Gobelin does not write: give a .safetensors, or a folder"
         )
+    if options.onnx and single:
+        raise UsageError(f"{options.target} would be one file, and --onnx writes three: give a folder")
     if options.target.exists() and (single or options.target.is_file() or any(options.target.iterdir())):
         raise UsageError(f"{options.target} exists already: choose another name")
     import torch  # PyTorch is imported after the options are read: help and mistakes are quick
@@ -51,6 +56,12 @@ def run(arguments: Sequence[str]) -> None:
 
     dtype = None if options.dtype == "own" else getattr(torch, options.dtype)
     model = open_model(options.source, torch.device("cpu"), dtype, **options.files())
+    if options.onnx:
+        from gobelin.checkpoint.onnx_files import save_onnx
+
+        save_onnx(model, options.target)
+        print(options.target)
+        return
     if single and (words := model.tokenizer.own_words()):
         print(
             f"gobelin: the words {', '.join(words[:5])} of the tokenizer have no place in a single file: give this "
