@@ -55,6 +55,7 @@ _REPEATS = (
     *("test_combinations.py", "test_modes.py", "test_lora.py", "test_compatibility.py", "test_from_scratch.py"),
     *("test_loading.py", "test_hostile_models.py", "test_opens_in_diffusers.py", "test_pipeline_edit.py"),
     *("test_generate.py", "test_evaluate.py", "test_edit.py", "test_look.py", "test_cli.py", "test_models.py"),
+    *("test_graph_engines.py", "test_onnx_files.py"),
 )
 
 

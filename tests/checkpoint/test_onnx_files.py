@@ -1,24 +1,48 @@
 """ONNX files against our own networks, in onnxruntime: names, free axes, odd sizes; all of the files or none."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import jaxtyping
 import pytest
 import torch
-from tests.conftest import relative_error
+from tests.conftest import fill_, relative_error
 
 from gobelin.checkpoint import Model
 from gobelin.checkpoint.onnx_files import save_onnx
+from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.errors import ModelError, UsageError
 from gobelin.pipeline import Pipeline
+from gobelin.unet import UNet, UNetConfig
+from gobelin.vae import VAE, VAEConfig
 
 ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime (gobelin[onnx])")
 pytest.importorskip("onnxscript", reason="needs onnxscript (gobelin[onnx])")
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Pipeline.from_pretrained(device="cpu").model
+def small_model() -> Model:
+    """Networks that are exported in a moment; of the tokenizer only its length is asked for."""
+    unet = UNetConfig.of(
+        *(8, 12),
+        attention=(True, False),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4)
+    networks = {
+        "unet": fill_(UNet(unet)),
+        "vae": fill_(VAE(vae)),
+        "text_encoder": fill_(TextEncoder(TextEncoderConfig.of(12, layers=2, heads=2, vocab_size=400))),
+    }
+    return cast(Model, SimpleNamespace(**networks, tokenizer=SimpleNamespace(max_length=32)))
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("shipped", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest) -> Model:
+    return small_model() if request.param == "small" else Pipeline.from_pretrained(device="cpu").model
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +65,10 @@ def run(file: Path, **inputs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("batch", "height", "width", "length"), [(1, 16, 16, 32), (2, 15, 9, 32), (3, 5, 18, 20)])
 @torch.no_grad()
 def test_the_unet_predicts_as_ours_does(model: Model, folder: Path, batch: int, height: int, width: int, length: int):
-    latents, text = torch.randn(batch, 4, height, width), torch.randn(batch, length, 192)
+    latents, text = (
+        torch.randn(batch, 4, height, width),
+        torch.randn(batch, length, model.unet.config.cross_attention_dim),
+    )
     timesteps = torch.rand(batch) * 999
     theirs = run(folder / "unet.onnx", sample=latents, timestep=timesteps, encoder_hidden_states=text)
     assert relative_error(theirs, model.unet(latents, timesteps, text)) < 1e-4
