@@ -2,9 +2,9 @@
 
     python scripts/benchmarks/painting_attention.py --threads 2
 
-The shapes are those of Stable Diffusion 1.5's U-Net at 512×512 pixels, and of the shipped model's at a batch of 16. Both
-take turns; printed are medians of milliseconds, and of the ratios of neighbours in a round with their quartiles, what of
-the machine's arithmetic the kernel reaches, and the error of each against float64.
+The shapes are those of Stable Diffusion 1.5's U-Net at 512×512 pixels, and of the shipped model's at a batch of 16.
+Both take turns; printed are medians of milliseconds, and of the ratios of neighbours in a round with their quartiles,
+what of the machine's arithmetic the kernel reaches, and the error of each against float64.
 """
 
 import argparse
