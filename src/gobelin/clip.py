@@ -21,6 +21,7 @@ from gobelin.attention import attention
 from gobelin.errors import UsageError
 from gobelin.formats.component import Component
 from gobelin.layers import Downsample2D, ResnetBlock2D
+from gobelin.operations import LayerNorm
 from gobelin.validation import Count, PositiveNumber, WholeNumber, validate_fields
 
 
@@ -128,9 +129,9 @@ class CLIPEncoderLayer(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.self_attn = CLIPAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden))
@@ -170,7 +171,7 @@ class CLIPTextTransformer(nn.Module):
         super().__init__()
         self.embeddings = CLIPTextEmbeddings(config)
         self.encoder = CLIPEncoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class TextEncoder(Component[TextEncoderConfig]):

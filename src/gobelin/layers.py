@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from gobelin.attention import AttentionSite, Probe, attention
+from gobelin.operations import GroupNorm, geglu
 
 
 class Timesteps(nn.Module):
@@ -46,11 +47,11 @@ class ResnetBlock2D(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int | None = None):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if time_width is not None:
             self.time_emb_proj = nn.Linear(time_width, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -60,10 +61,10 @@ class ResnetBlock2D(nn.Module):
         time: Float[Tensor, "batch time_width"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        hidden = self.conv1(F.silu(self.norm1(hidden)))
+        hidden = self.conv1(self.norm1(hidden, silu=True))
         if time is not None:
             hidden = hidden + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        return residual + self.conv2(F.silu(self.norm2(hidden)))
+        return residual + self.conv2(self.norm2(hidden, silu=True))
 
 
 class Downsample2D(nn.Module):
@@ -146,8 +147,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(in_width, 2 * out_width)
 
     def forward(self, hidden: Float[Tensor, "batch length in_width"]) -> Float[Tensor, "batch length out_width"]:
-        hidden, gate = self.proj(hidden).chunk(2, dim=-1)
-        return hidden * F.gelu(gate)
+        return geglu(self.proj(hidden))
 
 
 class FeedForward(nn.Module):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Interval
 from einops import rearrange
 from jaxtyping import Bool, Float, Num
@@ -37,6 +36,7 @@ from gobelin.layers import (
     Timesteps,
     Upsample2D,
 )
+from gobelin.operations import GroupNorm, LayerNorm
 from gobelin.validation import Count, PositiveNumber, validate_fields
 
 _LARGEST_SAMPLE = 1024  # latents: 8192 pixels, of which one step takes minutes
@@ -194,11 +194,11 @@ class BasicTransformerBlock(nn.Module):
     def __init__(self, width: int, config: UNetConfig):
         super().__init__()
         heads = config.attention_head_dim
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, heads=heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, heads=heads, context_width=config.cross_attention_dim)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(
@@ -218,7 +218,7 @@ class Transformer2DModel(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=_TRANSFORMER_NORM_EPS)
+        self.norm = GroupNorm(config.norm_num_groups, channels, eps=_TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, config)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -351,7 +351,7 @@ class UNet(Component[UNetConfig]):
         self.down_blocks = nn.ModuleList(DownBlock2D(config, level) for level in range(len(widths)))
         self.mid_block = UNetMidBlock2DCrossAttn(config)
         self.up_blocks = nn.ModuleList(UpBlock2D(config, position) for position in range(len(widths)))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.attention_sites = tuple(self._name_sites())
 
@@ -425,7 +425,7 @@ class UNet(Component[UNetConfig]):
             size = tuple(skips[-1].shape[-2:]) if skips else None
             hidden = self._run(block, hidden, block_skips, size, conditioning)
 
-        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        return self.conv_out(self.conv_norm_out(hidden, silu=True))
 
     def _name_sites(self) -> Iterator[AttentionSite]:
         """Give every attention its site, in the order in which latents pass through them."""

@@ -10,7 +10,6 @@ from itertools import product
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
@@ -18,6 +17,7 @@ from torch import Generator, Tensor, nn
 from gobelin.errors import UsageError
 from gobelin.formats.component import Component
 from gobelin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+from gobelin.operations import GroupNorm
 from gobelin.validation import Count, PositiveNumber, validate_fields
 
 _NORM_EPS = 1e-6  # of every norm in diffusers' AutoencoderKL, for which its config file has no field
@@ -130,7 +130,7 @@ class MidAttention(Attention):
 
     def __init__(self, channels: int, groups: int):
         super().__init__(channels, heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=_NORM_EPS)
+        self.group_norm = GroupNorm(groups, channels, eps=_NORM_EPS)
 
     def forward(  # type: ignore[override]
         self, feature_map: Float[Tensor, "batch channels height width"]
@@ -198,14 +198,14 @@ class Encoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.mid_block = MidBlock(config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=_NORM_EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=_NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.conv_in(images)
         for block in self.down_blocks:
             hidden = block(hidden)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(hidden))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(hidden), silu=True))
 
 
 class Decoder(nn.Module):
@@ -226,14 +226,14 @@ class Decoder(nn.Module):
             )
             for position, width in enumerate(widths)
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=_NORM_EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=_NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             hidden = block(hidden)
-        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        return self.conv_out(self.conv_norm_out(hidden, silu=True))
 
 
 class VAE(Component[VAEConfig]):

@@ -65,7 +65,7 @@ def require_fit(query: Tensor, key: Tensor, value: Tensor) -> None:
 def call(library: ctypes.CDLL, function: str, problem: ctypes.Structure) -> None:
     """Call a kernel with as many threads as PyTorch uses; raises MemoryError where there is not enough."""
     if getattr(library, function)(ctypes.byref(problem), torch.get_num_threads(), openmp()):
-        raise MemoryError("there is no memory for attention")
+        raise MemoryError(f"there is no memory for {function}")
 
 
 @cache

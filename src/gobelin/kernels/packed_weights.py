@@ -87,7 +87,8 @@ def pays(network: nn.Module) -> bool:
 
 
 def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
-    plain = type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.padding_mode == "zeros")
+    kind = vars(type(layer)).get("without_gradients", type(layer))  # of a class itself, not of those made from it
+    plain = kind is nn.Linear or (kind is nn.Conv2d and layer.padding_mode == "zeros")
     return plain and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
 
 
