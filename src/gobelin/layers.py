@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from gobelin.attention import AttentionSite, Probe, attention
-from gobelin.operations import GroupNorm, geglu
+from gobelin.operations import Conv2d, GroupNorm, geglu
 
 
 class Timesteps(nn.Module):
@@ -48,12 +48,12 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int | None = None):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if time_width is not None:
             self.time_emb_proj = nn.Linear(time_width, out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(
         self,
@@ -76,7 +76,7 @@ class Downsample2D(nn.Module):
 
     def __init__(self, channels: int, *, padding: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(
         self, hidden: Float[Tensor, "batch channels height width"]
@@ -89,7 +89,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(
         self, hidden: Float[Tensor, "batch channels height width"], size: tuple[int, int] | None = None

@@ -10,6 +10,33 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+class Conv2d(nn.Conv2d):
+    """Convolution. What the kernel returns lies in memory channels last; a 1×1 of such an input is a linear layer."""
+
+    def forward(
+        self, input: Float[Tensor, "batch in_channels height width"]
+    ) -> Float[Tensor, "batch out_channels new_height new_width"]:
+        if _autocasts_to_bfloat16_on_cpu(input, self.weight) and self._keeps_size():
+            from gobelin.kernels import convolution  # compiles: only where it is used
+
+            rounded = input.to(torch.bfloat16)
+            if self.kernel_size == (1, 1) and rounded.is_contiguous(memory_format=torch.channels_last):
+                pixels = rounded.permute(0, 2, 3, 1)
+                return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+            if convolution.takes_convolution(rounded, self.weight, self.bias):
+                return convolution.fused_convolution(rounded, self.weight, self.bias)
+        return super().forward(input)
+
+    def _keeps_size(self) -> bool:
+        """Tell whether there is an output for every pixel, of all channels around it."""
+        side = self.kernel_size[0]
+        return (
+            (self.kernel_size, self.padding) == ((side, side), (side // 2, side // 2))
+            and (self.stride, self.dilation, self.groups) == ((1, 1), (1, 1), 1)
+            and self.padding_mode == "zeros"
+        )
+
+
 class GroupNorm(nn.GroupNorm):
     """Group norm, with SiLU after it where asked for. What the kernel returns lies in memory channels last."""
 
@@ -46,6 +73,16 @@ def geglu(both: Float[Tensor, "*rows twice_width"]) -> Float[Tensor, "*rows widt
             return fused_geglu(both)
     hidden, gate = both.chunk(2, dim=-1)
     return hidden * F.gelu(gate)
+
+
+def _autocasts_to_bfloat16_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
 
 
 def _trains_in_bfloat16_on_cpu(x: Tensor) -> bool:

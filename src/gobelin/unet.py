@@ -36,7 +36,7 @@ from gobelin.layers import (
     Timesteps,
     Upsample2D,
 )
-from gobelin.operations import GroupNorm, LayerNorm
+from gobelin.operations import Conv2d, GroupNorm, LayerNorm
 from gobelin.validation import Count, PositiveNumber, validate_fields
 
 _LARGEST_SAMPLE = 1024  # latents: 8192 pixels, of which one step takes minutes
@@ -219,9 +219,9 @@ class Transformer2DModel(nn.Module):
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
         self.norm = GroupNorm(config.norm_num_groups, channels, eps=_TRANSFORMER_NORM_EPS)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, config)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(
         self,
@@ -345,14 +345,14 @@ class UNet(Component[UNetConfig]):
         super().__init__(config)
         widths = config.block_out_channels
         self.gradient_checkpointing = False
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj = Timesteps(widths[0])
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
         self.down_blocks = nn.ModuleList(DownBlock2D(config, level) for level in range(len(widths)))
         self.mid_block = UNetMidBlock2DCrossAttn(config)
         self.up_blocks = nn.ModuleList(UpBlock2D(config, position) for position in range(len(widths)))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.attention_sites = tuple(self._name_sites())
 
     def forward(

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from gobelin.errors import UsageError
 from gobelin.formats.component import Component
 from gobelin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D
-from gobelin.operations import GroupNorm
+from gobelin.operations import Conv2d, GroupNorm
 from gobelin.validation import Count, PositiveNumber, validate_fields
 
 _NORM_EPS = 1e-6  # of every norm in diffusers' AutoencoderKL, for which its config file has no field
@@ -186,7 +186,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             LevelBlock(
                 widths[max(level - 1, 0)],
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock(config)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=_NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.conv_in(images)
@@ -214,7 +214,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels[::-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(
             LevelBlock(
@@ -227,7 +227,7 @@ class Decoder(nn.Module):
             for position, width in enumerate(widths)
         )
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=_NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.mid_block(self.conv_in(latents))
@@ -251,8 +251,8 @@ class VAE(Component[VAEConfig]):
         super().__init__(config)
         channels = config.latent_channels
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        self.quant_conv = Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = Conv2d(channels, channels, 1)
         self.decoder = Decoder(config)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Posterior:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from gobelin.operations import Conv2d
 from gobelin.training.losses import UNetBatch, UNetLoss
 from gobelin.training.run_folder import Run
 from gobelin.training.stages import UNetStage, mirrored
@@ -98,7 +99,7 @@ def widen_for_mask_(unet: UNet, latent_channels: int) -> None:
     before = unet.conv_in
     if before.in_channels == channels:
         return
-    after = nn.Conv2d(channels, before.out_channels, 3, padding=1).to(before.weight)
+    after = Conv2d(channels, before.out_channels, 3, padding=1).to(before.weight)
     with torch.no_grad():
         after.weight.zero_()
         after.weight[:, :latent_channels] = before.weight
