@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a model from scratch or from a model, or resume a run",
     "report": "write a page that tells how a training run went",
     "evaluate": "score how faithfully a model follows its prompts",
+    "bench": "measure speed and memory beside other programs",
     "verify": "audit a model: keys, shapes, numbers, noise schedule",
     "convert": "convert a model to a diffusers folder, or to a single file",
     "show": "print a model's modules, and the tensor shapes in its attention",

@@ -1,0 +1,145 @@
+"""Contenders of a U-Net's forward pass: our own in every engine, diffusers' in its ways, and OpenVINO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
+from gobelin.bench.workload import Call, Contender, Precision, Workload, count_operations
+from gobelin.pipeline import Pipeline
+from gobelin.unet import UNet
+
+BASE = "gobelin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetPass:
+    """One forward pass: a U-Net and its inputs. ``model`` is one of the ``CONFIGS``; "tiny" has its shipped weights."""
+
+    model: str
+    side: int
+    batch: int
+    precision: Precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision as PyTorch has it."""
+        return getattr(torch, self.precision)
+
+    def unet(self, dtype: torch.dtype) -> UNet:
+        """Make the network, with the same weights every time."""
+        if self.model == "tiny":
+            return Pipeline.from_pretrained(device="cpu", dtype=dtype).unet.requires_grad_(False)
+        return random_unet(self.model, dtype)
+
+    @cached_property
+    def ours(self) -> UNet:
+        """Our network in the row's precision, of whose tensors other contenders are made."""
+        return self.unet(self.dtype)
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw latents, timesteps and text embeddings, the same ones every time."""
+        config, length = CONFIGS[self.model]
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(self.batch, config.in_channels, self.side, self.side, generator=generator)
+        texts = torch.randn(self.batch, length, config.cross_attention_dim, generator=generator)
+        timesteps = torch.full((self.batch,), 500.0)
+        return latents.bfloat16().to(dtype), timesteps, texts.bfloat16().to(dtype)
+
+    def reference(self) -> Tensor:
+        """Predict in float32, by our module."""
+        unet = self.ours if self.precision == "float32" else self.unet(torch.float32)
+        with torch.no_grad():
+            return unet(*self.inputs(torch.float32))
+
+    def operations(self) -> int:
+        """Count the operations of the pass, computing nothing."""
+        config, length = CONFIGS[self.model]
+        with torch.device("meta"):
+            unet = UNet(config)
+            latents = torch.empty(self.batch, config.in_channels, self.side, self.side)
+            texts = torch.empty(self.batch, length, config.cross_attention_dim)
+            return count_operations(lambda: unet(latents, torch.zeros(self.batch), texts))
+
+
+def unet_workload(model: str, side: int, batch: int, precision: Precision) -> Workload:
+    """Make the workload of a forward pass, with every contender that there is."""
+    run = UNetPass(model=model, side=side, batch=batch, precision=precision)
+    return Workload(
+        contenders=[
+            Contender(name=BASE, prepare=partial(_ours, run)),
+            Contender(name="diffusers", peer="diffusers", prepare=partial(_diffusers, run)),
+            Contender(
+                name="diffusers, channels last",
+                peer="diffusers",
+                prepare=partial(_diffusers, run, lambda unet: unet.to(memory_format=torch.channels_last)),
+            ),
+            Contender(
+                name="diffusers, compiled",
+                peer="diffusers",
+                prepare=partial(_diffusers, run, torch.compile),
+            ),
+            Contender(name="openvino", peer="openvino", prepare=partial(_openvino, run)),
+        ],
+        reference=run.reference,
+        operations=run.operations,
+        samples=batch,
+    )
+
+
+def _ours(run: UNetPass) -> Call:
+    return no_grad(run.ours, *run.inputs(run.dtype))
+
+
+def _diffusers(run: UNetPass, change: Callable[[nn.Module], Any] = lambda unet: unet) -> Call:
+    return no_grad(_Prediction(change(diffusers_unet(run.ours))), *run.inputs(run.dtype))
+
+
+def _openvino(run: UNetPass) -> Call:
+    """Convert diffusers' U-Net of float32 weights, with fixed shapes, and compute in the row's precision."""
+    unet = run.ours if run.precision == "float32" else run.unet(torch.float32)
+    return openvino_call(_Prediction(diffusers_unet(unet)), run.inputs(torch.float32), run.precision)
+
+
+class _Prediction(nn.Module):
+    """diffusers' network with the call of ours: its prediction alone."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Predict."""
+        return self.network(noisy_latents, timesteps, text_embeddings, return_dict=False)[0]
+
+
+def no_grad(run: Callable[..., Tensor], *inputs: Any) -> Call:
+    """Make a call without gradients."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return run(*inputs)
+
+    return call
+
+
+def openvino_call(module: nn.Module, inputs: tuple[Tensor, ...], precision: Precision) -> Call:
+    """Convert a module of float32 weights with OpenVINO, for the shapes of ``inputs``; returns a call with them."""
+    import openvino as ov  # pyright: ignore[reportMissingImports]
+
+    with torch.no_grad():
+        converted = ov.convert_model(module, example_input=inputs, input=[tuple(one.shape) for one in inputs])
+    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    options = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = ov.compile_model(converted, "CPU", options)
+    arrays = [one.numpy() for one in inputs]
+    return lambda: torch.from_numpy(compiled(arrays)[0])
