@@ -14,7 +14,6 @@ little, that is the result. Several ways at a time would take each other's memor
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,23 +26,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from paired import (
-    Finished,
-    MadeStage,
-    NoAverage,
-    TakingTurns,
-    machine,
-    memory,
-    print_machine,
-    print_table,
-    quiet_run,
-    write_results,
-)
+from paired import print_machine, print_table, write_results
 from torch.utils.flop_counter import FlopCounterMode
-from training_steps import make_batch
 
 from gobelin.adapters.adapter_settings import AdapterConfig
 from gobelin.adapters.trainable import add_adapters_
+from gobelin.bench.machine import limit_memory, machine, process_memory
+from gobelin.bench.training_loops import Finished, MadeStage, NoAverage, TakingTurns, make_batch, quiet_run
 from gobelin.errors import TrainingError
 from gobelin.schedule import NoiseSchedule
 from gobelin.training import trainer
@@ -52,7 +41,6 @@ from gobelin.training.losses import UNetLoss
 from gobelin.unet import UNet, UNetConfig
 
 _TOKENS = 77
-_SPARE = 1e9  # bytes of the free memory that are left to others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +141,13 @@ def _in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:
     """Take steps, timing all but the first; what does not fit into the free memory says so."""
-    limit = _limit_memory()
+    limit = limit_memory()
     try:
         return _steps(way, options)
     except (TrainingError, RuntimeError, MemoryError) as error:
         if not _is_memory(error):
             raise
-        return {"failed": f"does not fit into the {limit / 1e9:.1f} GB that were free", "memory": memory()}
+        return {"failed": f"does not fit into the {limit / 1e9:.1f} GB that were free", "memory": process_memory()}
 
 
 def _steps(way: Way, options: argparse.Namespace) -> dict[str, Any]:
@@ -191,21 +179,11 @@ def _steps(way: Way, options: argparse.Namespace) -> dict[str, Any]:
         with average, suppress(Finished):
             trainer.fit(cast(Any, stage), quiet_run(Path(folder)))
     seconds, cpu_seconds = np.diff(np.array(times), axis=0)[1:].T.tolist()
-    return {"trained": trained, "seconds": seconds, "cpu_seconds": cpu_seconds, "memory": memory()}
+    return {"trained": trained, "seconds": seconds, "cpu_seconds": cpu_seconds, "memory": process_memory()}
 
 
 def _is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "memory" in str(error)
-
-
-def _limit_memory() -> int:
-    """Limit what this process may allocate, so that it fails, and no other process is ended for it; returns bytes."""
-    Path("/proc/self/oom_score_adj").write_text("1000")
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    limit = int(free - _SPARE)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    return limit
 
 
 def count_operations(kind: str, side: int) -> dict[str, int]:

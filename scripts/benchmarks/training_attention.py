@@ -13,10 +13,11 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from paired import machine, print_machine
+from paired import print_machine
 from torch import Tensor
 
 from gobelin.attention import training_attention
+from gobelin.bench.machine import machine
 from gobelin.kernels.fused_attention import fused_attention
 
 _BATCH, _HEADS = 64, 4

@@ -31,25 +31,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from pair_index import make as make_index
-from paired import (
-    Finished,
-    Loop,
-    MadeStage,
-    TakingTurns,
-    machine,
-    memory,
-    print_machine,
-    print_table,
-    quiet_run,
-    ratios,
-    take_turns,
-    write_results,
-    written,
-)
+from paired import print_machine, print_table, ratios, take_turns, write_results, written
 from PIL import Image
 from torch import Tensor, nn
-from training_steps import make_batch
 
+from gobelin.bench.machine import machine, process_memory
+from gobelin.bench.training_loops import Finished, Loop, MadeStage, TakingTurns, make_batch, quiet_run
 from gobelin.clip import TextEncoder
 from gobelin.data.buckets import Preprocessing
 from gobelin.data.cached_dataset import CachedDataset
@@ -472,25 +459,29 @@ def memory_worker(options: argparse.Namespace) -> None:
     data = replace(config.data, path=str(options.scratch / "tars"), cache=str(options.scratch / "cache"))
     config = replace(config, data=data, samples=0, sample_every=10**6, **stages)
     shutil.rmtree(options.scratch / "run", ignore_errors=True)
-    start, before = perf_counter(), memory()
+    start, before = perf_counter(), process_memory()
     train(config, options.scratch / "run")
     seconds = perf_counter() - start
     lines = [
         json.loads(line) for line in (options.scratch / "run" / "training" / "metrics.jsonl").read_text().splitlines()
     ]
     stages_peak = {line["stage"]: line["memory_mb"] for line in lines if "memory_mb" in line}
-    print(json.dumps({"seconds": seconds, "before": before, "memory": memory(), "peak_after_stage_mb": stages_peak}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "before": before, "memory": process_memory(), "peak_after_stage_mb": stages_peak}
+        )
+    )
 
 
 def index_worker(options: argparse.Namespace) -> None:
     """Open an index, assign its images to a size, and read pairs from all over; prints JSON."""
-    before, start = memory(), perf_counter()
+    before, start = process_memory(), perf_counter()
     index = PairIndex(options.scratch)
     Preprocessing(size=_SIDE).assign(index.widths, index.heights)
     seconds = perf_counter() - start
     for row in np.random.default_rng(0).integers(0, len(index), 1000).tolist():
         index[row]
-    after = memory()
+    after = process_memory()
     size = sum(file.stat().st_size for file in options.scratch.rglob("*") if file.is_file())
     grown = {name: after[name] - before[name] for name in after}
     print(json.dumps({"seconds": seconds, "grown": grown, "bytes": size}))

@@ -15,192 +15,43 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from paired import (
-    Loop,
-    MadeStage,
-    NoAverage,
-    TakingTurns,
-    machine,
-    print_machine,
-    print_table,
-    quiet_run,
-    ratios,
-    take_turns,
-    write_results,
-    written,
-)
-from torch import Tensor, nn
+from paired import print_machine, print_table, ratios, take_turns, write_results, written
 
-from gobelin.schedule import NoiseSchedule, ScheduleConfig
-from gobelin.training import trainer
-from gobelin.training.config import OptimConfig
-from gobelin.training.losses import UNetBatch, UNetLoss
+from gobelin.bench.machine import machine
+from gobelin.bench.training_contenders import TrainingLoop, TrainingPass, diffusers_loop, fit_loop
+from gobelin.bench.training_loops import Loop
 from gobelin.training.precision import has_fast_bfloat16
-from gobelin.unet import UNet, UNetConfig
 
 BASE, AGAIN = "gobelin", "gobelin again"
-_BATCHES = 8
-_RATE, _DECAY, _CLIP, _WEIGHT_DECAY, _BETAS = 1e-4, 0.999, 1.0, 0.01, (0.9, 0.99)
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first loss of two networks with the same weights
 
-Run = Callable[[Callable[[], None]], object]
 
-
-class DiffusersUNet(nn.Module):
-    """diffusers' network with the call of gobelin's."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor) -> Tensor:
-        """Predict."""
-        return self.network(noisy_latents, timesteps, text_embeddings).sample
-
-
-class Made:
-    """The networks and batches that all loops share: each loop trains a network of its own, from the same weights."""
-
-    def __init__(self, batch_size: int, precision: str, folder: Path):
-        self.precision, self.folder = precision, folder
-        self.schedule = NoiseSchedule(ScheduleConfig.zero_terminal_snr())
-        torch.manual_seed(0)
-        UNet(UNetConfig.tiny()).save_pretrained(folder / "unet")
-        self.batches = [make_batch(UNetConfig.tiny(), batch_size, 32) for _ in range(_BATCHES)]
-        self.optim = OptimConfig(
-            steps=10**9,
-            batch_size=batch_size,
-            learning_rate=_RATE,
-            warmup_steps=0,
-            hold=0.5,
-            weight_decay=_WEIGHT_DECAY,
-            betas=_BETAS,
-            clip_norm=_CLIP,
-            ema=_DECAY,
-            precision=precision,  # type: ignore[arg-type]
-        )
-
-    def ours(self) -> UNet:
-        """Open the weights as gobelin's U-Net."""
-        return UNet.from_pretrained(self.folder / "unet")
-
-    def theirs(self) -> DiffusersUNet:
-        """Open the weights as diffusers' U-Net."""
-        return DiffusersUNet(UNet2DConditionModel.from_pretrained(self.folder / "unet"))
-
-    def loss(self, network: nn.Module) -> UNetLoss:
-        """Put gobelin's loss around a network."""
-        return UNetLoss(cast(UNet, network), None, self.schedule)
-
-    def first_loss(self, network: nn.Module) -> float:
-        """Compute the first batch's loss, before any step."""
-        with torch.no_grad(), self.autocast():
-            return self.loss(network)(self.batches[0])["loss"].item()
-
-    def autocast(self) -> torch.autocast:
-        """Make the context of the forward pass."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16")
-
-
-def make_batch(config: UNetConfig, count: int, length: int, side: int | None = None) -> UNetBatch:
-    """Make a batch of random latents, noise, timesteps and text embeddings."""
-    shape = (count, config.in_channels, side or config.sample_size, side or config.sample_size)
-    return UNetBatch(
-        latents=torch.randn(shape),
-        noise=torch.randn(shape),
-        timesteps=torch.randint(0, 1000, (count,)),
-        texts=torch.randn(count, length, config.cross_attention_dim),
-    )
-
-
-def fit_loop(
-    made: Made, network: Callable[[], nn.Module], turn: Callable[[], None], average: bool = True, **changes: Any
-) -> None:
-    """Train with gobelin's ``fit``."""
-    optim = OptimConfig(**{**vars(made.optim), **changes})
-    if optim.compile:
-        turn = cast(Any, torch.compiler.disable(turn))  # the loss inside is compiled, the waiting is not
-    stage = MadeStage(module=TakingTurns(made.loss(network()), turn), optim=optim, batches=made.batches)
-    with _average(average):
-        trainer.fit(cast(Any, stage), quiet_run(made.folder / str(id(stage))))
-
-
-@contextmanager
-def _average(kept: bool) -> Iterator[None]:
-    if kept:
-        yield
-        return
-    with patch.object(trainer, "WeightAverage", NoAverage):
-        yield
-
-
-def diffusers_loop(
-    made: Made,
-    network: Callable[[], nn.Module],
-    turn: Callable[[], None],
-    fused: bool = True,
-    foreach: bool = False,
-    average: bool = True,
-    compiled: bool = False,
-) -> None:
-    """Train as diffusers' example does: its noise schedule's arithmetic is gobelin's here, which is the same."""
-    unet, schedule = network().train(), made.schedule
-    if compiled:
-        unet.compile()
-    ema = EMAModel(unet.parameters(), decay=_DECAY, foreach=foreach) if average else None
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=_RATE, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True if fused else None
-    )
-    lr_scheduler = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=0, num_training_steps=10**9)
-    step = 0
-    while True:
-        turn()
-        batch = made.batches[step % len(made.batches)]
-        noisy_latents = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        target = schedule.target(batch.latents, batch.noise, batch.timesteps)
-        with made.autocast():
-            model_pred = unet(noisy_latents, batch.timesteps, batch.texts)
-        loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")
-        loss.detach().item()  # as it is logged
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), _CLIP)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(unet.parameters())
-        step += 1
-
-
-def arms(made: Made) -> dict[str, Run]:
+def arms(run: TrainingPass) -> dict[str, TrainingLoop]:
     """Name the loops: the two, and each with one part exchanged or left out."""
-    ours, theirs = made.ours, made.theirs
+
+    def ours(**changes: Any) -> TrainingLoop:
+        return lambda turn: fit_loop(run, run.ours(), turn, **changes)
+
+    def theirs(**changes: Any) -> TrainingLoop:
+        return lambda turn: diffusers_loop(run, run.theirs(), turn, **changes)
+
     return {
-        BASE: partial(fit_loop, made, ours),
-        AGAIN: partial(fit_loop, made, ours),
-        "diffusers": partial(diffusers_loop, made, theirs),
-        "diffusers' network in fit": partial(fit_loop, made, theirs),
-        "gobelin's network in diffusers' loop": partial(diffusers_loop, made, ours),
-        "diffusers, AdamW not fused (its script's default)": partial(diffusers_loop, made, theirs, fused=False),
-        "diffusers, average by foreach": partial(diffusers_loop, made, theirs, foreach=True),
-        "diffusers, no average": partial(diffusers_loop, made, theirs, average=False),
-        "gobelin, no average": partial(fit_loop, made, ours, average=False),
-        "gobelin, Muon (the preset's)": partial(fit_loop, made, ours, optimizer="muon"),
-        "gobelin, compiled": partial(fit_loop, made, ours, compile=True),
-        "diffusers, compiled": partial(diffusers_loop, made, theirs, compiled=True),
+        BASE: ours(),
+        AGAIN: ours(),
+        "diffusers": theirs(),
+        "diffusers' network in fit": lambda turn: fit_loop(run, run.theirs(), turn),
+        "gobelin's network in diffusers' loop": lambda turn: diffusers_loop(run, run.ours(), turn),
+        "diffusers, AdamW not fused (its script's default)": theirs(fused=False),
+        "diffusers, average by foreach": theirs(foreach=True),
+        "diffusers, no average": theirs(average=False),
+        "gobelin, no average": ours(average=False),
+        "gobelin, Muon (the preset's)": ours(optimizer="muon"),
+        "gobelin, compiled": ours(compile=True),
+        "diffusers, compiled": theirs(compiled=True),
     }
 
 
@@ -245,16 +96,15 @@ def _in_process(options: argparse.Namespace, precision: str, threads: int) -> di
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Let the loops take turns; raises where the two networks do not compute the same loss."""
     precision, (threads,) = options.precision[0], options.threads
-    with tempfile.TemporaryDirectory(prefix="training-steps-") as folder:
-        made = Made(options.batch_size, precision, Path(folder))
-        losses = [made.first_loss(network) for network in (made.ours(), made.theirs())]
-        if abs(losses[0] - losses[1]) > _TOLERANCE[precision] * losses[0]:
-            raise SystemExit(f"the two networks differ: their losses are {losses}")
-        chosen = {
-            name: run for name, run in arms(made).items() if not options.only or name in (BASE, AGAIN, *options.only)
-        }
-        loops = [Loop(name, run) for name, run in chosen.items()]
-        seconds = take_turns(loops, options.rounds, options.steps)
+    run = TrainingPass(model="tiny", side=16, batch=options.batch_size, precision=precision)
+    losses = [run.first_loss(network).item() for network in (run.ours(), run.theirs())]
+    if abs(losses[0] - losses[1]) > _TOLERANCE[precision] * losses[0]:
+        raise SystemExit(f"the two networks differ: their losses are {losses}")
+    chosen = {
+        name: loop for name, loop in arms(run).items() if not options.only or name in (BASE, AGAIN, *options.only)
+    }
+    loops = [Loop(name, loop) for name, loop in chosen.items()]
+    seconds = take_turns(loops, options.rounds, options.steps)
     return {
         "precision": precision,
         "threads": threads,

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from gobelin.training.precision import has_fast_bfloat16
 
 _BUSY = 0.25  # of the cores
+_SPARE = 1e9  # bytes of the free memory that are left to others
 
 
 def machine() -> dict[str, Any]:
@@ -49,6 +51,16 @@ def process_memory(process: str = "self") -> dict[str, float]:
     found = {name: value for name, _, value in (line.partition(":") for line in lines)}
     names = {"peak": "VmHWM", "own": "RssAnon", "mapped": "RssFile"}
     return {name: int(found[field].split()[0]) / 1024 for name, field in names.items()}
+
+
+def limit_memory() -> int:
+    """Limit what this process may allocate, so that it fails, and no other process is ended for it; returns bytes."""
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    limit = int(free - _SPARE)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    return limit
 
 
 def _cpu_name() -> str:

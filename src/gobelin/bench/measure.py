@@ -20,6 +20,7 @@ TOLERANCE: Mapping[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1}
 """The largest relative RMS error of a contender that computes the same thing."""
 _LEAST = 3  # rounds
 _TURN = 0.15  # seconds: shorter calls are repeated
+_WARM = 10.0  # seconds: so long a first call is not made again before the turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +71,12 @@ def measure(
                 raise UsageError(f"{contender.name} cannot be measured: {_one_line(error)}") from error
             failed[contender.name] = _one_line(error)
     first = ready[0]
-    calls = 1 if workload.unit == "MB" else max(1, math.ceil(_TURN / min(one.shortest for one in ready)))
+    calls = max(1, math.ceil(_TURN / min(one.shortest for one in ready))) if workload.is_timed else 1
     turns: dict[str, Callable[[], float]] = {one.contender.name: _turn(one.call, calls, workload) for one in ready}
     operations = 0 if workload.operations is None else workload.operations()
     if operations:
-        turns[PEAK] = lambda product=_matmul(peak_side, precision): timed(product)
+        product = _matmul(peak_side, precision)
+        turns[PEAK] = lambda: timed(product)
     turns[AGAIN] = turns[first.contender.name]
     taken = take_turns(turns, limits.rounds, _until(began + limits.seconds))
     for one in ready:
@@ -112,7 +114,9 @@ def _prepared(contender: Contender, reference: Tensor | None, precision: Precisi
     """Prepare a contender: load, convert, compile, call it twice, and compare its result with the reference."""
     start = perf_counter()
     call = contender.prepare()
+    before = perf_counter()
     result = call()
+    shortest = perf_counter() - before
     seconds = perf_counter() - start
     error = None
     if reference is not None and contender.is_compared:
@@ -125,13 +129,14 @@ def _prepared(contender: Contender, reference: Tensor | None, precision: Precisi
                 f"it computes something else: its error relative to float32 is {error:.2g}, "
                 f"where {TOLERANCE[precision]:g} is allowed"
             )
-    shortest = timed(call) if workload.unit == "s" else 0.0
+    if workload.is_timed and shortest < _WARM:
+        shortest = timed(call)
     return _Prepared(contender=contender, call=call, seconds=seconds, error=error, shortest=shortest)
 
 
 def _turn(call: Call, calls: int, workload: Workload) -> Callable[[], float]:
     """Make one turn of a contender: timed, or what the call itself measured."""
-    if workload.unit == "s":
+    if workload.is_timed:
         return lambda: timed(call, calls)
     return lambda: float(call() or math.nan)
 

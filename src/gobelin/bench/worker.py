@@ -26,15 +26,13 @@ def measure_task(task: RowTask) -> dict[str, Any]:
     """Measure a row in this process."""
     import torch
 
-    from gobelin.bench.measure import Limits, measure
+    from gobelin.bench.measure import Limits
     from gobelin.bench.rows import ROWS
-    from gobelin.bench.workloads import workload_of
+    from gobelin.bench.workloads import measure_row
 
     torch.set_num_threads(task.threads)
-    row = ROWS[task.row]
-    workload = workload_of(row, task.precision).limited_to(task.only)
-    side = 512 if row.hidden else 4096
-    return measure(workload, task.precision, Limits(rounds=task.rounds, seconds=task.seconds), task.peers, side)
+    limits = Limits(rounds=task.rounds, seconds=task.seconds)
+    return measure_row(ROWS[task.row], task.precision, limits, task.peers, task.only)
 
 
 def write_task(task: RowTask, file: Path) -> None:

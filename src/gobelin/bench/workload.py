@@ -32,8 +32,8 @@ class Contender:
 class Workload:
     """The contenders of a row, of which the first is what the others are divided by.
 
-    ``reference`` computes the result in float32; ``operations`` counts those of a call (a multiplication and an addition
-    are two). In the unit "s" calls are timed; in "MB" each returns what it measured. A call has ``samples`` in it.
+    ``reference`` computes the result in float32; ``operations`` counts those of a call, a multiplication and an addition
+    being two. Calls are timed, or each returns what it measured, in the ``unit``. A call has ``samples`` in it.
     """
 
     contenders: Sequence[Contender]
@@ -41,6 +41,7 @@ class Workload:
     operations: Callable[[], int] | None = None
     unit: Unit = "s"
     samples: int = 1
+    is_timed: bool = True
 
     def limited_to(self, names: Collection[str]) -> Self:
         """Keep the first contender, and those of the others that are named; all for no name."""

@@ -74,7 +74,7 @@ def save_folder(model: Model, folder: Path, dtype: torch.dtype | None = None) ->
     model.vae.save_pretrained(folder / "vae", dtype)
     model.text_encoder.save_pretrained(folder / "text_encoder", dtype)
     model.tokenizer.save_pretrained(folder / "tokenizer")
-    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_fields(model.schedule.config))
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_fields(model.schedule.config))
     world = {} if model.world is None else {"world": model.world}
     write_json(folder / _GOBELIN_JSON, dict(model.recommended) | world)
     inpaints = model.unet.config.in_channels > model.unet.config.out_channels
@@ -82,7 +82,7 @@ def save_folder(model: Model, folder: Path, dtype: torch.dtype | None = None) ->
     write_json(folder / MODEL_INDEX, _INDEX_FIELDS | pipeline)
 
 
-def _scheduler_fields(config: ScheduleConfig) -> dict[str, Any]:
+def scheduler_fields(config: ScheduleConfig) -> dict[str, Any]:
     """Return the noise schedule as the fields of diffusers' ``DDIMScheduler``."""
     fields = dataclasses.asdict(config)
     if config.timestep_spacing is None:  # each sampler's own: so it is in diffusers too, where the field is absent
