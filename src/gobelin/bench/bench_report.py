@@ -6,6 +6,10 @@ from gobelin.bench.machine import machine_line
 from gobelin.evaluate.measurement_report import Report, ReportTable
 
 _COLUMNS = ("", "median", "time, gobelin's = 1 (quartiles)", "verdict", "of peak", "error", "ready in")
+_GROWTH_NOTES = {
+    "processes": "each process computes ten passes: with as many cores as processes the time would stay as it is (n^0)",
+    "threads": "with a core for each thread and nothing else in the way, twice of them would halve the time (n^−1)",
+}
 
 
 def bench_report(content: dict[str, Any]) -> Report:
@@ -14,7 +18,36 @@ def bench_report(content: dict[str, Any]) -> Report:
     return Report(
         title="Benchmark",
         description=f"{machine_line(content['machine'])}; {content['threads']} thread(s); beside {peers or 'no peer'}",
-        tables=[_table(row) for row in content["rows"] if "error" not in row],
+        tables=[
+            *_not_measured(content["rows"]),
+            *(_growth_table(row) if "points" in row else _table(row) for row in content["rows"] if "error" not in row),
+        ],
+    )
+
+
+def _not_measured(rows: list[dict[str, Any]]) -> list[ReportTable]:
+    """Make the table of rows that could not be measured, where there are some."""
+    found = [(row["row"], row["precision"], row["error"]) for row in rows if "error" in row]
+    return [ReportTable(title="Not measured", columns=("row", "precision", "why"), rows=found)] if found else []
+
+
+def _growth_table(row: dict[str, Any]) -> ReportTable:
+    """Make the table of a growth curve: a row a size, and below it the exponent of each contender's time."""
+    names = list(row["points"][0]["contenders"])
+    rows = []
+    for point in row["points"]:
+        there = [point["contenders"].get(name) for name in names]
+        medians = ["–" if one is None else quantity(one["median"], point["unit"]) for one in there]
+        others = ["–" if one is None else f"{_ratio(one['ratio'])} {one['verdict']}" for one in there[1:]]
+        rows.append((f"{point['at']}", *medians, *others))
+    exponents = [row["growth"].get(name) for name in names]
+    rows.append(("growth", *("–" if one is None else f"∝ n^{one:.2f}" for one in exponents), *("" for _ in names[1:])))
+    return ReportTable(
+        title=f"{row['row']}, {row['precision']}: {row['text']}",
+        columns=(row["along"], *names, *(f"{name}, gobelin's = 1 (quartiles)" for name in names[1:])),
+        rows=rows,
+        bold=frozenset({len(rows) - 1}),
+        note=_GROWTH_NOTES.get(row["along"], ""),
     )
 
 

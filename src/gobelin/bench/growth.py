@@ -12,7 +12,7 @@ from gobelin.bench.measure import Limits, measure
 from gobelin.bench.peers import PEERS
 from gobelin.bench.process_contenders import several_processes
 from gobelin.bench.unet_contenders import BASE, unet_workload
-from gobelin.bench.workload import Contender, Precision, Workload
+from gobelin.bench.workload import BenchPrecision, Contender, Workload
 
 _CONTENDERS = (BASE, "diffusers")
 _CALLS = 10  # of each process in a turn
@@ -22,7 +22,7 @@ def measure_growth(
     along: str,
     values: Sequence[int],
     sizes: dict[str, Any],
-    precision: Precision,
+    precision: BenchPrecision,
     limits: Limits,
     peers: Collection[str] = tuple(PEERS),
     only: Collection[str] = (),
@@ -60,7 +60,7 @@ def at_most(along: str, values: Sequence[int], cores: int) -> list[int]:
     return [value for value in values if along not in ("threads", "processes") or value <= cores]
 
 
-def _workload(along: str, value: int, sizes: dict[str, Any], precision: Precision) -> Workload:
+def _workload(along: str, value: int, sizes: dict[str, Any], precision: BenchPrecision) -> Workload:
     if along != "processes":
         return unet_workload(**{**sizes, **({} if along == "threads" else {along: value})}, precision=precision)
     plain = unet_workload(**sizes, precision=precision)

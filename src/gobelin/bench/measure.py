@@ -11,12 +11,12 @@ from torch import Tensor
 
 from gobelin.bench.paired import equals_spread, paired_ratio, take_turns, timed, verdict
 from gobelin.bench.peers import PEERS
-from gobelin.bench.workload import Call, Contender, Precision, Workload
+from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
 from gobelin.errors import UsageError
 
 AGAIN = "again"
 PEAK = "matmul"
-TOLERANCE: Mapping[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1}
+TOLERANCE: Mapping[BenchPrecision, float] = {"float32": 1e-3, "bfloat16": 0.1}
 """The largest relative RMS error of a contender that computes the same thing."""
 _LEAST = 3  # rounds
 _TURN = 0.15  # seconds: shorter calls are repeated
@@ -25,7 +25,7 @@ _WARM = 10.0  # seconds: so long a first call is not made again before the turns
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How long a row may take: at most so many rounds, and after the least number of them, so many seconds."""
+    """The limits of a row: at most so many rounds, and after the least number of them, so many seconds."""
 
     rounds: int
     seconds: float = math.inf
@@ -45,7 +45,7 @@ class _Prepared:
 
 def measure(
     workload: Workload,
-    precision: Precision,
+    precision: BenchPrecision,
     limits: Limits,
     peers: Collection[str] = tuple(PEERS),
     peak_side: int = 4096,
@@ -110,7 +110,9 @@ class ComputesSomethingElse(Exception):
     """A contender's result is not the reference's: its time would say nothing."""
 
 
-def _prepared(contender: Contender, reference: Tensor | None, precision: Precision, workload: Workload) -> _Prepared:
+def _prepared(
+    contender: Contender, reference: Tensor | None, precision: BenchPrecision, workload: Workload
+) -> _Prepared:
     """Prepare a contender: load, convert, compile, call it twice, and compare its result with the reference."""
     start = perf_counter()
     call = contender.prepare()
@@ -169,7 +171,7 @@ def _result(
     }
 
 
-def _matmul(side: int, precision: Precision) -> Callable[[], object]:
+def _matmul(side: int, precision: BenchPrecision) -> Callable[[], object]:
     """Make the product of two square matrices: the most that the machine multiplies in this precision."""
     one, other = (torch.randn(side, side).to(getattr(torch, precision)) for _ in range(2))
     out = torch.empty_like(one)

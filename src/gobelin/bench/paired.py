@@ -60,7 +60,7 @@ def take_turns(
     """
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
-        for name in contenders if number % 2 == 0 else reversed(contenders):
+        for name in list(contenders) if number % 2 == 0 else reversed(list(contenders)):
             taken[name].append(contenders[name]())
         if enough(number + 1):
             break

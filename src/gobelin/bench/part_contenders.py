@@ -1,13 +1,14 @@
 """Contenders of a model's other parts: the text encoder, and the VAE's decoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from gobelin.bench.our_engines import our_engines, run_by
 from gobelin.bench.random_weights import (
     diffusers_vae,
     random_text_encoder,
@@ -15,7 +16,7 @@ from gobelin.bench.random_weights import (
     transformers_text_encoder,
 )
 from gobelin.bench.unet_contenders import BASE, no_grad, openvino_call
-from gobelin.bench.workload import Call, Contender, Precision, Workload, count_operations
+from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload, count_operations
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.formats.component import Component
 from gobelin.vae import VAE, VAEConfig
@@ -30,7 +31,7 @@ class PartPass:
     theirs: Callable[[Any], nn.Module]
     their_call: Callable[[Any, Tensor], Tensor]
     given: Tensor
-    precision: Precision
+    precision: BenchPrecision
 
     @cached_property
     def ours(self) -> Component:
@@ -47,7 +48,7 @@ class PartPass:
             return self.call(self.make(torch.float32), self.inputs(torch.float32))
 
 
-def vae_workload(side: int, precision: Precision) -> Workload:
+def vae_workload(side: int, precision: BenchPrecision) -> Workload:
     """Make the workload of decoding latents of ``side`` × ``side`` by a VAE of Stable Diffusion 1.5's size."""
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1)).bfloat16().float()
     run = PartPass(
@@ -58,10 +59,11 @@ def vae_workload(side: int, precision: Precision) -> Workload:
         given=latents,
         precision=precision,
     )
-    return _workload(run, "diffusers", lambda: VAE(VAEConfig.sd15()))
+    engines = [Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in our_engines()]
+    return _workload(run, "diffusers", lambda: VAE(VAEConfig.sd15()), engines)
 
 
-def text_workload(precision: Precision) -> Workload:
+def text_workload(precision: BenchPrecision) -> Workload:
     """Make the workload of encoding a prompt and an empty one, 77 tokens each, at Stable Diffusion 1.5's size."""
     token_ids = torch.randint(0, 49406, (2, 77), generator=torch.Generator().manual_seed(1))
     run = PartPass(
@@ -75,7 +77,9 @@ def text_workload(precision: Precision) -> Workload:
     return _workload(run, "transformers", lambda: TextEncoder(TextEncoderConfig.sd15()))
 
 
-def _workload(run: PartPass, theirs: str, on_meta: Callable[[], Component]) -> Workload:
+def _workload(
+    run: PartPass, theirs: str, on_meta: Callable[[], Component], engines: Sequence[Contender] = ()
+) -> Workload:
     def operations() -> int:
         with torch.device("meta"):
             network = on_meta()
@@ -84,6 +88,7 @@ def _workload(run: PartPass, theirs: str, on_meta: Callable[[], Component]) -> W
     return Workload(
         contenders=[
             Contender(name=BASE, prepare=partial(_ours, run)),
+            *engines,
             Contender(name=theirs, peer="diffusers", prepare=partial(_theirs, run)),
             Contender(name=f"{theirs}, compiled", peer="diffusers", prepare=partial(_theirs, run, torch.compile)),
             Contender(name="openvino", peer="openvino", prepare=partial(_openvino, run)),
@@ -95,6 +100,12 @@ def _workload(run: PartPass, theirs: str, on_meta: Callable[[], Component]) -> W
 
 def _ours(run: PartPass) -> Call:
     return no_grad(run.call, run.ours, run.inputs(run.ours.dtype))
+
+
+def _engine(run: PartPass, engine: str) -> Call:
+    vae = cast(VAE, run.ours)
+    latents = vae.config.scaling_factor * run.inputs(vae.dtype)
+    return no_grad(run_by(engine, vae=vae).vae.latents_to_images, latents)
 
 
 def _theirs(run: PartPass, change: Callable[[Any], Any] = lambda module: module) -> Call:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gobelin.bench.our_engines import our_engines
 from gobelin.bench.random_weights import (
     diffusers_unet,
     diffusers_vae,
@@ -20,7 +21,7 @@ from gobelin.bench.random_weights import (
     transformers_text_encoder,
 )
 from gobelin.bench.unet_contenders import BASE
-from gobelin.bench.workload import Call, Contender, Precision, Workload
+from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
 from gobelin.checkpoint import Model
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.schedule import NoiseSchedule
@@ -38,7 +39,7 @@ class PicturePass:
     model: str
     batch: int
     steps: int
-    precision: Precision
+    precision: BenchPrecision
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,11 +95,12 @@ def random_pipeline(dtype: torch.dtype) -> Pipeline:
     return Pipeline(model)
 
 
-def picture_workload(model: str, batch: int, steps: int, precision: Precision) -> Workload:
+def picture_workload(model: str, batch: int, steps: int, precision: BenchPrecision) -> Workload:
     """Make the workload of painting, all in all, with every contender that there is."""
     run = PicturePass(model=model, batch=batch, steps=steps, precision=precision)
     contenders = [
         Contender(name=BASE, prepare=lambda: lambda: run.paint(run.ours)),
+        *[Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in our_engines()],
         Contender(name="diffusers", peer="diffusers", prepare=partial(_diffusers, run)),
         Contender(name="diffusers, compiled", peer="diffusers", prepare=partial(_diffusers, run, compiled=True)),
     ]
@@ -136,6 +138,12 @@ def diffusers_pipeline(ours: Pipeline) -> Any:
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def _engine(run: PicturePass, engine: str) -> Call:
+    pipeline: Any = Pipeline(run.ours.model)
+    pipeline.use(engine)
+    return lambda: run.paint(pipeline)
 
 
 def _diffusers(run: PicturePass, compiled: bool = False) -> Call:

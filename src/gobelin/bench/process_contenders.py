@@ -13,7 +13,7 @@ import torch
 
 from gobelin.bench.picture_contenders import random_pipeline
 from gobelin.bench.unet_contenders import BASE
-from gobelin.bench.workload import Call, Contender, Precision, Workload
+from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
 from gobelin.pipeline import shipped_model
 
 IMPORT_TORCH = "import torch"
@@ -43,7 +43,7 @@ _FORWARD = {
 _TORCH = "import torch\n{peak}"
 
 
-def start_workload(precision: Precision) -> Workload:
+def start_workload(precision: BenchPrecision) -> Workload:
     """Make the workload of a fresh process that paints one step with the model that ships."""
     folder = str(shipped_model())
     return Workload(
@@ -60,7 +60,7 @@ def start_workload(precision: Precision) -> Workload:
     )
 
 
-def memory_workload(side: int, precision: Precision) -> Workload:
+def memory_workload(side: int, precision: BenchPrecision) -> Workload:
     """Make the workload of opening a U-Net of Stable Diffusion 1.5's size from a file, and one forward pass."""
     inputs = _INPUTS.format(side=side)
     code = {name: text.format(precision=precision, inputs=inputs, peak=_PEAK) for name, text in _FORWARD.items()}
@@ -76,7 +76,7 @@ def memory_workload(side: int, precision: Precision) -> Workload:
 
 
 @cache
-def _weights(precision: Precision) -> tempfile.TemporaryDirectory:
+def _weights(precision: BenchPrecision) -> tempfile.TemporaryDirectory:
     """Write a U-Net of random weights into a folder that is there as long as this process."""
     folder = tempfile.TemporaryDirectory(prefix="gobelin-bench-")
     random_pipeline(getattr(torch, precision)).unet.save_pretrained(Path(folder.name))
@@ -92,7 +92,7 @@ def _process(code: str, *arguments: str) -> Call:
     return call
 
 
-def _peak(code: str, precision: Precision) -> Call:
+def _peak(code: str, precision: BenchPrecision) -> Call:
     """Make a call that returns the peak memory, in MB, that a fresh process prints."""
     folder = _weights(precision).name
     return lambda: float(_run(code, [folder]).split()[-1])
@@ -131,7 +131,7 @@ for line in sys.stdin:
 
 
 def several_processes(
-    name: str, count: int, calls: int, model: str, side: int, batch: int, precision: Precision
+    name: str, count: int, calls: int, model: str, side: int, batch: int, precision: BenchPrecision
 ) -> Call:
     """Start processes of one thread each, that wait; a call lets all compute some forward passes at a time."""
     sizes = {"model": model, "side": side, "batch": batch, "precision": precision}

@@ -74,7 +74,7 @@ def transformers_text_encoder(text_encoder: TextEncoder) -> nn.Module:
     """Make transformers' text encoder of the very same tensors."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    theirs = CLIPTextModel(CLIPTextConfig.from_dict(text_encoder.config_json())).to(text_encoder.dtype)
+    theirs = CLIPTextModel(CLIPTextConfig.from_dict(text_encoder.config_json()))
     theirs.load_state_dict(_named_as(theirs, text_encoder.state_dict()), assign=True)
     return theirs.eval().requires_grad_(False)
 

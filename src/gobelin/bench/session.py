@@ -19,15 +19,15 @@ from gobelin.bench.machine import machine
 from gobelin.bench.peers import Peer
 from gobelin.bench.rows import BenchRow
 from gobelin.bench.worker import RowTask, write_task
-from gobelin.bench.workload import Precision
+from gobelin.bench.workload import BenchPrecision
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPlan:
-    """What is to be measured: rows, precisions, peers, threads, and the time for all of them in minutes."""
+    """The plan of a session: rows, precisions, peers, threads, and the time for all of them in minutes."""
 
     rows: Sequence[BenchRow]
-    precisions: Sequence[Precision]
+    precisions: Sequence[BenchPrecision]
     peers: Sequence[Peer]
     only: Sequence[str]
     threads: int
@@ -35,7 +35,7 @@ class BenchPlan:
     budget: float
 
     @property
-    def tasks(self) -> list[tuple[BenchRow, Precision]]:
+    def tasks(self) -> list[tuple[BenchRow, BenchPrecision]]:
         """Each row in each of its precisions."""
         return [(row, one) for row in self.rows for one in self.precisions if one in row.precisions]
 

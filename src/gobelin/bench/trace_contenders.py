@@ -1,22 +1,20 @@
 """Contenders of tracing: a guided U-Net pass with the attention maps of its words, beside the same pass without."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gobelin.attention import AttentionSite
 from gobelin.bench.random_weights import diffusers_unet
 from gobelin.bench.unet_contenders import BASE, UNetPass, no_grad
-from gobelin.bench.workload import Call, Contender, Precision, Workload
+from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
 from gobelin.look.heatmaps import sharp_trace
 
 _GUIDED = slice(1, None)  # of a batch of two: the pass with the prompt, whose maps are asked for
 
 
-def trace_workload(model: str, side: int, precision: Precision) -> Workload:
+def trace_workload(model: str, side: int, precision: BenchPrecision) -> Workload:
     """Make the workload of a guided pass, batch 2, with and without maps; each program beside its own plain pass."""
     run = UNetPass(model=model, side=side, batch=2, precision=precision)
     plain = "diffusers"
@@ -45,10 +43,7 @@ def _ours(run: UNetPass) -> Call:
 
 def _traced(run: UNetPass, sharp: bool) -> Call:
     unet = run.ours
-    sites: Sequence[AttentionSite] | None = None
-    if sharp:
-        chosen = sharp_trace(unet.attention_sites, (run.side, run.side)).sites
-        sites = [site for site in unet.attention_sites if isinstance(chosen, Sequence) and site in chosen]
+    sites = sharp_trace(unet.attention_sites, (run.side, run.side)).sites if sharp else None
     return no_grad(lambda *inputs: unet.trace(*inputs, sites=sites, rows=_GUIDED)[0], *run.inputs(run.dtype))
 
 
@@ -70,7 +65,7 @@ def _pipeline(unet: nn.Module) -> Any:
         text_encoder=missing,
         tokenizer=missing,
         unet=unet,  # pyright: ignore[reportArgumentType]
-        scheduler=DDIMScheduler(),  # pyright: ignore[reportArgumentType]
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),  # pyright: ignore[reportArgumentType]
         safety_checker=missing,
         feature_extractor=missing,
         requires_safety_checker=False,

@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gobelin.adapters.trainable import AdapterConfig, add_adapters_
+from gobelin.adapters.adapter_settings import AdapterConfig
+from gobelin.adapters.trainable import add_adapters_
 from gobelin.bench.machine import limit_memory
 from gobelin.bench.paired import timed
 from gobelin.bench.process_contenders import process_environment
 from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
 from gobelin.bench.training_loops import Loop, MadeStage, NoAverage, TakingTurns, make_batch, quiet_run
 from gobelin.bench.unet_contenders import BASE
-from gobelin.bench.workload import Call, Contender, Precision, Workload
+from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.training import trainer
 from gobelin.training.config import OptimConfig
@@ -62,7 +63,7 @@ class TrainingPass:
     model: str
     side: int
     batch: int
-    precision: Precision
+    precision: BenchPrecision
     lora: bool = False
 
     @cached_property
@@ -199,7 +200,7 @@ def diffusers_loop(
 
 
 def train_workload(
-    model: str, side: int, batch: int, precision: Precision, lora: bool = False, apart: bool = False
+    model: str, side: int, batch: int, precision: BenchPrecision, lora: bool = False, apart: bool = False
 ) -> Workload:
     """Make the workload of an optimizer step: forward, backward, clipping, AdamW and the average of the weights.
 

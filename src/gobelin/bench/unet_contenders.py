@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gobelin.bench.our_engines import our_engines, run_by
 from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
-from gobelin.bench.workload import Call, Contender, Precision, Workload, count_operations
+from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload, count_operations
 from gobelin.pipeline import Pipeline
 from gobelin.unet import UNet
 
@@ -23,7 +24,7 @@ class UNetPass:
     model: str
     side: int
     batch: int
-    precision: Precision
+    precision: BenchPrecision
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,17 +67,18 @@ class UNetPass:
             return count_operations(lambda: unet(latents, torch.zeros(self.batch), texts))
 
 
-def unet_workload(model: str, side: int, batch: int, precision: Precision) -> Workload:
+def unet_workload(model: str, side: int, batch: int, precision: BenchPrecision) -> Workload:
     """Make the workload of a forward pass, with every contender that there is."""
     run = UNetPass(model=model, side=side, batch=batch, precision=precision)
     return Workload(
         contenders=[
             Contender(name=BASE, prepare=partial(_ours, run)),
+            *[Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in our_engines()],
             Contender(name="diffusers", peer="diffusers", prepare=partial(_diffusers, run)),
             Contender(
                 name="diffusers, channels last",
                 peer="diffusers",
-                prepare=partial(_diffusers, run, lambda unet: unet.to(memory_format=torch.channels_last)),
+                prepare=partial(_diffusers, run, _channels_last),
             ),
             Contender(
                 name="diffusers, compiled",
@@ -95,8 +97,16 @@ def _ours(run: UNetPass) -> Call:
     return no_grad(run.ours, *run.inputs(run.dtype))
 
 
+def _engine(run: UNetPass, engine: str) -> Call:
+    return no_grad(run_by(engine, unet=run.ours).unet, *run.inputs(run.dtype))
+
+
 def _diffusers(run: UNetPass, change: Callable[[nn.Module], Any] = lambda unet: unet) -> Call:
     return no_grad(_Prediction(change(diffusers_unet(run.ours))), *run.inputs(run.dtype))
+
+
+def _channels_last(unet: Any) -> Any:
+    return unet.to(memory_format=torch.channels_last)
 
 
 def _openvino(run: UNetPass) -> Call:
@@ -127,7 +137,7 @@ def no_grad(run: Callable[..., Tensor], *inputs: Any) -> Call:
     return call
 
 
-def openvino_call(module: nn.Module, inputs: tuple[Tensor, ...], precision: Precision) -> Call:
+def openvino_call(module: nn.Module, inputs: tuple[Tensor, ...], precision: BenchPrecision) -> Call:
     """Convert a module of float32 weights with OpenVINO, for the shapes of ``inputs``; returns a call with them."""
     import openvino as ov  # pyright: ignore[reportMissingImports]
 

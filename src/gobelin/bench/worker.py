@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gobelin.bench.workload import Precision
+from gobelin.bench.workload import BenchPrecision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class RowTask:
     """A row to be measured, and how. ``only`` names contenders, empty for all."""
 
     row: str
-    precision: Precision
+    precision: BenchPrecision
     threads: int
     rounds: int
     seconds: float
@@ -40,7 +40,7 @@ def write_task(task: RowTask, file: Path) -> None:
     file.write_text(json.dumps(asdict(task)))
 
 
-def main() -> None:
+def measure_file() -> None:
     """Measure the task in the file that is named, and write the result, or the sentence why there is none."""
     from gobelin.errors import UsageError
 
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure_file()

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 Call = Callable[[], Tensor | float | None]
 """One call of a contender; its result is compared with the reference, or is what was measured."""
 Unit = Literal["s", "MB"]
-Precision = Literal["float32", "bfloat16"]
+BenchPrecision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class Contender:
 class Workload:
     """The contenders of a row, of which the first is what the others are divided by.
 
-    ``reference`` computes the result in float32; ``operations`` counts those of a call, a multiplication and an addition
-    being two. Calls are timed, or each returns what it measured, in the ``unit``. A call has ``samples`` in it.
+    ``reference`` computes the result in float32; ``operations`` counts those of a call, a multiplication and an
+    addition being two. Calls are timed, or return what they measured, in the ``unit``. A call has ``samples`` in it.
     """
 
     contenders: Sequence[Contender]
@@ -52,8 +53,9 @@ class Workload:
 def count_operations(run: Callable[[], object]) -> int:
     """Count the operations of the matrix products and convolutions in a run, attention's among them.
 
-    A multiplication and an addition are two. On the meta device nothing is computed.
+    A multiplication and an addition are two. On the meta device nothing is computed. Attention is taken apart into its
+    products, as the counter does not know every fused kernel.
     """
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

@@ -13,7 +13,7 @@ from gobelin.bench.rows import BenchRow, RowKind
 from gobelin.bench.trace_contenders import trace_workload
 from gobelin.bench.training_contenders import train_workload
 from gobelin.bench.unet_contenders import unet_workload
-from gobelin.bench.workload import Precision, Workload
+from gobelin.bench.workload import BenchPrecision, Workload
 from gobelin.validation import refuse_unknown
 
 _KINDS: Mapping[RowKind, Callable[..., Workload]] = {
@@ -30,7 +30,7 @@ _PEAK_SIDE = {True: 256, False: 4096}  # rows and columns of the matrices of a h
 
 
 def measure_row(
-    row: BenchRow, precision: Precision, limits: Limits, peers: Collection[str], only: Collection[str]
+    row: BenchRow, precision: BenchPrecision, limits: Limits, peers: Collection[str], only: Collection[str]
 ) -> dict[str, Any]:
     """Measure a row in this process; returns what JSON holds."""
     side = _PEAK_SIDE[row.hidden]
@@ -41,7 +41,7 @@ def measure_row(
     return measure(workload_of(row, precision).limited_to(only), precision, limits, peers, side)
 
 
-def workload_of(row: BenchRow, precision: Precision) -> Workload:
+def workload_of(row: BenchRow, precision: BenchPrecision) -> Workload:
     """Make a row's workload; nothing is loaded or computed yet. That of a growth curve is of its first size."""
     if row.kind == "growth":
         return unet_workload(**row.sizes["sizes"], precision=precision)

@@ -3,13 +3,20 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from gobelin.cli.options import parse
 from gobelin.cli.report_files import ReportFiles, publish
 from gobelin.errors import UsageError
+
+if TYPE_CHECKING:
+    from gobelin.bench.peers import Peer
+    from gobelin.bench.rows import BenchRow
+
+_CHART_SUFFIXES = (".svg", ".png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,7 @@ class Bench(ReportFiles):
     """
 
     rows: Positional[tuple[str, ...]] = ()
-    """Rows by name, or groups of them."""
+    """Rows by name, or by their group or kind."""
     list: bool = False
     """List the rows, and the other programs that are there, and exit."""
     precision: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
@@ -42,6 +49,8 @@ class Bench(ReportFiles):
     """The number of turns of each contender; fewer where time is short, but 3."""
     budget: float = 60.0
     """Minutes for all rows together; each gets its share, and what has begun is not broken off."""
+    plot: Path | None = None
+    """Draw the ratios into this file, SVG or PNG."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -51,26 +60,26 @@ def run(arguments: Sequence[str]) -> None:
     from gobelin.bench.rows import find_rows
 
     rows = find_rows(options.rows)
-    peers = find_peers([]) if options.peers != ("none",) else []
-    if options.peers and peers:
-        peers = find_peers(options.peers)
+    peers = [] if options.peers == ("none",) else find_peers(options.peers)
     if options.list:
-        width = max(len(row.name) for row in rows)
         for row in rows:
-            print(f"{row.name:<{width}}  {row.text} ({', '.join(row.precisions)}) [{row.group}]")
+            print(f"{row.name:<18} {row.group:<7} {row.kind:<8} {row.text} ({', '.join(row.precisions)})")
         for peer in peers:
             print(peer.line)
         return
     for name, value in (("--rounds", options.rounds), ("--budget", options.budget), ("--threads", options.threads)):
         if value is not None and not value > 0:
             raise UsageError(f"{name} is {value:g}: give a number above 0")
+    if options.plot is not None and options.plot.suffix.lower() not in _CHART_SUFFIXES:
+        raise UsageError(f"--plot is {options.plot}: give a name that ends in {' or '.join(_CHART_SUFFIXES)}")
     _measure(options, rows, peers)
 
 
-def _measure(options: Bench, rows: Sequence, peers: Sequence) -> None:
-    """Measure the rows, and publish the report."""
+def _measure(options: Bench, rows: "Sequence[BenchRow]", peers: "Sequence[Peer]") -> None:
+    """Measure the rows, and publish the report and the chart."""
     import torch
 
+    from gobelin.bench.bench_chart import write_bench_chart
     from gobelin.bench.bench_report import bench_report
     from gobelin.bench.machine import busy_line, machine
     from gobelin.bench.session import BenchPlan, run_bench
@@ -78,14 +87,13 @@ def _measure(options: Bench, rows: Sequence, peers: Sequence) -> None:
 
     refuse_unknown_contenders(options.only, rows)
     for peer in peers:
-        say(peer.line)
+        _say(peer.line)
     found = machine()
     if busy := busy_line(found):
-        say(busy)
-    precisions = options.precision
-    if not found["fast_bfloat16"] and "bfloat16" in precisions:
-        say("this machine does not multiply bfloat16 in hardware: float32 alone is measured")
-        precisions = tuple(one for one in precisions if one != "bfloat16")
+        _say(busy)
+    precisions = [one for one in options.precision if one != "bfloat16" or found["fast_bfloat16"]]
+    if len(precisions) < len(options.precision):
+        _say("this machine does not multiply bfloat16 in hardware: it is left out")
     plan = BenchPlan(
         rows=rows,
         precisions=precisions,
@@ -95,10 +103,12 @@ def _measure(options: Bench, rows: Sequence, peers: Sequence) -> None:
         rounds=options.rounds,
         budget=options.budget,
     )
-    content = run_bench(plan, say)
+    content = run_bench(plan, _say)
     publish(options, content, bench_report(content))
+    if options.plot is not None:
+        write_bench_chart(content, options.plot)
 
 
-def say(sentence: str) -> None:
+def _say(sentence: str) -> None:
     """Say one sentence on standard error."""
     print(f"gobelin: {sentence}", file=sys.stderr, flush=True)
