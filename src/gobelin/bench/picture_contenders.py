@@ -164,15 +164,27 @@ def _diffusers(run: PicturePass, compiled: bool = False) -> Call:
 def _stable_diffusion_cpp(run: PicturePass) -> Call:
     from stable_diffusion_cpp import StableDiffusion  # pyright: ignore[reportMissingImports]
 
+    side = run.ours.unet.config.sample_size * run.ours.vae.config.factor
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sd15.safetensors"
         run.ours.save_single_file(file, torch.float16)
-        wtype = {"float32": "f32", "bfloat16": "bf16"}[run.precision]
-        model = StableDiffusion(model_path=str(file), wtype=wtype, n_threads=torch.get_num_threads(), verbose=False)
+        model = StableDiffusion(
+            model_path=str(file),
+            wtype={"float32": "f32", "bfloat16": "f16"}[run.precision],  # on CPUs its half precision is float16
+            vae_decode_only=True,
+            n_threads=torch.get_num_threads(),
+            verbose=False,
+        )
 
     def call() -> Tensor:
         images = model.generate_image(
-            prompt=_PROMPT, width=512, height=512, sample_steps=run.steps, cfg_scale=_GUIDANCE, seed=0
+            prompt=_PROMPT,
+            width=side,
+            height=side,
+            sample_method="euler",
+            sample_steps=run.steps,
+            cfg_scale=_GUIDANCE,
+            seed=0,
         )
         return _pixels(images)
 

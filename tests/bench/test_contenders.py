@@ -1,0 +1,53 @@
+"""Contenders compute the same thing: traced passes, training steps, our engines. Each at the size of a nano model."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from gobelin.bench import our_engines, unet_contenders
+from gobelin.bench.measure import Limits, measure
+from gobelin.bench.trace_contenders import trace_workload
+from gobelin.bench.training_contenders import train_workload
+from gobelin.bench.unet_contenders import unet_workload
+
+ONE = Limits(rounds=1)
+PEERS = ("diffusers", "peft")
+
+
+def test_passes_are_the_same_traced_or_not():
+    measured = measure(trace_workload("nano", 16, "float32"), "float32", ONE, PEERS, peak_side=64)
+    assert measured["failed"] == {}
+    ours = measured["contenders"]
+    assert list(ours) == ["gobelin", "gobelin, trace=True", 'gobelin, trace="sharp"', "diffusers"]
+    assert [one["error"] for one in ours.values()] == pytest.approx([0, 0, 0, 0], abs=1e-5)
+    assert ours["gobelin, trace=True"]["against"]["name"] == "gobelin"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_begins_at_the_same_loss(lora):
+    made = train_workload("nano", 16, 2, "float32", lora=lora).limited_to(["diffusers"])
+    measured = measure(made, "float32", ONE, PEERS)
+    assert measured["failed"] == {}
+    assert measured["contenders"]["diffusers"]["error"] < 1e-5
+
+
+def test_an_engine_of_ours_is_a_contender(monkeypatch):
+    changed = SimpleNamespace(by=1.0)
+
+    def run_by(engine, unet):
+        return SimpleNamespace(unet=lambda *inputs: changed.by * unet(*inputs))
+
+    monkeypatch.setattr(unet_contenders, "our_engines", lambda: ("made-up",))
+    monkeypatch.setattr(unet_contenders, "run_by", run_by)
+    made = unet_workload("nano", 16, 1, "float32").limited_to(["gobelin, made-up"])
+    assert measure(made, "float32", ONE, (), 64)["contenders"]["gobelin, made-up"]["error"] == 0
+    changed.by = 1.01
+    assert "gobelin, made-up" in measure(made, "float32", ONE, (), 64)["failed"]
+
+
+def test_engines_are_those_of_the_package_but_the_plain_one(monkeypatch):
+    monkeypatch.setattr(our_engines, "_PACKAGE", "gobelin.no_such_package")
+    assert our_engines.our_engines() == ()
+    monkeypatch.setattr(our_engines, "_PACKAGE", "json")
+    monkeypatch.setattr("json.ENGINES", ("eager", "compiled", "openvino"), raising=False)
+    assert our_engines.our_engines() == ("compiled", "openvino")
