@@ -1,6 +1,7 @@
 """Networks of random weights, made in seconds, and the same weights in diffusers' and transformers' modules."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 _Network = TypeVar("_Network", bound=Component)
+_ANY_EOS = 2  # as older configurations of CLIP have it, whatever their tokenizer
 CONFIGS: Mapping[str, tuple[UNetConfig, int]] = {
     "nano": (UNetConfig.nano(), 32),
     "tiny": (UNetConfig.tiny(), 32),
@@ -31,8 +33,8 @@ def random_vae(dtype: torch.dtype) -> VAE:
 
 
 def random_text_encoder(dtype: torch.dtype) -> TextEncoder:
-    """Make a text encoder of Stable Diffusion 1.5's size."""
-    return _random(TextEncoder, TextEncoderConfig.sd15(), dtype)
+    """Make a text encoder of Stable Diffusion 1.5's size, for a tokenizer that ends texts with any token."""
+    return _random(TextEncoder, replace(TextEncoderConfig.sd15(), eos_token_id=_ANY_EOS), dtype)
 
 
 def _random(kind: type[_Network], config: Any, dtype: torch.dtype) -> _Network:
