@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import Positional
-
-from gobelin.cli.options import parse
+from gobelin.cli.options import Positional, parse
 from gobelin.cli.report_files import ReportFiles, publish
 from gobelin.errors import UsageError
 
