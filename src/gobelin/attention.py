@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gobelin import kernels
 from gobelin.errors import UsageError
 from gobelin.validation import Fraction, shown, validate_fields
 
@@ -41,13 +42,13 @@ def attention(
             if query.requires_grad and mask is None:
                 from gobelin.kernels import fused_attention
 
-                if fused_attention.takes(query, key, value):
+                if fused_attention.takes_training(query, key, value):
                     return fused_attention.fused_attention(query, key, value)
                 return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2), dim=-1) @ value
-        elif not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        else:
             from gobelin.kernels import tiled_attention
 
-            if tiled_attention.takes(query, key, value, mask):
+            if tiled_attention.takes_painting(query, key, value, mask):
                 attend = tiled_attention.tiled_attention if torch.compiler.is_compiling() else tiled_attention.attend
                 return attend(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
@@ -197,5 +198,5 @@ class Probe:
 
 
 def _is_bfloat16_on_cpu(tensor: Tensor) -> bool:
-    """Tell where torch's fused kernel is slow: slower than ours, and, while it trains, than plain products."""
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+    """Tell where torch's fused kernel is slow, and one of ours may be used."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not kernels.leave_gobelin()

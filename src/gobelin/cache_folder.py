@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-HASH_BYTES = 32
+DIGEST_BYTES = 32
 """A hashed file ends with the SHA-256 of what is before."""
 
 
@@ -40,7 +40,7 @@ def is_whole(file: Path) -> bool:
     if not file.is_file() or not is_safe(file):
         return False
     digest = hashlib.sha256()
-    left = file.stat().st_size - HASH_BYTES
+    left = file.stat().st_size - DIGEST_BYTES
     with file.open("rb") as stream:
         while left > 0 and (part := stream.read(min(left, 2**24))):
             digest.update(part)

@@ -4,14 +4,21 @@ Names, parameters and numbers are torch's, whose own code runs wherever else: in
 gradients, and where there is no compiler. The kernels have first derivatives alone.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gobelin import kernels
+
 
 class Conv2d(nn.Conv2d):
     """Convolution. What the kernel returns lies in memory channels last; a 1×1 of such an input is a linear layer."""
+
+    without_gradients: ClassVar[type[nn.Module]] = nn.Conv2d
+    """The class whose forward this is where no gradients are wanted."""
 
     def forward(
         self, input: Float[Tensor, "batch in_channels height width"]
@@ -66,7 +73,7 @@ class LayerNorm(nn.LayerNorm):
 
 def geglu(both: Float[Tensor, "*rows twice_width"]) -> Float[Tensor, "*rows width"]:
     """Multiply the first half of every row by the GELU of the second."""
-    if _trains_in_bfloat16_on_cpu(both):
+    if _is_bfloat16_on_cpu(both):
         from gobelin.kernels.geglu import fused_geglu, takes_geglu
 
         if takes_geglu(both):
@@ -87,3 +94,7 @@ def _autocasts_to_bfloat16_on_cpu(x: Tensor, weight: Tensor) -> bool:
 
 def _trains_in_bfloat16_on_cpu(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled()
+
+
+def _is_bfloat16_on_cpu(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not kernels.leave_gobelin()

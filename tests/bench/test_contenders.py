@@ -10,6 +10,8 @@ from gobelin.bench.measure import Limits, measure
 from gobelin.bench.trace_contenders import trace_workload
 from gobelin.bench.training_contenders import train_workload
 from gobelin.bench.unet_contenders import unet_workload
+from gobelin.engines import ENGINES
+from gobelin.engines.eager import EagerEngine
 
 ONE = Limits(rounds=1)
 PEERS = ("diffusers", "peft")
@@ -38,10 +40,12 @@ def test_training_begins_at_the_same_loss(lora):
 def test_an_engine_of_ours_is_a_contender(monkeypatch):
     changed = SimpleNamespace(by=1.0)
 
-    def run_by(engine, unet):
+    def run_by(engine="eager", unet=None):
+        if engine == "eager":
+            return SimpleNamespace(unet=unet)
         return SimpleNamespace(unet=lambda *inputs: changed.by * unet(*inputs))
 
-    monkeypatch.setattr(unet_contenders, "our_engines", lambda: ("made-up",))
+    monkeypatch.setattr(unet_contenders, "other_engines", lambda: ("made-up",))
     monkeypatch.setattr(unet_contenders, "run_by", run_by)
     made = unet_workload("nano", 16, 1, "float32").limited_to(["gobelin, made-up"])
     assert measure(made, "float32", ONE, (), 64)["contenders"]["gobelin, made-up"]["error"] == 0
@@ -49,9 +53,7 @@ def test_an_engine_of_ours_is_a_contender(monkeypatch):
     assert "gobelin, made-up" in measure(made, "float32", ONE, (), 64)["failed"]
 
 
-def test_engines_are_those_of_the_package_but_the_plain_one(monkeypatch):
-    monkeypatch.setattr(our_engines, "_PACKAGE", "gobelin.no_such_package")
-    assert our_engines.our_engines() == ()
-    monkeypatch.setattr(our_engines, "_PACKAGE", "json")
-    monkeypatch.setattr("json.ENGINES", ("eager", "compiled", "openvino"), raising=False)
-    assert our_engines.our_engines() == ("compiled", "openvino")
+def test_engines_beside_the_default_one_are_those_of_the_package():
+    assert {our_engines.DEFAULT, *our_engines.other_engines()} == set(ENGINES)
+    assert our_engines.DEFAULT not in our_engines.other_engines()
+    assert EagerEngine.name == our_engines.DEFAULT

@@ -31,7 +31,7 @@ needs_compiler = pytest.mark.skipif(
     reason="needs a C++ compiler and minutes: set GOBELIN_COMPILE",
 )
 EVERY = [pytest.param("openvino", marks=needs_openvino), pytest.param("compiled", marks=[needs_compiler])]
-SIZES = [(1, 5, 3, None), (2, 4, 7, 5), (3, 1, 4, 6)]
+SIZES = [(1, 5, 3, None), (3, 1, 4, 6)]
 """Batch, height, width of latents; length of text where it is masked."""
 
 
@@ -79,6 +79,7 @@ def inputs(batch: int, height: int, width: int, length: int | None = None) -> di
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
 def test_numbers_and_maps_are_those_of_eager(small: Small, name: EngineName, size: tuple[int, int, int, int | None]):
+    warnings.simplefilter("error", UserWarning)  # such as that PyTorch goes on
     engine, given = find_engine(name)(small), inputs(*size)
     sites, rows = small.unet.attention_sites, slice(-1, None)
     plain = engine.unet(**given)
@@ -101,8 +102,9 @@ def test_half_precision_is_as_near_to_the_truth_as_eager(small: Small) -> None:
     small.unet.to(torch.bfloat16)
     half = {name: one if name == "timesteps" else one.to(torch.bfloat16) for name, one in given.items()}
     engine = find_engine("openvino")(small)
-    prediction = engine.unet(**half)
-    traced, _ = engine.unet.trace(**half)
+    with warnings.catch_warnings(action="error", category=UserWarning):  # such as that PyTorch goes on
+        prediction = engine.unet(**half)
+        traced, _ = engine.unet.trace(**half)
     assert prediction.dtype == torch.bfloat16
     assert torch.equal(prediction, traced)
     assert relative_error(prediction.float(), truth) < 2 * relative_error(small.unet(**half).float(), truth)
@@ -141,15 +143,9 @@ def test_graphs_are_kept_and_neither_exported_nor_compiled_again(
     with pytest.warns(UserWarning, match="is damaged, or others may write to it: it is compiled anew"):
         assert torch.equal(find_engine(name)(small).unet(**given), first)
     assert torch.equal(find_engine(name)(small).unet(**given), first)
-
-
-@needs_openvino
-@torch.no_grad()
-def test_another_version_makes_its_own_graphs(small: Small, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_engine("openvino")(small).unet(**inputs(1, 4, 4))
-    monkeypatch.setattr("openvino.__version__", "2099.1")
-    find_engine("openvino")(small).unet(**inputs(1, 4, 4))
-    assert len(list((cache / "openvino").iterdir())) == 2
+    monkeypatch.setattr("gobelin.__version__", "2099.1")
+    find_engine(name)(small).unet(**given)
+    assert len(list((cache / name).iterdir())) == 2, "another version makes its own"
 
 
 @needs_openvino
@@ -160,7 +156,7 @@ def test_a_folder_that_others_write_to_is_not_used(small: Small, cache: Path) ->
     given = inputs(1, 4, 4)
     with pytest.warns(UserWarning, match="can be written to by others"):
         assert relative_error(find_engine("openvino")(small).unet(**given), small.unet(**given)) < 1e-5
-    assert not list(cache.rglob("*.graph"))
+    assert not list(cache.rglob("*.blob"))
 
 
 @torch.no_grad()
@@ -192,25 +188,21 @@ def test_another_device_or_precision_is_refused_or_said(clip_model: Callable[...
 
 @needs_openvino
 def test_a_lora_that_is_loaded_later_changes_the_image_as_in_eager(
-    clip_model: Callable[..., Model], tmp_path: Path
+    small: Small, clip_model: Callable[..., Model], tmp_path: Path
 ) -> None:
-    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-    layer = "unet." + name
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     lora = tmp_path / "style.safetensors"
-    save_file({f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(64, 2)}, lora)
-    pipe = Pipeline(clip_model()).use("openvino")
-    options = {"seed": 1, "steps": 2, "guidance": 1.0}
+    save_file({f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(12, 2)}, lora)
+    unet = fill_(UNet(dataclasses.replace(small.unet.config, cross_attention_dim=32)))
+    pipe = Pipeline(dataclasses.replace(clip_model(), unet=unet)).use("openvino")
+    options = {"seed": 1, "steps": 2, "guidance": 1.0, "height": 64, "width": 64}
     without = pipe("a castle", **options).latents
     pipe.load_lora(lora)
-    for weight in (1.0, 0.5, 0.25):
-        pipe.loras.set_weight("style", weight)
-        changed = pipe.use("openvino")("a castle", **options).latents if weight < 0.4 else None
-        changed = pipe("a castle", **options).latents if changed is None else changed
-        eager = Pipeline(pipe.model)("a castle", **options).latents
-        assert relative_error(changed, eager) < 1e-4
-        assert relative_error(changed, without) > 1e-3
+    changed = pipe("a castle", **options).latents
+    assert relative_error(changed, Pipeline(pipe.model)("a castle", **options).latents) < 1e-4
+    assert relative_error(changed, without) > 1e-3
     pipe.loras.remove("style")
-    assert relative_error(pipe("a castle", **options).latents, without) < 1e-6
+    assert torch.equal(pipe("a castle", **options).latents, without)
 
 
 def test_watched_weights_see_every_way_of_changing_them() -> None:

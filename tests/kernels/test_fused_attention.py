@@ -230,8 +230,8 @@ def test_only_what_trains_in_bfloat16_goes_through_the_kernel(monkeypatch: pytes
     attention(*trained, mask=torch.ones(1, 1, 1, 36, dtype=torch.bool))
     attention(*(each[:, :, :20] for each in trained), causal=True)
     assert attention(trained[0][:, :, :0], *trained[1:]).shape == (2, 3, 0, 12)
-    assert not kernel.takes(trained[0], *(each[:1] for each in trained[1:]))
-    assert not kernel.takes(trained[0], trained[1], trained[2][:, :, 1:])
+    assert not kernel.takes_training(trained[0], *(each[:1] for each in trained[1:]))
+    assert not kernel.takes_training(trained[0], trained[1], trained[2][:, :, 1:])
     assert calls == []
     attention(*trained)
     assert calls == ["attention_forward"]

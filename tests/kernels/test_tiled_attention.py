@@ -42,7 +42,7 @@ def distance(ours: Tensor, truth: Tensor) -> float:
 
 def attended_by_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """The result of the one door, which has to be the kernel's."""
-    assert kernel.takes(query, key, value, mask)
+    assert kernel.takes_painting(query, key, value, mask)
     out = attention(query, key, value, mask)
     assert same_bits(out, kernel.attend(query, key, value, mask))
     return out
@@ -150,7 +150,7 @@ def test_other_masks_are_torchs(mask_shape: tuple[int, ...]) -> None:
     mask = torch.rand(mask_shape) < 0.8
     mask[..., 0] = True
     assert torch.equal(attention(*inputs, mask), F.scaled_dot_product_attention(*inputs, attn_mask=mask))
-    assert not kernel.takes(*inputs, mask)
+    assert not kernel.takes_painting(*inputs, mask)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

@@ -1,26 +1,23 @@
-"""Our own engines as contenders: those of ``gobelin.engines``, beside the networks called directly."""
+"""Our own engines as contenders: the one that paints where none is named, the others, and networks called directly."""
 
-from importlib import import_module
-from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from gobelin.bench.random_weights import random_unet
+from gobelin.engines import ENGINES, PaintingNetworks, find_engine
 from gobelin.unet import UNet
 from gobelin.vae import VAE, VAEConfig
 
-_PACKAGE = "gobelin.engines"
-_DIRECT = "eager"
+DEFAULT = "eager"
+"""The engine that paints where none is named."""
 
 
-def our_engines() -> tuple[str, ...]:
-    """Name the engines that there are, but the one that calls the networks as they are."""
-    if find_spec(_PACKAGE) is None:
-        return ()
-    return tuple(name for name in import_module(_PACKAGE).ENGINES if name != _DIRECT)
+def other_engines() -> tuple[str, ...]:
+    """Name the engines that there are beside the default one."""
+    return tuple(name for name in ENGINES if name != DEFAULT)
 
 
-def run_by(engine: str, unet: UNet | None = None, vae: VAE | None = None) -> Any:
+def run_by(engine: str = DEFAULT, unet: UNet | None = None, vae: VAE | None = None) -> Any:
     """Give networks to an engine; returns what has ``unet`` and ``vae`` that are called as they are.
 
     One that is not given is a small one, which nothing is asked of.
@@ -29,4 +26,4 @@ def run_by(engine: str, unet: UNet | None = None, vae: VAE | None = None) -> Any
         unet=random_unet("nano", vae.dtype) if unet is None and vae is not None else unet,
         vae=VAE(VAEConfig.nano()) if vae is None else vae,
     )
-    return import_module(_PACKAGE).find_engine(engine)(model)
+    return find_engine(engine)(cast(PaintingNetworks, model))

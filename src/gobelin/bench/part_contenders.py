@@ -8,14 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gobelin.bench.our_engines import our_engines, run_by
+from gobelin.bench.our_engines import DEFAULT, other_engines, run_by
 from gobelin.bench.random_weights import (
     diffusers_vae,
     random_text_encoder,
     random_vae,
     transformers_text_encoder,
 )
-from gobelin.bench.unet_contenders import BASE, no_grad, openvino_call
+from gobelin.bench.unet_contenders import BASE, PLAIN, no_grad, openvino_call
 from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload, count_operations
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.formats.component import Component
@@ -59,7 +59,8 @@ def vae_workload(side: int, precision: BenchPrecision) -> Workload:
         given=latents,
         precision=precision,
     )
-    engines = [Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in our_engines()]
+    named = {BASE: DEFAULT, **{f"{BASE}, {engine}": engine for engine in other_engines()}}
+    engines = [Contender(name=name, prepare=partial(_engine, run, engine)) for name, engine in named.items()]
     return _workload(run, "diffusers", lambda: VAE(VAEConfig.sd15()), engines)
 
 
@@ -87,8 +88,8 @@ def _workload(
 
     return Workload(
         contenders=[
-            Contender(name=BASE, prepare=partial(_ours, run)),
             *engines,
+            Contender(name=PLAIN if engines else BASE, prepare=partial(_ours, run)),
             Contender(name=theirs, peer="diffusers", prepare=partial(_theirs, run)),
             Contender(name=f"{theirs}, compiled", peer="diffusers", prepare=partial(_theirs, run, torch.compile)),
             Contender(name="openvino", peer="openvino", prepare=partial(_openvino, run)),

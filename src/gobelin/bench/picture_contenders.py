@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gobelin.bench.our_engines import our_engines
+from gobelin.bench.our_engines import other_engines
 from gobelin.bench.random_weights import (
     diffusers_unet,
     diffusers_vae,
@@ -100,7 +100,7 @@ def picture_workload(model: str, batch: int, steps: int, precision: BenchPrecisi
     run = PicturePass(model=model, batch=batch, steps=steps, precision=precision)
     contenders = [
         Contender(name=BASE, prepare=lambda: lambda: run.paint(run.ours)),
-        *[Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in our_engines()],
+        *[Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in other_engines()],
         Contender(name="diffusers", peer="diffusers", prepare=partial(_diffusers, run)),
         Contender(name="diffusers, compiled", peer="diffusers", prepare=partial(_diffusers, run, compiled=True)),
     ]

@@ -38,11 +38,11 @@ def trace_workload(model: str, side: int, precision: BenchPrecision) -> Workload
 
 
 def _ours(run: UNetPass) -> Call:
-    return no_grad(run.ours, *run.inputs(run.dtype))
+    return no_grad(run.painting, *run.inputs(run.dtype))
 
 
 def _traced(run: UNetPass, sharp: bool) -> Call:
-    unet = run.ours
+    unet = run.painting
     sites = sharp_trace(unet.attention_sites, (run.side, run.side)).sites if sharp else None
     return no_grad(lambda *inputs: unet.trace(*inputs, sites=sites, rows=_GUIDED)[0], *run.inputs(run.dtype))
 

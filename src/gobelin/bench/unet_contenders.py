@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gobelin.bench.our_engines import our_engines, run_by
+from gobelin.bench.our_engines import other_engines, run_by
 from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
 from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload, count_operations
 from gobelin.pipeline import Pipeline
 from gobelin.unet import UNet
 
 BASE = "gobelin"
+"""Ours as it paints where nothing is said."""
+PLAIN = "gobelin, plain"
+"""Our network called directly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,11 @@ class UNetPass:
     def ours(self) -> UNet:
         """Our network in the row's precision, of whose tensors other contenders are made."""
         return self.unet(self.dtype)
+
+    @cached_property
+    def painting(self) -> Any:
+        """Our network as the engine runs it that paints where none is named."""
+        return run_by(unet=self.ours).unet
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Draw latents, timesteps and text embeddings, the same ones every time."""
@@ -72,8 +80,9 @@ def unet_workload(model: str, side: int, batch: int, precision: BenchPrecision) 
     run = UNetPass(model=model, side=side, batch=batch, precision=precision)
     return Workload(
         contenders=[
-            Contender(name=BASE, prepare=partial(_ours, run)),
-            *[Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in our_engines()],
+            Contender(name=BASE, prepare=lambda: no_grad(run.painting, *run.inputs(run.dtype))),
+            Contender(name=PLAIN, prepare=lambda: no_grad(run.ours, *run.inputs(run.dtype))),
+            *[Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in other_engines()],
             Contender(name="diffusers", peer="diffusers", prepare=partial(_diffusers, run)),
             Contender(
                 name="diffusers, channels last",
@@ -91,10 +100,6 @@ def unet_workload(model: str, side: int, batch: int, precision: BenchPrecision) 
         operations=run.operations,
         samples=batch,
     )
-
-
-def _ours(run: UNetPass) -> Call:
-    return no_grad(run.ours, *run.inputs(run.dtype))
 
 
 def _engine(run: UNetPass, engine: str) -> Call:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.engines.engine import LatentDecoder, NoisePredictor, PaintingNetworks
-from gobelin.kernels.packed_weights import PackedWeights, pays
+from gobelin.engines.packed_weights import PackedWeights, pays
 from gobelin.types import Images, Latents, TextEmbeddings, TextMask
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
@@ -20,7 +20,7 @@ from gobelin.vae import VAE, VAEConfig
 class EagerEngine:
     """Run a model's own networks: their hooks are called, and what is put in a module's place is used.
 
-    Where it pays, weights are packed (:mod:`gobelin.kernels.packed_weights`), and feature maps are channels last, in
+    Where it pays, weights are packed (:mod:`gobelin.engines.packed_weights`), and feature maps are channels last, in
     which a row of patches and a feature map are the same memory.
     """
 

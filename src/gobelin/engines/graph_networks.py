@@ -16,7 +16,7 @@ from gobelin.engines.watched_weights import WatchedWeights
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig, decode_in_tiles
 
-Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
+RunGraph = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """A compiled graph: inputs by name in, outputs in their order."""
 
 
@@ -79,11 +79,11 @@ class Graphs:
     Where an engine cannot compile or run one, that is said in a warning, and PyTorch runs the network from then on.
     """
 
-    def __init__(self, name: str, network: nn.Module, compile_graph: Callable[[Compile], Run]):
+    def __init__(self, name: str, network: nn.Module, compile_graph: Callable[[Compile], RunGraph]):
         self._name = name
         self._weights = WatchedWeights(network)
         self._compile = compile_graph
-        self._compiled: dict[str, Run] = {}
+        self._compiled: dict[str, RunGraph] = {}
         self._said: set[str] = set()
         self._fails = False
 
@@ -123,7 +123,7 @@ class GraphUNet:
     Passes with attention edits, whose functions are Python's, and those that gradients are wanted of, are PyTorch's.
     """
 
-    def __init__(self, name: str, unet: UNet, compile_graph: Callable[[Compile], Run]):
+    def __init__(self, name: str, unet: UNet, compile_graph: Callable[[Compile], RunGraph]):
         self._unet = unet
         self._graphs = Graphs(name, unet, compile_graph)
         self._name = name
@@ -219,7 +219,7 @@ class GraphUNet:
 class GraphVAE:
     """A VAE's decoder that runs as a graph, one image at a time, so that there is one graph for a size."""
 
-    def __init__(self, name: str, vae: VAE, compile_graph: Callable[[Compile], Run]):
+    def __init__(self, name: str, vae: VAE, compile_graph: Callable[[Compile], RunGraph]):
         self._vae = vae
         self._graphs = Graphs(name, vae, compile_graph)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.export.decomp_utils import CustomDecompTable
 
-from gobelin.cache_folder import HASH_BYTES
+from gobelin.cache_folder import DIGEST_BYTES
 from gobelin.engine_names import EngineName
 from gobelin.engines.engine import PaintingNetworks
-from gobelin.engines.graph_networks import Run
+from gobelin.engines.graph_networks import RunGraph
 from gobelin.engines.stored_graphs import StoredGraphEngine, export_graph
 from gobelin.errors import UsageError
 
@@ -27,6 +27,7 @@ class OpenVINOEngine(StoredGraphEngine):
     """Run networks that OpenVINO has converted and compiled, one graph for each shape of inputs."""
 
     name: ClassVar[EngineName] = "openvino"
+    suffix: ClassVar[str] = ".blob"
 
     def __init__(self, model: PaintingNetworks):
         super().__init__(model)
@@ -59,11 +60,11 @@ class OpenVINOEngine(StoredGraphEngine):
         """Convert a graph to OpenVINO's form."""
         return convert_graph(graph, inputs)
 
-    def load(self, file: Path, inputs: Mapping[str, Tensor]) -> Run:
+    def load(self, file: Path, inputs: Mapping[str, Tensor]) -> RunGraph:
         """Load a graph; its weights stay in the file, from which they are mapped."""
         import openvino
 
-        blob = openvino.Tensor(np.memmap(file, mode="c")[:-HASH_BYTES], shared_memory=True)
+        blob = openvino.Tensor(np.memmap(file, mode="c")[:-DIGEST_BYTES], shared_memory=True)
         compiled = self._core.import_model(blob, "CPU", self._settings())
         request = compiled.create_infer_request()
         lock, kept = Lock(), blob  # from which the graph reads its weights as long as it runs

@@ -17,7 +17,7 @@ import gobelin
 from gobelin.cache_folder import cache_folder, hashed, is_whole, keep_newest
 from gobelin.engine_names import EngineName
 from gobelin.engines.engine import PaintingNetworks
-from gobelin.engines.graph_networks import Compile, GraphUNet, GraphVAE, Run, describe_inputs
+from gobelin.engines.graph_networks import Compile, GraphUNet, GraphVAE, RunGraph, describe_inputs
 
 MOST_BYTES = 20 * 10**9
 """The most that an engine keeps on disk: some ten graphs of Stable Diffusion 1.5 in bfloat16."""
@@ -27,6 +27,7 @@ class StoredGraphEngine(ABC):
     """An engine whose graphs are files; a subclass says how one is compiled into a file, and how that is loaded."""
 
     name: ClassVar[EngineName]
+    suffix: ClassVar[str]
 
     def __init__(self, model: PaintingNetworks):
         self.unet = GraphUNet(self.name, model.unet, self._compiled)
@@ -42,14 +43,14 @@ class StoredGraphEngine(ABC):
         """Compile a graph for the shapes of its inputs, and write it."""
 
     @abstractmethod
-    def load(self, file: Path, inputs: Mapping[str, Tensor]) -> Run:
+    def load(self, file: Path, inputs: Mapping[str, Tensor]) -> RunGraph:
         """Load a graph that was written; a hash follows it in the file."""
 
     @abstractmethod
     def describe(self, inputs: Mapping[str, Tensor]) -> str:
         """Describe all that a compiled graph depends on beside the graph: versions, machine, precision."""
 
-    def _compiled(self, wanted: Compile) -> Run:
+    def _compiled(self, wanted: Compile) -> RunGraph:
         """Load a graph from the cache folder, where it is compiled first unless it is there, whole."""
         parts = (
             f"gobelin {gobelin.__version__}, torch {torch.__version__}, {platform.machine()} {platform.system()}",
@@ -64,12 +65,12 @@ class StoredGraphEngine(ABC):
         except OSError as error:
             warnings.warn(f"the engine {self.name} compiles anew, as nothing can be kept: {error}", stacklevel=2)
             with tempfile.TemporaryDirectory(prefix="gobelin-") as temporary:
-                return self._loaded(Path(temporary) / f"{name}.graph", wanted)
-        run = self._loaded(folder / f"{name}.graph", wanted)
+                return self._loaded(Path(temporary) / f"{name}{self.suffix}", wanted)
+        run = self._loaded(folder / f"{name}{self.suffix}", wanted)
         keep_newest(folder, MOST_BYTES)
         return run
 
-    def _loaded(self, file: Path, wanted: Compile) -> Run:
+    def _loaded(self, file: Path, wanted: Compile) -> RunGraph:
         if file.exists() and not is_whole(file):
             warnings.warn(f"{file} is damaged, or others may write to it: it is compiled anew", stacklevel=2)
             file.unlink()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gobelin.engine_names import EngineName
-from gobelin.engines.graph_networks import Run
+from gobelin.engines.graph_networks import RunGraph
 from gobelin.engines.stored_graphs import StoredGraphEngine, export_graph
 
 
@@ -22,6 +22,7 @@ class CompiledEngine(StoredGraphEngine):
     """Run networks that TorchInductor has compiled, one library for each shape of inputs."""
 
     name: ClassVar[EngineName] = "compiled"
+    suffix: ClassVar[str] = ".pt2"
 
     def compile_into(self, file: Path, graph: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         """Compile ahead of time (AOTInductor); raises RuntimeError where there is no compiler."""
@@ -30,13 +31,11 @@ class CompiledEngine(StoredGraphEngine):
         if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
             raise RuntimeError("there is no C++ compiler, g++ or clang++")
         program = export_graph(graph, inputs)
-        package = file.with_suffix(".pt2")
         # Frozen weights are constants: they can be laid out for the kernels that read them.
         with torch.no_grad(), warnings.catch_warnings(action="ignore"), config.patch(freezing=True):
-            aoti_compile_and_package(program, package_path=str(package))
-        package.rename(file)
+            aoti_compile_and_package(program, package_path=str(file))
 
-    def load(self, file: Path, inputs: Mapping[str, Tensor]) -> Run:
+    def load(self, file: Path, inputs: Mapping[str, Tensor]) -> RunGraph:
         """Load a library; it is unpacked into a temporary folder as long as it is used."""
         from torch._inductor import aoti_load_package
 

@@ -16,10 +16,6 @@
 #include "threads.hpp"
 #include "tiles.hpp"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16"))), apply_to = function)
-#endif
-
 namespace {
 
 constexpr int64_t SIDE = 3, PLACES = SIDE * SIDE;
@@ -393,7 +389,3 @@ extern "C" int convolution_backward_input(const Problem *problem, int threads, P
 extern "C" int convolution_backward_weight(const Problem *problem, int threads, Parallel parallel) {
     return compute_weight_gradient(*problem, threads, parallel);
 }
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif

@@ -10,9 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.kernels.operators import Kernel, has_instructions
+from gobelin.kernels.hardware import has_instructions
+from gobelin.kernels.operators import Kernel, constant
 
-_KERNEL = Kernel("convolution.cpp", "bfloat16.hpp", "lanes.hpp", "threads.hpp", "tiles.hpp")
+_FLAGS = ("-mamx-tile", "-mamx-bf16")
+_KERNEL = Kernel(
+    "convolution.cpp", "bfloat16.hpp", "lanes.hpp", "operands.hpp", "threads.hpp", "tiles.hpp", flags=_FLAGS
+)
 _SIZES = ("batch", "height", "width", "inputs", "outputs")
 _POINTERS = ("x", "grad", "weight", "bias", "out", "dweight", "dbias")
 
@@ -24,7 +28,7 @@ class _Problem(ctypes.Structure):
     ]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_convolution() -> bool:
     """Tell whether there is a kernel, which is compiled by the first call: some 3 s, once for a user and a version."""
     return _has_tiles()

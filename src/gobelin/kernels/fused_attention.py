@@ -10,29 +10,30 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import BFloat16, Float32
+from jaxtyping import Float32
 from torch import Tensor
 
 from gobelin.kernels.compiled import load_library
 from gobelin.kernels.hardware import has_instructions
 from gobelin.kernels.operands import (
+    Keys,
+    Queries,
     Sizes,
     TensorView,
+    attention_fits,
     call,
     empty_like,
-    fit,
     openmp,
-    require_fit,
+    require_attention_fits,
     sizes_of,
     view,
     with_rows,
 )
+from gobelin.kernels.operators import constant
 
 _SOURCE = Path(__file__).with_name("fused_attention.cpp")
 _INCLUDES = tuple(Path(__file__).with_name(name) for name in ("lanes.hpp", "operands.hpp"))
 
-QueryRows = BFloat16[Tensor, "batch heads queries width"]
-KeyRows = BFloat16[Tensor, "batch heads keys width"]
 LogSumExp = Float32[Tensor, "batch heads queries"]
 
 
@@ -55,18 +56,18 @@ class _BackwardProblem(ctypes.Structure):
     ]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def is_available() -> bool:
     """Tell whether there is a kernel, which is compiled by the first call: some 2 s, once for a user and a version."""
     return _library() is not None
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def takes_training(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tell whether the kernel computes attention of these: bfloat16 on a CPU, nothing to broadcast, nothing empty."""
-    return fit(query, key, value) and is_available()
+    return attention_fits(query, key, value) and is_available()
 
 
-def fused_attention(query: QueryRows, key: KeyRows, value: KeyRows) -> QueryRows:
+def fused_attention(query: Queries, key: Keys, value: Keys) -> Queries:
     """Compute attention, softmax(Q Kᵀ / √width) V, and its gradients when asked; not its second derivatives.
 
     Any strides will do. The result and the gradients lie in memory as [batch, length, heads, width], so that to join
@@ -81,9 +82,9 @@ def fused_attention(query: QueryRows, key: KeyRows, value: KeyRows) -> QueryRows
     device_types="cpu",
     schema="(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)",
 )
-def _forward(query: QueryRows, key: KeyRows, value: KeyRows) -> tuple[QueryRows, QueryRows, LogSumExp]:
+def _forward(query: Queries, key: Keys, value: Keys) -> tuple[Queries, Queries, LogSumExp]:
     """Compute attention, and for the way back what rounding took from it, and the log-sum-exp of every query."""
-    require_fit(query, key, value)
+    require_attention_fits(query, key, value)
     out, remainder, log_sum_exp = _forward_shapes(query, key, value)
     query, key, value = (with_rows(each) for each in (query, key, value))
     tensors = (view(each) for each in (query, key, value, out, remainder))
@@ -99,18 +100,18 @@ def _forward(query: QueryRows, key: KeyRows, value: KeyRows) -> tuple[QueryRows,
     " -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
-    grad: QueryRows,
-    query: QueryRows,
-    key: KeyRows,
-    value: KeyRows,
-    out: QueryRows,
-    remainder: QueryRows,
+    grad: Queries,
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    out: Queries,
+    remainder: Queries,
     log_sum_exp: LogSumExp,
-) -> tuple[QueryRows, KeyRows, KeyRows]:
+) -> tuple[Queries, Keys, Keys]:
     """Compute the gradients of a scalar with respect to query, key and value from the one with respect to ``out``."""
-    require_fit(query, key, value)
+    require_attention_fits(query, key, value)
     for each in (grad, out, remainder):
-        require_fit(each, query, query)
+        require_attention_fits(each, query, query)
     grads = _backward_shapes(grad, query, key, value, out, remainder, log_sum_exp)
     inputs = [with_rows(each) for each in (query, key, value, out, remainder, grad)]
     log_sum_exp = log_sum_exp.contiguous()
@@ -120,14 +121,12 @@ def _backward(
 
 
 @_forward.register_fake
-def _forward_shapes(query: QueryRows, key: KeyRows, value: KeyRows) -> tuple[QueryRows, QueryRows, LogSumExp]:
+def _forward_shapes(query: Queries, key: Keys, value: Keys) -> tuple[Queries, Queries, LogSumExp]:
     return empty_like(query), empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @_backward.register_fake
-def _backward_shapes(
-    grad: QueryRows, query: QueryRows, key: KeyRows, value: KeyRows, *_: Tensor
-) -> tuple[QueryRows, KeyRows, KeyRows]:
+def _backward_shapes(grad: Queries, query: Queries, key: Keys, value: Keys, *_: Tensor) -> tuple[Queries, Keys, Keys]:
     return empty_like(query), empty_like(key), empty_like(value)
 
 

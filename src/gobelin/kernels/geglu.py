@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.kernels.operators import Kernel
+from gobelin.kernels.operators import Kernel, constant
 
 _KERNEL = Kernel("geglu.cpp", "bfloat16.hpp", "lanes.hpp", "operands.hpp", "threads.hpp")
 
@@ -28,7 +28,7 @@ def fused_geglu(both: Float[Tensor, "*rows twice_width"]) -> Float[Tensor, "*row
     return _geglu(both)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_geglu() -> bool:
     """Tell whether there is a kernel, which is compiled by the first call: some 2 s, once for a user and a version."""
     return _KERNEL.library is not None

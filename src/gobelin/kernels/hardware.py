@@ -1,4 +1,4 @@
-"""What a device multiplies in hardware."""
+"""Hardware: which precisions a device multiplies, and which instructions a CPU has."""
 
 import torch
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.kernels.operators import Kernel
+from gobelin.kernels.operators import Kernel, constant
 
 _KERNEL = Kernel("norms.cpp", "bfloat16.hpp", "lanes.hpp", "operands.hpp", "threads.hpp")
 _ROWS_AT_ONCE = 64  # as in norms.cpp
@@ -52,7 +52,7 @@ def fused_layer_norm(
     return _layer_norm(x, weight, bias, eps)[0]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_norms() -> bool:
     """Tell whether there is a kernel, which is compiled by the first call: some 2 s, once for a user and a version."""
     return _KERNEL.library is not None

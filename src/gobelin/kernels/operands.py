@@ -1,11 +1,15 @@
-"""What kernels of ours are given: tensors as structures of C, and the threads that PyTorch itself uses."""
+"""Operands of kernels: tensors as structures of C, and the threads that PyTorch itself uses."""
 
 import ctypes
 from functools import cache
 from pathlib import Path
 
 import torch
+from jaxtyping import BFloat16
 from torch import Tensor
+
+Queries = BFloat16[Tensor, "batch heads queries width"]
+Keys = BFloat16[Tensor, "batch heads keys width"]
 
 
 class Sizes(ctypes.Structure):
@@ -45,7 +49,7 @@ def with_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def attention_fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tell whether a kernel may read these: bfloat16 on a CPU, nothing to broadcast, nothing empty."""
     return (
         all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in (query, key, value))
@@ -55,9 +59,9 @@ def fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def require_fit(query: Tensor, key: Tensor, value: Tensor) -> None:
+def require_attention_fits(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise ValueError for what a kernel would read wrongly: beyond the end of a tensor is other memory."""
-    if not fit(query, key, value):
+    if not attention_fits(query, key, value):
         said = ", ".join(f"{each.dtype} {[*each.shape]}" for each in (query, key, value))
         raise ValueError(f"query, key and value are {said}: give bfloat16 on a CPU, whose shapes fit")
 

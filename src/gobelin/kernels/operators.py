@@ -2,15 +2,26 @@
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from gobelin.kernels.compiled import load_library
 from gobelin.kernels.hardware import has_instructions
 from gobelin.kernels.operands import call, openmp
 
 _FOLDER = Path(__file__).parent
+FunctionT = TypeVar("FunctionT", bound=Callable)
+
+
+def constant(function: FunctionT) -> FunctionT:
+    """Mark a function whose result torch.compile may take for a constant.
+
+    As ``torch.compiler.assume_constant_result`` does, which imports the compiler for it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Kernel:

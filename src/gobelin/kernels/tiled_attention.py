@@ -5,19 +5,21 @@ import sys
 from pathlib import Path
 
 import torch
-from jaxtyping import BFloat16, Bool
+from jaxtyping import Bool
 from torch import Tensor
 
 from gobelin.kernels.compiled import load_library
 from gobelin.kernels.hardware import has_instructions
 from gobelin.kernels.operands import (
+    Keys,
+    Queries,
     Sizes,
     TensorView,
+    attention_fits,
     call,
     empty_like,
-    fit,
     openmp,
-    require_fit,
+    require_attention_fits,
     sizes_of,
     view,
     with_rows,
@@ -28,8 +30,6 @@ _INCLUDES = tuple(Path(__file__).with_name(name) for name in ("lanes.hpp", "oper
 _FLAGS = ("-mamx-tile", "-mamx-bf16")
 _WIDEST = 256  # of a head: with wider ones, as a VAE has, sums leave the first cache, and torch's kernel is faster
 
-QueryRows = BFloat16[Tensor, "batch heads queries width"]
-KeyRows = BFloat16[Tensor, "batch heads keys width"]
 KeyMask = Bool[Tensor, "batch #heads #queries keys"]
 
 
@@ -41,10 +41,10 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> bool:
+def takes_painting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> bool:
     """Tell whether the kernel computes attention of these: bfloat16 on a CPU with tiles, and a mask of keys alone."""
     return (
-        fit(query, key, value)
+        attention_fits(query, key, value)
         and query.shape[-1] <= _WIDEST
         and (mask is None or mask.shape == (len(query), 1, 1, key.shape[2]))
         and LIBRARY is not None
@@ -66,9 +66,9 @@ def _shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     return empty_like(query)
 
 
-def attend(query: QueryRows, key: KeyRows, value: KeyRows, mask: KeyMask | None = None) -> QueryRows:
+def attend(query: Queries, key: Keys, value: Keys, mask: KeyMask | None = None) -> Queries:
     """Do as :func:`tiled_attention` without the way through PyTorch's operators, which takes as long as a small one."""
-    require_fit(query, key, value)
+    require_attention_fits(query, key, value)
     query, key, value = (with_rows(each) for each in (query, key, value))
     out = empty_like(query)
     if mask is not None:

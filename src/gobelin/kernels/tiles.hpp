@@ -5,12 +5,6 @@
 
 #pragma once
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16"))), apply_to = function)
-#else
-#pragma GCC target("amx-tile,amx-bf16")
-#endif
-
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -115,7 +109,3 @@ void multiply_tiles(int64_t rows, int64_t columns, float *sums, int64_t stride, 
 }
 
 } // namespace
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gobelin.engines.packed_weights import PackedWeights, pays
 from gobelin.kernels.hardware import has_fast_bfloat16
-from gobelin.kernels.packed_weights import PackedWeights, pays
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 

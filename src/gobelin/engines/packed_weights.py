@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gobelin.kernels.hardware import has_fast_bfloat16
+from gobelin.operations import Conv2d
 
 _WIDE = (
     128  # channels of the narrowest feature map: Stable Diffusion's U-Net has 320, its VAE 128, the shipped model 48
@@ -33,7 +34,7 @@ class _PackedLayer:
 class PackedWeights:
     """The packed weights of a network's linear layers and convolutions, beside its own, which stay as they are.
 
-    They take as much memory again. Only layers of PyTorch's own two classes have them: what computes in another way, as
+    They take as much memory again. Only plain layers have them: what computes in another way, as
     an adapter does, goes on doing so.
     """
 
@@ -87,8 +88,7 @@ def pays(network: nn.Module) -> bool:
 
 
 def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
-    kind = vars(type(layer)).get("without_gradients", type(layer))  # of a class itself, not of those made from it
-    plain = kind is nn.Linear or (kind is nn.Conv2d and layer.padding_mode == "zeros")
+    plain = type(layer) is nn.Linear or (type(layer) in (nn.Conv2d, Conv2d) and layer.padding_mode == "zeros")
     return plain and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
 
 
@@ -111,7 +111,7 @@ def _pack(layer: PackableLayer, fingerprint: Fingerprint) -> _PackedLayer:
 
         def multiply(hidden: Tensor) -> Tensor:
             if torch.is_grad_enabled() or hidden.dtype != dtype:
-                return nn.Linear.forward(layer, hidden)
+                return type(layer).forward(layer, hidden)
             return torch.ops.mkldnn._linear_pointwise(hidden, packed_matrix, layer.bias, "none", [], "")
 
         return _PackedLayer(fingerprint, multiply)
@@ -121,7 +121,7 @@ def _pack(layer: PackableLayer, fingerprint: Fingerprint) -> _PackedLayer:
 
     def convolve(hidden: Tensor) -> Tensor:
         if torch.is_grad_enabled() or hidden.dtype != dtype:
-            return nn.Conv2d.forward(layer, hidden)
+            return type(layer).forward(layer, hidden)
         return torch.ops.mkldnn._convolution_pointwise(hidden, packed_filters, layer.bias, *sizes, "none", [], "")
 
     return _PackedLayer(fingerprint, convolve)
