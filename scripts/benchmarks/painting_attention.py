@@ -55,7 +55,7 @@ def main() -> None:
     print_machine(machine())
     if tiled_attention.LIBRARY is None:
         raise SystemExit("there is no kernel here: no compiler, or no AMX")
-    ways = {"tiles": tiled_attention.attend, "torch": torchs}
+    ways: dict[str, Callable[..., Tensor]] = {"tiles": tiled_attention.attend, "torch": torchs}
     for shape in _SHAPES:
         batch, heads, queries, keys, width = shape
         wide = [torch.randn(batch, n, heads * width).bfloat16() for n in (queries, keys, keys)]
@@ -63,9 +63,8 @@ def main() -> None:
         rounds = [{name: seconds(way, inputs) for name, way in ways.items()} for _ in range(options.rounds + 2)][2:]
         times = {name: [one[name] for one in rounds] for name in ways}
         count = max(1, _TRUTH_KEYS // (batch * heads * keys))
-        truth = F.scaled_dot_product_attention(
-            inputs[0][:, :, :count].double(), *(each.double() for each in inputs[1:])
-        )
+        query, key, value = (each.double() for each in inputs)
+        truth = torchs(query[:, :, :count], key, value)
         print(
             f"{' x '.join(map(str, shape)):24} tiles {1e3 * np.median(times['tiles']):8.3f} ms, "
             f"{4 * np.prod(shape) / np.median(times['tiles']) / 1e9:5.0f} GFLOP/s, error "

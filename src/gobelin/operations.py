@@ -4,8 +4,6 @@ Names, parameters and numbers are torch's, whose own code runs wherever else: in
 gradients, and where there is no compiler. The kernels have first derivatives alone.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,9 +14,6 @@ from gobelin import kernels
 
 class Conv2d(nn.Conv2d):
     """Convolution. What the kernel returns lies in memory channels last; a 1×1 of such an input is a linear layer."""
-
-    without_gradients: ClassVar[type[nn.Module]] = nn.Conv2d
-    """The class whose forward this is where no gradients are wanted."""
 
     def forward(
         self, input: Float[Tensor, "batch in_channels height width"]

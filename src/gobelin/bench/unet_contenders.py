@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -144,10 +145,11 @@ def no_grad(run: Callable[..., Tensor], *inputs: Any) -> Call:
 
 def openvino_call(module: nn.Module, inputs: tuple[Tensor, ...], precision: BenchPrecision) -> Call:
     """Convert a module of float32 weights with OpenVINO, for the shapes of ``inputs``; returns a call with them."""
-    import openvino as ov  # pyright: ignore[reportMissingImports]
+    import openvino as ov
 
-    with torch.no_grad():
-        converted = ov.convert_model(module, example_input=inputs, input=[tuple(one.shape) for one in inputs])
+    from gobelin.engines.openvino_runtime import convert_graph  # which reports nothing to anybody
+
+    converted = convert_graph(module, dict(zip(signature(module.forward).parameters, inputs, strict=True)))
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
     options = {
         "INFERENCE_PRECISION_HINT": hint,
