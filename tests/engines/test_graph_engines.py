@@ -225,6 +225,28 @@ def test_watched_weights_see_every_way_of_changing_them() -> None:
     assert watched.have_changed()
 
 
+def test_a_write_that_is_not_counted_is_seen_by_reading() -> None:
+    network = torch.nn.Linear(3, 5)
+    watched = WatchedWeights(network)
+    assert watched.have_changed(read=True)
+    network.weight.data[1, 2] += 1
+    network.bias.data[4] -= 1
+    assert not watched.have_changed()
+    assert watched.have_changed(read=True)
+    assert not watched.have_changed(read=True)
+
+
+@needs_openvino
+@torch.no_grad()
+def test_an_engine_that_is_asked_for_its_network_has_the_weights_that_there_are(small: Small) -> None:
+    engine = find_engine("openvino")(small)
+    before = engine.unet(**inputs(1, 4, 4))
+    small.unet.conv_out.weight.data.mul_(2)
+    assert not torch.equal(engine.unet(**inputs(1, 4, 4)), before)
+    small.unet.conv_out.weight.data.div_(2)
+    assert torch.equal(engine.unet(**inputs(1, 4, 4)), before)
+
+
 @needs_openvino
 def test_another_process_finds_the_graphs(small: Small, cache: Path, tmp_path: Path) -> None:
     unet, vae = tmp_path / "unet", tmp_path / "vae"

@@ -5,7 +5,7 @@ An engine says how a graph is compiled; here is when, for what, and what is done
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Num
@@ -86,14 +86,17 @@ class Graphs:
         self._compiled: dict[str, RunGraph] = {}
         self._said: set[str] = set()
         self._fails = False
+        self.reads_weights = False
+        """Whether the next run is to read the weights, and so to find every change."""
 
     def run(self, graph: nn.Module, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, ...] | None:
         """Run a graph, or return None where PyTorch is to do it."""
         if self._fails:
             return None
         given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-        if self._weights.have_changed():
+        if self._weights.have_changed(read=self.reads_weights):
             self._compiled.clear()
+        self.reads_weights = False
         key = f"{graph} {describe_inputs(given)}"
         try:
             if key not in self._compiled:
@@ -128,6 +131,11 @@ class GraphUNet:
         self._graphs = Graphs(name, unet, compile_graph)
         self._name = name
         self._same_bits: dict[str, bool] = {}
+
+    def looking_closely(self) -> Self:
+        """Have the next pass read the weights, to find every change; returns this."""
+        self._graphs.reads_weights = True
+        return self
 
     @property
     def config(self) -> UNetConfig:
@@ -222,6 +230,11 @@ class GraphVAE:
     def __init__(self, name: str, vae: VAE, compile_graph: Callable[[Compile], RunGraph]):
         self._vae = vae
         self._graphs = Graphs(name, vae, compile_graph)
+
+    def looking_closely(self) -> Self:
+        """Have the next decoding read the weights, to find every change; returns this."""
+        self._graphs.reads_weights = True
+        return self
 
     @property
     def config(self) -> VAEConfig:

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from gobelin.engines.watched_weights import sum_of_bits
 from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.operations import Conv2d
 
@@ -94,13 +95,7 @@ def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
 
 def _fingerprint(weight: Tensor) -> Fingerprint:
     """Describe a weight: where it is, how often it was written to, its precision, and the sum of its bits."""
-    flat = weight.detach().flatten()
-    in_a_word = 8 // flat.element_size()
-    words = len(flat) // in_a_word * in_a_word
-    if flat.storage_offset() % in_a_word:
-        flat = flat.clone()
-    bits = flat[:words].view(torch.int64).sum() + flat[words:].view(torch.uint8).sum()
-    return weight.data_ptr(), weight._version, weight.dtype, int(bits)
+    return weight.data_ptr(), weight._version, weight.dtype, sum_of_bits(weight)
 
 
 def _pack(layer: PackableLayer, fingerprint: Fingerprint) -> _PackedLayer:

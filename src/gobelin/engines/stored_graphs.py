@@ -30,13 +30,23 @@ class StoredGraphEngine(ABC):
     suffix: ClassVar[str]
 
     def __init__(self, model: PaintingNetworks):
-        self.unet = GraphUNet(self.name, model.unet, self._compiled)
-        self.vae = GraphVAE(self.name, model.vae, self._compiled)
+        self._unet = GraphUNet(self.name, model.unet, self._compiled)
+        self._vae = GraphVAE(self.name, model.vae, self._compiled)
 
     @classmethod
     def of(cls, model: PaintingNetworks) -> Self:
         """Make an engine of a model's networks; raises :class:`UsageError` where it cannot run them."""
         return cls(model)
+
+    @property
+    def unet(self) -> GraphUNet:
+        """The U-Net, with the weights that it has now: a painting asks for it once."""
+        return self._unet.looking_closely()
+
+    @property
+    def vae(self) -> GraphVAE:
+        """The VAE, with the weights that it has now."""
+        return self._vae.looking_closely()
 
     @abstractmethod
     def compile_into(self, file: Path, graph: nn.Module, inputs: Mapping[str, Tensor]) -> None:

@@ -15,19 +15,16 @@
 // P is rounded to bfloat16 before it is multiplied, sums are float32. A block is computed from beginning to end by one
 // thread, so that no result depends on how many threads there are.
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <atomic>
 #include <cmath>
 #include <deque>
 
 #include "lanes.hpp"
 #include "operands.hpp"
+#include "threads.hpp"
+#include "tiles.hpp"
 
 namespace {
 
-constexpr int64_t TILE = 16;           // rows of a tile; it has 16 columns of float32, or of pairs of bfloat16
 constexpr int64_t STEP = 2 * TILE;     // queries of a block, and keys of a step
 constexpr int64_t KEYS_AT_ONCE = 64;   // whose powers are multiplied with values together
 constexpr float HIGHEST = 60;          // log2 of the largest power
@@ -93,17 +90,7 @@ void pack_head(Head &packed, const Shape &shape, const Rows &key, const Rows &va
     packed.longest_key = longest;
 }
 
-// ---- Tiles: of 16 rows of 64 bytes, by number ----
-
-struct alignas(64) TileConfiguration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_of_row[16] = {};
-    uint8_t rows[16] = {};
-
-    TileConfiguration() {
-        for (int tile = 0; tile < 8; ++tile) bytes_of_row[tile] = 64, rows[tile] = TILE;
-    }
-};
+// ---- Tiles: of 16 rows and 16 columns of float32, or of pairs of bfloat16, by number ----
 
 // As assembly, since compilers' own functions for it take no template's number, and GCC's do not say that they read and
 // write memory.
@@ -128,11 +115,7 @@ class Block {
   public:
     Block(const Problem &problem, const Shape &shape)
         : problem(problem), shape(shape), query_rows(STEP * shape.pairs + LANES),
-          logits(2 * STEP * STEP), probs(STEP * KEYS_AT_ONCE / 2), outs(STEP * shape.padded) {
-        static const TileConfiguration configuration;
-        _tile_loadconfig(&configuration);
-    }
-    ~Block() { _tile_release(); }
+          logits(2 * STEP * STEP), probs(STEP * KEYS_AT_ONCE / 2), outs(STEP * shape.padded) {}
 
     void operator()(const Head &packed, int64_t batch, int64_t head, int64_t start) {
         Rows query = head_of(problem.query, batch, head, sizes.queries, sizes.width);
@@ -322,6 +305,7 @@ class Block {
         }
     }
 
+    const TileConfiguration configuration;
     const Problem &problem;
     const Sizes &sizes = problem.sizes;
     const Shape &shape;
@@ -336,67 +320,55 @@ class Block {
 
 // ---- All heads, by several threads ----
 
-struct Job {
+struct Packed {
     const Problem &problem;
-    const Shape shape;
-    std::deque<Head> heads;
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> out_of_memory{false};
+    const Shape &shape;
+    std::deque<Head> &heads;
 };
 
-void pack_heads(void *data) {
-    Job &job = *(Job *)data;
-    const Problem &problem = job.problem;
-    const Sizes &sizes = problem.sizes;
-    for (int64_t i; (i = job.next.fetch_add(1)) < sizes.batch * sizes.heads;) {
+// Keys and values of one head.
+struct Packer {
+    const Packed &packed;
+
+    void operator()(int64_t i) {
+        const Problem &problem = packed.problem;
+        const Sizes &sizes = problem.sizes;
         int64_t batch = i / sizes.heads, head = i % sizes.heads;
-        pack_head(job.heads[(size_t)i], job.shape, head_of(problem.key, batch, head, sizes.keys, sizes.width),
+        pack_head(packed.heads[(size_t)i], packed.shape, head_of(problem.key, batch, head, sizes.keys, sizes.width),
                   head_of(problem.value, batch, head, sizes.keys, sizes.width),
                   problem.mask == nullptr ? nullptr : problem.mask + batch * sizes.keys);
     }
-}
+};
 
-void take_blocks(void *data) {
-    Job &job = *(Job *)data;
-    const Sizes &sizes = job.problem.sizes;
-    int64_t blocks = (sizes.queries + STEP - 1) / STEP;
-    try {
-        Block block(job.problem, job.shape);
-        for (int64_t i; (i = job.next.fetch_add(1)) < sizes.batch * sizes.heads * blocks;) {
-            int64_t head = i / blocks;
-            block(job.heads[(size_t)head], head / sizes.heads, head % sizes.heads, i % blocks * STEP);
-        }
-    } catch (const std::bad_alloc &) {
-        job.out_of_memory = true;
+int64_t blocks_of(const Sizes &sizes) { return (sizes.queries + STEP - 1) / STEP; }
+
+// One block of queries of one head.
+struct Attender {
+    const Packed &packed;
+    Block block{packed.problem, packed.shape};
+
+    void operator()(int64_t i) {
+        const Sizes &sizes = packed.problem.sizes;
+        int64_t head = i / blocks_of(sizes), start = i % blocks_of(sizes) * STEP;
+        block(packed.heads[(size_t)head], head / sizes.heads, head % sizes.heads, start);
     }
-}
-
-void run(void (*work)(void *), Job &job, int64_t threads, Parallel parallel) {
-    job.next = 0;
-    if (threads > 1)
-        parallel(work, &job, (unsigned)threads, 0);
-    else
-        work(&job);
-}
+};
 
 } // namespace
 
-// Ask Linux for the use of tiles by this process; 0 where it gives it.
-extern "C" int request_tiles() {
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0;
-}
+extern "C" int has_tiles() { return ask_for_tiles(); }
 
 // Returns 0, or 1 where there is not enough memory.
 extern "C" int tiled_attention(const Problem *problem, int threads, Parallel parallel) {
     try {
         const Sizes &sizes = problem->sizes;
-        Job job{*problem, Shape(sizes), {}};
-        for (int64_t i = 0; i < sizes.batch * sizes.heads; ++i) job.heads.emplace_back(job.shape);
-        int64_t blocks = (sizes.queries + STEP - 1) / STEP;
-        run(pack_heads, job, std::min<int64_t>(threads, sizes.batch * sizes.heads), parallel);
-        run(take_blocks, job, std::min<int64_t>(threads, sizes.batch * sizes.heads * blocks), parallel);
-        return job.out_of_memory;
+        Shape shape(sizes);
+        std::deque<Head> heads;
+        int64_t count = sizes.batch * sizes.heads;
+        for (int64_t i = 0; i < count; ++i) heads.emplace_back(shape);
+        Packed packed{*problem, shape, heads};
+        run<Packer>(packed, count, threads, parallel);
+        return run<Attender>(packed, count * blocks_of(sizes), threads, parallel);
     } catch (const std::bad_alloc &) {
         return 1;
     }

@@ -1,14 +1,11 @@
 """Attention for inference in bfloat16 by the matrix tiles of AMX: ``tiled_attention.cpp``, which has the equations."""
 
 import ctypes
-import sys
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from gobelin.kernels.compiled import load_library
 from gobelin.kernels.hardware import has_instructions
 from gobelin.kernels.operands import (
     Keys,
@@ -18,16 +15,21 @@ from gobelin.kernels.operands import (
     attention_fits,
     call,
     empty_like,
-    openmp,
     require_attention_fits,
     sizes_of,
     view,
     with_rows,
 )
+from gobelin.kernels.operators import Kernel
 
-_SOURCE = Path(__file__).with_name("tiled_attention.cpp")
-_INCLUDES = tuple(Path(__file__).with_name(name) for name in ("lanes.hpp", "operands.hpp"))
-_FLAGS = ("-mamx-tile", "-mamx-bf16")
+_KERNEL = Kernel(
+    "tiled_attention.cpp",
+    "lanes.hpp",
+    "operands.hpp",
+    "threads.hpp",
+    "tiles.hpp",
+    flags=("-mamx-tile", "-mamx-bf16"),
+)
 _WIDEST = 256  # of a head: with wider ones, as a VAE has, sums leave the first cache, and torch's kernel is faster
 
 KeyMask = Bool[Tensor, "batch #heads #queries keys"]
@@ -80,11 +82,9 @@ def attend(query: Queries, key: Keys, value: Keys, mask: KeyMask | None = None) 
 
 
 def _load() -> ctypes.CDLL | None:
-    """Load the kernel where the CPU has tiles, Linux gives the process their use, and torch has threads for it."""
-    if sys.platform != "linux" or not has_instructions("amx_bf16") or openmp() is None:
-        return None
-    library = load_library(_SOURCE, _INCLUDES, _FLAGS)
-    return None if library is None or library.request_tiles() else library
+    """Load the kernel where the CPU has tiles, and Linux gives the process their use."""
+    library = _KERNEL.library if has_instructions("amx_bf16") else None
+    return library if library is not None and library.has_tiles() else None
 
 
 LIBRARY = _load()
