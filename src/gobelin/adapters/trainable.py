@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gobelin.adapters.adapter_settings import AdapterConfig, Targets
 from gobelin.errors import UsageError
 from gobelin.formats.weight_deltas import LohaDelta, LokrDelta, LoraDelta, WeightDelta
+from gobelin.operations import Conv2d
 
 # Parts of layers' names, in U-Net and text encoder. "all" is what kohya's sd-scripts adapt with a ``conv_dim``
 # (``networks/lora.py``: Transformer2DModel, ResnetBlock2D, Downsample2D, Upsample2D), the time embedding's projections
@@ -132,13 +133,14 @@ class AdaptedLinear(nn.Linear):
         return layer
 
 
-class AdaptedConv2d(nn.Conv2d):
+class AdaptedConv2d(Conv2d):
     """A convolution with an adapter beside it; ``weight`` and ``bias`` are the base layer's own parameters."""
 
     def __init__(self, base: nn.Conv2d, adapter: LayerAdapter):
         super().__init__(**_conv_options(base))
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
         self.adapter = adapter
+        self._base_class = type(base)
 
     def forward(self, hidden: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         output = super().forward(hidden)
@@ -146,7 +148,7 @@ class AdaptedConv2d(nn.Conv2d):
 
     def base(self) -> nn.Conv2d:
         """Return the layer without its adapter, with the same parameters."""
-        layer = nn.Conv2d(**_conv_options(self))
+        layer = self._base_class(**_conv_options(self))
         layer.weight, layer.bias, layer.training = self.weight, self.bias, self.training
         return layer
 

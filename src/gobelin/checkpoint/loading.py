@@ -101,7 +101,7 @@ def fastest_dtype(device: torch.device, source: Path) -> torch.dtype:
     there it brings little, and images stay the same from machine to machine.
     """
     files = [source] if source.is_file() else [*source.glob("*/*.safetensors"), *source.glob("*/*.bin")]
-    is_small = sum(file.stat().st_size for file in files) < _SMALL_MODEL
+    is_small = sum(file.stat().st_size for file in files if file.is_file()) < _SMALL_MODEL
     return torch.bfloat16 if not is_small and has_fast_bfloat16(device) else torch.float32
 
 

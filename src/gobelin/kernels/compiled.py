@@ -24,9 +24,9 @@ _PATIENCE = 120  # seconds for a compilation, which takes two
 def load_library(source: Path, includes: Sequence[Path] = (), flags: Sequence[str] = ()) -> ctypes.CDLL | None:
     """Load the library of a C++ ``source``, compiled anew unless it was before; None where that is not possible.
 
-    ``includes`` are the files that it includes, ``flags`` those of the compiler beside :data:`FLAGS`. The library is
-    kept in ``gobelin/kernels`` of ``$XDG_CACHE_HOME`` or ``~/.cache``, or, where that folder is not safe or not
-    writable, compiled into a temporary one by every process.
+    ``includes`` are the files that it includes, ``flags`` those of the compiler beside those of every kernel. The
+    library is kept in ``gobelin/kernels`` of ``$XDG_CACHE_HOME`` or ``~/.cache``, or, where that folder is not safe or
+    not writable, compiled into a temporary one by every process.
     """
     for compiler in _compilers():
         for open_folder in (_kept_folder, _temporary_folder):
