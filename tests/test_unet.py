@@ -140,7 +140,7 @@ def test_what_is_traced_is_what_diffusers_attends_by(seed: int) -> None:
     assert {f"{site.name}.processor" for site in maps} == recorders.keys()
     for site, probs in maps.items():
         expected = recorders[f"{site.name}.processor"].probs
-        assert (probs.flatten(0, 1) - expected).abs().max() < 1e-5
+        assert (probs.flatten(0, 1) - expected).abs().max() < 3e-5  # diffusers' own are as far as 1.3e-5 from float64
         assert probs.shape[2] == math.prod(site.grid(*inputs["noisy_latents"].shape[-2:]))
         assert torch.allclose(probs.sum(dim=-1), torch.ones(()))
 

@@ -34,22 +34,29 @@ def attention(
     ``mask`` is True where a query may attend to a key: the field's convention, and the opposite of a
     ``masked_fill(mask, -inf)``. ``causal`` lets a query attend to itself and to what stands before it.
 
-    In bfloat16 on a CPU a kernel of ours may compute it, which has first derivatives alone.
+    On a CPU a kernel of ours may compute it: in bfloat16, with first derivatives alone; in float32, where no gradients
+    are wanted.
     """
     # Kernels are imported where they are used: the import of one takes time, and its first use compiles it.
-    if _is_bfloat16_on_cpu(query) and not causal:
+    if _may_be_ours(query, key, value) and not causal:
         if query.requires_grad or key.requires_grad or value.requires_grad:
-            if query.requires_grad and mask is None:
+            if query.dtype == torch.bfloat16 and query.requires_grad and mask is None:
                 from gobelin.kernels import fused_attention
 
                 if fused_attention.takes_training(query, key, value):
                     return fused_attention.fused_attention(query, key, value)
                 return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2), dim=-1) @ value
-        else:
-            from gobelin.kernels import tiled_attention
+        elif query.dtype == torch.bfloat16:
+            from gobelin.kernels import tiled_attention as tiled
 
-            if tiled_attention.takes_painting(query, key, value, mask):
-                attend = tiled_attention.tiled_attention if torch.compiler.is_compiling() else tiled_attention.attend
+            if tiled.takes_painting(query, key, value, mask):
+                attend = tiled.tiled_attention if torch.compiler.is_compiling() else tiled.attend
+                return attend(query, key, value, mask)
+        elif query.dtype == torch.float32:
+            from gobelin.kernels import float_attention as floats
+
+            if floats.takes_painting(query, key, value, mask):
+                attend = floats.float_attention if torch.compiler.is_compiling() else floats.attend
                 return attend(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
@@ -197,6 +204,10 @@ class Probe:
         return attended
 
 
-def _is_bfloat16_on_cpu(tensor: Tensor) -> bool:
-    """Tell where torch's fused kernel is slow, and one of ours may be used."""
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not kernels.leave_gobelin()
+def _may_be_ours(*tensors: Tensor) -> bool:
+    """Tell whether a kernel of ours may be used: on a CPU, not in what is recorded for others, nor inside vmap."""
+    if tensors[0].device.type != "cpu" or kernels.leave_gobelin():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not any(torch._C._functorch.is_functorch_wrapped_tensor(each) for each in tensors)  # pyright: ignore

@@ -119,12 +119,14 @@ template <class Number> class Buffer {
 };
 
 // The rows of a matrix in memory.
-struct Rows {
-    uint16_t *data;
+template <class Number> struct RowsOf {
+    Number *data;
     int64_t stride, length, width;
 
-    uint16_t *operator[](int64_t row) const { return data + row * stride; }
+    Number *operator[](int64_t row) const { return data + row * stride; }
 };
+
+using Rows = RowsOf<uint16_t>; // of bfloat16
 
 __mmask16 first_16(int64_t count) { return (__mmask16)((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
 __mmask32 first_32(int64_t count) { return (__mmask32)((1ull << std::clamp<int64_t>(count, 0, 32)) - 1); }

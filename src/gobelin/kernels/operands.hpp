@@ -10,13 +10,16 @@ struct Sizes {
     int64_t batch, heads, queries, keys, width;
 };
 
-// A tensor [batch, heads, length, width] of bfloat16, whose rows are contiguous; strides count elements.
-struct Tensor {
-    uint16_t *data;
+// A tensor [batch, heads, length, width] whose rows are contiguous; strides count elements.
+template <class Number> struct TensorOf {
+    Number *data;
     int64_t batch_stride, head_stride, row_stride;
 };
 
-inline Rows head_of(const Tensor &tensor, int64_t batch, int64_t head, int64_t length, int64_t width) {
+using Tensor = TensorOf<uint16_t>; // of bfloat16
+
+template <class Number>
+RowsOf<Number> head_of(const TensorOf<Number> &tensor, int64_t batch, int64_t head, int64_t length, int64_t width) {
     return {tensor.data + batch * tensor.batch_stride + head * tensor.head_stride, tensor.row_stride, length, width};
 }
 

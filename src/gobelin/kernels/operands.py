@@ -49,21 +49,22 @@ def with_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def attention_fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Tell whether a kernel may read these: bfloat16 on a CPU, nothing to broadcast, nothing empty."""
+def attention_fits(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Tell whether a kernel for ``dtype`` may read these: on a CPU, nothing to broadcast, nothing empty."""
     return (
-        all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in (query, key, value))
+        all(each.dtype == dtype and each.device.type == "cpu" for each in (query, key, value))
         and all(each.ndim == 4 and each.numel() > 0 for each in (query, key, value))
         and key.shape == value.shape
         and (query.shape[:2], query.shape[3]) == (key.shape[:2], key.shape[3])
     )
 
 
-def require_attention_fits(query: Tensor, key: Tensor, value: Tensor) -> None:
+def require_attention_fits(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
     """Raise ValueError for what a kernel would read wrongly: beyond the end of a tensor is other memory."""
-    if not attention_fits(query, key, value):
+    if not attention_fits(query, key, value, dtype):
         said = ", ".join(f"{each.dtype} {[*each.shape]}" for each in (query, key, value))
-        raise ValueError(f"query, key and value are {said}: give bfloat16 on a CPU, whose shapes fit")
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"query, key and value are {said}: give {name} on a CPU, whose shapes fit")
 
 
 def call(library: ctypes.CDLL, function: str, problem: ctypes.Structure) -> None:

@@ -27,16 +27,24 @@ def constant(function: FunctionT) -> FunctionT:
 class Kernel:
     """A C++ source beside this file, with the files that it includes; it is compiled where it is first needed.
 
-    It wants a CPU with AVX512-BF16, Linux, which keeps its users apart, and threads of torch's.
+    It wants a CPU with AVX512-BF16, or other ``instructions``, Linux, which keeps its users apart, and threads of
+    torch's.
     """
 
-    def __init__(self, source: str, *includes: str, flags: Sequence[str] = ()):
+    def __init__(
+        self,
+        source: str,
+        *includes: str,
+        flags: Sequence[str] = (),
+        instructions: Sequence[str] = ("avx512_bf16",),
+    ):
         self._source, self._includes, self._flags = _FOLDER / source, [_FOLDER / one for one in includes], flags
+        self._instructions = instructions
 
     @cached_property
     def library(self) -> ctypes.CDLL | None:
         """Load the library; None on a machine that has none."""
-        if sys.platform != "linux" or not has_instructions("avx512_bf16") or openmp() is None:
+        if sys.platform != "linux" or not all(map(has_instructions, self._instructions)) or openmp() is None:
             return None
         return load_library(self._source, self._includes, self._flags)
 

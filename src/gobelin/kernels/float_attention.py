@@ -1,0 +1,88 @@
+"""Attention for inference in float32 by the vectors of AVX-512: ``float_attention.cpp``, which has the equations."""
+
+import ctypes
+
+import torch
+from jaxtyping import Bool, Float32
+from torch import Tensor
+
+from gobelin.kernels.operands import (
+    Sizes,
+    TensorView,
+    attention_fits,
+    call,
+    empty_like,
+    require_attention_fits,
+    sizes_of,
+    view,
+    with_rows,
+)
+from gobelin.kernels.operators import Kernel
+
+_KERNEL = Kernel(
+    "float_attention.cpp",
+    "lanes.hpp",
+    "operands.hpp",
+    "threads.hpp",
+    instructions=("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"),  # x86-64-v4
+)
+_WIDEST = 80  # of a head: with wider ones torch's kernel, of products by MKL, is as fast
+_FEWEST = 64  # queries: with fewer, which leave lanes empty, and calls weigh, it is faster
+
+Queries = Float32[Tensor, "batch heads queries width"]
+Keys = Float32[Tensor, "batch heads keys width"]
+KeyMask = Bool[Tensor, "batch #heads #queries keys"]
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        ("sizes", Sizes),
+        *((name, TensorView) for name in ("query", "key", "value", "out")),
+        ("mask", ctypes.c_void_p),
+    ]
+
+
+def takes_painting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> bool:
+    """Tell whether the kernel is to compute attention of these: float32 on a CPU with AVX-512, no mask but of keys.
+
+    It computes any width and any number of queries, but not always in less time than torch's.
+    """
+    return (
+        attention_fits(query, key, value, torch.float32)
+        and query.shape[-1] <= _WIDEST
+        and query.shape[2] >= _FEWEST
+        and (mask is None or mask.shape == (len(query), 1, 1, key.shape[2]))
+        and LIBRARY is not None
+    )
+
+
+@torch.library.custom_op("gobelin::float_attention", mutates_args=(), device_types="cpu")
+def float_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute attention, softmax(Q Kᵀ / √width) V, with no gradients; ``mask`` is True for a key that may be seen.
+
+    Any strides will do. The result lies in memory as [batch, length, heads, width], so that to join the heads is free.
+    Bits do not depend on the number of threads. Where a query may see no key, its result is no number, as in softmax.
+    """
+    return attend(query, key, value, mask)
+
+
+@float_attention.register_fake
+def _shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    return empty_like(query)
+
+
+def attend(query: Queries, key: Keys, value: Keys, mask: KeyMask | None = None) -> Queries:
+    """Do as :func:`float_attention` without the way through PyTorch's operators, which takes as long as a small one."""
+    require_attention_fits(query, key, value, torch.float32)
+    query, key, value = (with_rows(each) for each in (query, key, value))
+    out = empty_like(query)
+    if mask is not None:
+        mask = mask.reshape(len(query), key.shape[2]).contiguous()
+    views = (view(each) for each in (query, key, value, out))
+    assert LIBRARY is not None
+    call(LIBRARY, "float_attention", _Problem(sizes_of(query, key), *views, None if mask is None else mask.data_ptr()))
+    return out
+
+
+LIBRARY = _KERNEL.library
+"""The kernel, or None. A constant, as torch.compile needs it: the import of this file compiles it, in its first use."""
