@@ -1,4 +1,4 @@
-"""The eager engine, where it packs weights: a wide U-Net and VAE in bfloat16."""
+"""The eager engine, where it packs weights, a wide U-Net and VAE in bfloat16, and where it unfolds convolutions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch
 
 from gobelin.attention import AttentionEdit
 from gobelin.checkpoint import Model
-from gobelin.engines.eager import EagerEngine, PackedDecoder, PackedUNet
+from gobelin.engines import unfolded_convolutions
+from gobelin.engines.eager import EagerEngine, PackedDecoder, PackedUNet, UnfoldedUNet
 from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.pipeline import Pipeline
 from gobelin.unet import UNet, UNetConfig
@@ -81,6 +82,19 @@ def test_a_pipeline_paints_with_packed_weights(pipe: Pipeline) -> None:
     first = pipe("a red circle", seed=1, steps=2)
     assert torch.equal(first.latents, pipe("a red circle", seed=1, steps=2, trace=True).latents)
     assert first.images[0].size == (16, 16)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a PyTorch with MKL")
+def test_a_pipeline_paints_with_unfolded_convolutions(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipe.to(dtype="float32")
+    assert EagerEngine.of(pipe.model).unet is pipe.unet
+    plain = pipe("a red circle", seed=1, steps=2).latents
+    monkeypatch.setattr(unfolded_convolutions, "_WIDE", 128)
+    assert isinstance(EagerEngine.of(pipe.model).unet, UnfoldedUNet)
+    ours = pipe("a red circle", seed=1, steps=2).latents
+    assert not torch.equal(ours, plain)
+    assert error(ours, plain) <= 1e-5
+    assert torch.equal(ours, pipe("a red circle", seed=1, steps=2, trace=True).latents)
 
 
 def test_what_changes_between_two_paintings_is_seen(pipe: Pipeline) -> None:

@@ -1,6 +1,7 @@
-"""The eager engine: PyTorch runs the model's own networks, operation by operation; on a CPU with packed weights."""
+"""The eager engine: PyTorch runs the model's own networks, operation by operation; on a CPU with layers of ours."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -10,7 +11,9 @@ from torch import Tensor
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.engines.engine import LatentDecoder, NoisePredictor, PaintingNetworks
+from gobelin.engines.forwards import other_forwards
 from gobelin.engines.packed_weights import PackedWeights, pays
+from gobelin.engines.unfolded_convolutions import unfolded_forwards
 from gobelin.types import Images, Latents, TextEmbeddings, TextMask
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
@@ -21,7 +24,8 @@ class EagerEngine:
     """Run a model's own networks: their hooks are called, and what is put in a module's place is used.
 
     Where it pays, weights are packed (:mod:`gobelin.engines.packed_weights`), and feature maps are channels last, in
-    which a row of patches and a feature map are the same memory.
+    which a row of patches and a feature map are the same memory. In float32, convolutions of small maps are unfolded
+    (:mod:`gobelin.engines.unfolded_convolutions`).
     """
 
     name: ClassVar[EngineName] = "eager"
@@ -40,8 +44,10 @@ class EagerEngine:
 
     @property
     def unet(self) -> NoisePredictor:
-        """The U-Net, its weights packed as they are now."""
-        return self._packed_unet.updated() if pays(self.model.unet) else self.model.unet
+        """The U-Net, its weights packed as they are now, or its convolutions unfolded."""
+        if pays(self.model.unet):
+            return self._packed_unet.updated()
+        return UnfoldedUNet(self.model.unet) if unfolded_forwards(self.model.unet) else self.model.unet
 
     @property
     def vae(self) -> LatentDecoder:
@@ -49,17 +55,17 @@ class EagerEngine:
         return self._packed_vae if pays(self.model.vae) else self.model.vae
 
 
-class PackedUNet:
-    """A U-Net that is run with packed weights."""
+class _RunUNet:
+    """A U-Net some of whose layers compute in another way while it runs."""
 
     def __init__(self, unet: UNet):
         self._unet = unet
-        self._weights = PackedWeights(unet)
 
-    def updated(self) -> Self:
-        """Pack the weights that have changed, and return this."""
-        self._weights.update()
-        return self
+    def _other_layers(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def _laid_out(self, latents: Latents) -> Latents:
+        return latents
 
     @property
     def config(self) -> UNetConfig:
@@ -89,8 +95,8 @@ class PackedUNet:
         text_mask: TextMask | None = None,
     ) -> Latents:
         """Predict, as :class:`UNet` does."""
-        with self._weights.in_use():
-            return self._unet(_channels_last(noisy_latents), timesteps, text_embeddings, text_mask)
+        with self._other_layers():
+            return self._unet(self._laid_out(noisy_latents), timesteps, text_embeddings, text_mask)
 
     def trace(
         self,
@@ -104,9 +110,35 @@ class PackedUNet:
         edits: Sequence[AttentionEdit] = (),
     ) -> tuple[Latents, AttentionMaps]:
         """Predict and record attention maps, as :meth:`UNet.trace` does."""
-        with self._weights.in_use():
-            latents = _channels_last(noisy_latents)
+        with self._other_layers():
+            latents = self._laid_out(noisy_latents)
             return self._unet.trace(latents, timesteps, text_embeddings, text_mask, sites, reduce, rows, edits)
+
+
+class PackedUNet(_RunUNet):
+    """A U-Net that is run with packed weights."""
+
+    def __init__(self, unet: UNet):
+        super().__init__(unet)
+        self._weights = PackedWeights(unet)
+
+    def updated(self) -> Self:
+        """Pack the weights that have changed, and return this."""
+        self._weights.update()
+        return self
+
+    def _other_layers(self) -> AbstractContextManager[None]:
+        return self._weights.in_use()
+
+    def _laid_out(self, latents: Latents) -> Latents:
+        return _channels_last(latents)
+
+
+class UnfoldedUNet(_RunUNet):
+    """A U-Net that is run with unfolded convolutions wherever feature maps are small."""
+
+    def _other_layers(self) -> AbstractContextManager[None]:
+        return other_forwards(unfolded_forwards(self._unet))
 
 
 class PackedDecoder:

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from gobelin.engines.forwards import other_forwards
 from gobelin.engines.watched_weights import sum_of_bits
 from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.operations import Conv2d
@@ -60,15 +61,8 @@ class PackedWeights:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Compute with the packed weights in every call of the network that is made inside."""
-        # An instance's own forward is called in place of its class's, between the same hooks; somebody else's stays.
-        changed = [layer for layer in self._packed if "forward" not in vars(layer)]
-        for layer in changed:
-            vars(layer)["forward"] = self._packed[layer].forward
-        try:
+        with other_forwards({layer: packed.forward for layer, packed in self._packed.items()}):
             yield
-        finally:
-            for layer in changed:
-                vars(layer).pop("forward", None)
 
 
 def pays(network: nn.Module) -> bool:
