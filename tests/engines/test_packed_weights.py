@@ -1,11 +1,13 @@
 """Packed weights: the same numbers as a network's own, up to rounding, and never those that it had before."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from gobelin.engines import packed_weights
 from gobelin.engines.packed_weights import PackedWeights, pays
 from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.unet import UNet, UNetConfig
@@ -146,3 +148,16 @@ def test_it_pays_for_wide_networks_in_bfloat16_alone() -> None:
     assert not pays(UNet(UNetConfig.nano()).bfloat16())
     assert min(wide.config.block_out_channels + vae.config.block_out_channels) >= 128
     assert narrow.config.block_out_channels[0] < 128
+
+
+def test_without_the_memory_for_them_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Linear(64, 64)).bfloat16().requires_grad_(False)
+    weights = PackedWeights(network)
+    monkeypatch.setattr(packed_weights, "Path", lambda _: SimpleNamespace(read_text=lambda: "MemAvailable:  16 kB\n"))
+    weights.update()
+    with weights.in_use():
+        assert "forward" not in vars(network[0])
+    monkeypatch.undo()
+    weights.update()
+    with weights.in_use():
+        assert "forward" in vars(network[0])

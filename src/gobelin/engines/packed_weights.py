@@ -7,6 +7,7 @@ every call. The operators here, those by which ``torch.compile`` computes with f
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeGuard
 
 import torch
@@ -36,8 +37,8 @@ class _PackedLayer:
 class PackedWeights:
     """The packed weights of a network's linear layers and convolutions, beside its own, which stay as they are.
 
-    They take as much memory again. Only plain layers have them: what computes in another way, as
-    an adapter does, goes on doing so.
+    They take as much memory again, and are left out where there is not that much and as much to spare. Only plain
+    layers have them: what computes in another way, as an adapter does, goes on doing so.
     """
 
     def __init__(self, network: nn.Module):
@@ -50,6 +51,8 @@ class PackedWeights:
         Weights are read once, as fast as memory is, so that even a write through ``weight.data`` is found, of which
         PyTorch keeps no count.
         """
+        if not self._packed and not _has_room_for(self._network):
+            return
         found: dict[PackableLayer, _PackedLayer] = {}
         for layer in self._network.modules():
             if _can_pack(layer):
@@ -80,6 +83,16 @@ def pays(network: nn.Module) -> bool:
         and has_fast_bfloat16(weight.device)
         and narrowest >= _WIDE
     )
+
+
+def _has_room_for(network: nn.Module) -> bool:
+    """Tell whether the machine has memory for a network's weights once more, and for as much beside; Linux says it."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return True
+    return 2 * sum(parameter.nbytes for parameter in network.parameters()) <= available
 
 
 def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
