@@ -1,5 +1,6 @@
 """ONNX: the networks of a model as files for other runtimes, with the names of inputs and outputs that optimum has."""
 
+import logging
 import shutil
 import tempfile
 import warnings
@@ -90,6 +91,7 @@ def _files(model: Model) -> Iterator[_OnnxFile]:
 def _export(file: _OnnxFile, path: Path) -> None:
     """Export a module and write it, its weights beside it where they have more than 2 GB."""
     free: dict[str, Any] = {name: dict.fromkeys(axes, Dim.DYNAMIC) for name, (_, axes) in file.inputs.items()}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that nothing here needs
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             file.module,
