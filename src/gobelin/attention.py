@@ -55,8 +55,8 @@ def attention(
         elif query.dtype == torch.float32:
             from gobelin.kernels import float_attention as floats
 
-            if floats.takes_painting(query, key, value, mask):
-                attend = floats.float_attention if torch.compiler.is_compiling() else floats.attend
+            if floats.takes_float32(query, key, value, mask):
+                attend = floats.float_attention if torch.compiler.is_compiling() else floats.attend_in_float32
                 return attend(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 

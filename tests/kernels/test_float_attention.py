@@ -13,7 +13,7 @@ from torch import Tensor
 from gobelin.attention import attention
 from gobelin.kernels import float_attention as kernel
 
-pytestmark = pytest.mark.skipif(kernel.LIBRARY is None, reason="needs a C++ compiler and a CPU with AVX-512")
+pytestmark = pytest.mark.skipif(kernel.FLOAT_LIBRARY is None, reason="needs a C++ compiler and a CPU with AVX-512")
 
 ROUNDING = torch.finfo(torch.float32).eps
 SHAPES = [
@@ -38,8 +38,8 @@ def distance(ours: Tensor, truth: Tensor) -> float:
 
 def attended_by_vectors(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """The result of the kernel, which is that of the one door wherever the kernel is the faster one."""
-    out = kernel.attend(query, key, value, mask)
-    if kernel.takes_painting(query, key, value, mask):
+    out = kernel.attend_in_float32(query, key, value, mask)
+    if kernel.takes_float32(query, key, value, mask):
         assert same_bits(out, attention(query, key, value, mask))
     return out
 
@@ -173,8 +173,8 @@ def test_other_masks_are_torchs(mask_shape: tuple[int, ...]) -> None:
     mask = torch.rand(mask_shape) < 0.8
     mask[..., 0] = True
     assert torch.equal(attention(*inputs, mask), F.scaled_dot_product_attention(*inputs, attn_mask=mask))
-    assert kernel.takes_painting(*inputs)
-    assert not kernel.takes_painting(*inputs, mask)
+    assert kernel.takes_float32(*inputs)
+    assert not kernel.takes_float32(*inputs, mask)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -228,7 +228,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(kernel.attend(*inputs))
+            found.append(kernel.attend_in_float32(*inputs))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], one) for one in found)
@@ -236,7 +236,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     run(
-        "import pytest; from gobelin.kernels.float_attention import attend\n"
+        "import pytest; from gobelin.kernels.float_attention import attend_in_float32 as attend\n"
         "query, key, value = (torch.randn(1, 2, 9, 8) for _ in range(3))\n"
         "for wrong in ([query, key[..., 1:], value], [query, key, value[:, :, 1:]], [query.bfloat16(), key, value]):\n"
         "    with pytest.raises(ValueError, match='give float32 on a CPU, whose shapes fit'):\n"

@@ -3,10 +3,11 @@
 import ctypes
 
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 from torch import Tensor
 
 from gobelin.kernels.operands import (
+    KeyMask,
     Sizes,
     TensorView,
     attention_fits,
@@ -29,9 +30,8 @@ _KERNEL = Kernel(
 _WIDEST = 80  # of a head: with wider ones torch's kernel, of products by MKL, is as fast
 _FEWEST = 64  # queries: with fewer, which leave lanes empty, and calls weigh, it is faster
 
-Queries = Float32[Tensor, "batch heads queries width"]
-Keys = Float32[Tensor, "batch heads keys width"]
-KeyMask = Bool[Tensor, "batch #heads #queries keys"]
+FloatQueries = Float32[Tensor, "batch heads queries width"]
+FloatKeys = Float32[Tensor, "batch heads keys width"]
 
 
 class _Problem(ctypes.Structure):
@@ -42,7 +42,7 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def takes_painting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> bool:
+def takes_float32(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> bool:
     """Tell whether the kernel is to compute attention of these: float32 on a CPU with AVX-512, no mask but of keys.
 
     It computes any width and any number of queries, but not always in less time than torch's.
@@ -52,7 +52,7 @@ def takes_painting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
         and query.shape[-1] <= _WIDEST
         and query.shape[2] >= _FEWEST
         and (mask is None or mask.shape == (len(query), 1, 1, key.shape[2]))
-        and LIBRARY is not None
+        and FLOAT_LIBRARY is not None
     )
 
 
@@ -63,7 +63,7 @@ def float_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     Any strides will do. The result lies in memory as [batch, length, heads, width], so that to join the heads is free.
     Bits do not depend on the number of threads. Where a query may see no key, its result is no number, as in softmax.
     """
-    return attend(query, key, value, mask)
+    return attend_in_float32(query, key, value, mask)
 
 
 @float_attention.register_fake
@@ -71,7 +71,9 @@ def _shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     return empty_like(query)
 
 
-def attend(query: Queries, key: Keys, value: Keys, mask: KeyMask | None = None) -> Queries:
+def attend_in_float32(
+    query: FloatQueries, key: FloatKeys, value: FloatKeys, mask: KeyMask | None = None
+) -> FloatQueries:
     """Do as :func:`float_attention` without the way through PyTorch's operators, which takes as long as a small one."""
     require_attention_fits(query, key, value, torch.float32)
     query, key, value = (with_rows(each) for each in (query, key, value))
@@ -79,10 +81,14 @@ def attend(query: Queries, key: Keys, value: Keys, mask: KeyMask | None = None) 
     if mask is not None:
         mask = mask.reshape(len(query), key.shape[2]).contiguous()
     views = (view(each) for each in (query, key, value, out))
-    assert LIBRARY is not None
-    call(LIBRARY, "float_attention", _Problem(sizes_of(query, key), *views, None if mask is None else mask.data_ptr()))
+    assert FLOAT_LIBRARY is not None
+    call(
+        FLOAT_LIBRARY,
+        "float_attention",
+        _Problem(sizes_of(query, key), *views, None if mask is None else mask.data_ptr()),
+    )
     return out
 
 
-LIBRARY = _KERNEL.library
+FLOAT_LIBRARY = _KERNEL.library
 """The kernel, or None. A constant, as torch.compile needs it: the import of this file compiles it, in its first use."""

@@ -5,10 +5,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import BFloat16
+from jaxtyping import BFloat16, Bool
 from torch import Tensor
 
 Queries = BFloat16[Tensor, "batch heads queries width"]
+KeyMask = Bool[Tensor, "batch #heads #queries keys"]
 Keys = BFloat16[Tensor, "batch heads keys width"]
 
 

@@ -3,11 +3,11 @@
 import ctypes
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from gobelin.kernels.hardware import has_instructions
 from gobelin.kernels.operands import (
+    KeyMask,
     Keys,
     Queries,
     Sizes,
@@ -31,8 +31,6 @@ _KERNEL = Kernel(
     flags=("-mamx-tile", "-mamx-bf16"),
 )
 _WIDEST = 256  # of a head: with wider ones, as a VAE has, sums leave the first cache, and torch's kernel is faster
-
-KeyMask = Bool[Tensor, "batch #heads #queries keys"]
 
 
 class _Problem(ctypes.Structure):
