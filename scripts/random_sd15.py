@@ -12,30 +12,12 @@ from pathlib import Path
 
 import torch
 
-from gobelin.checkpoint import Model
-from gobelin.clip import TextEncoder, TextEncoderConfig
-from gobelin.pipeline import Pipeline, shipped_model
-from gobelin.schedule import NoiseSchedule
-from gobelin.tokenizer import Tokenizer
-from gobelin.unet import UNet, UNetConfig
-from gobelin.vae import VAE, VAEConfig
+from gobelin.bench.picture_contenders import random_pipeline
 
 
 def main() -> None:
     """The script."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    networks = UNet(UNetConfig.sd15()), VAE(VAEConfig.sd15()), TextEncoder(TextEncoderConfig.sd15())
-    torch.set_default_dtype(torch.float32)
-    unet, vae, text_encoder = networks
-    model = Model(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=Tokenizer.from_pretrained(shipped_model() / "tokenizer"),
-        schedule=NoiseSchedule(),
-    )
-    Pipeline(model).save_single_file(Path(sys.argv[1]), torch.float16)
+    random_pipeline(torch.float16).save_single_file(Path(sys.argv[1]), torch.float16)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The eager engine: PyTorch runs the model's own networks, operation by operation; on a CPU with layers of ours."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -8,15 +9,15 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
+from gobelin.attention import AttentionEdit, AttentionMaps, Reduction, Sites
 from gobelin.engine_names import EngineName
-from gobelin.engines.engine import LatentDecoder, NoisePredictor, PaintingNetworks
+from gobelin.engines.engine import DecoderRunner, LatentDecoder, NoisePredictor, PaintingNetworks, UNetRunner
 from gobelin.engines.forwards import other_forwards
 from gobelin.engines.packed_weights import PackedWeights, pays
 from gobelin.engines.unfolded_convolutions import unfolded_forwards
 from gobelin.types import Images, Latents, TextEmbeddings, TextMask
-from gobelin.unet import UNet, UNetConfig
-from gobelin.vae import VAE, VAEConfig
+from gobelin.unet import UNet
+from gobelin.vae import VAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,37 +56,14 @@ class EagerEngine:
         return self._packed_vae if pays(self.model.vae) else self.model.vae
 
 
-class _RunUNet:
+class _OtherLayersUNet(UNetRunner, ABC):
     """A U-Net some of whose layers compute in another way while it runs."""
 
-    def __init__(self, unet: UNet):
-        self._unet = unet
-
-    def _other_layers(self) -> AbstractContextManager[None]:
-        raise NotImplementedError
+    @abstractmethod
+    def _other_layers(self) -> AbstractContextManager[None]: ...
 
     def _laid_out(self, latents: Latents) -> Latents:
         return latents
-
-    @property
-    def config(self) -> UNetConfig:
-        """The U-Net's configuration."""
-        return self._unet.config
-
-    @property
-    def attention_sites(self) -> tuple[AttentionSite, ...]:
-        """The U-Net's attention sites."""
-        return self._unet.attention_sites
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self._unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
-        return self._unet.dtype
 
     def __call__(
         self,
@@ -115,7 +93,7 @@ class _RunUNet:
             return self._unet.trace(latents, timesteps, text_embeddings, text_mask, sites, reduce, rows, edits)
 
 
-class PackedUNet(_RunUNet):
+class PackedUNet(_OtherLayersUNet):
     """A U-Net that is run with packed weights."""
 
     def __init__(self, unet: UNet):
@@ -134,29 +112,19 @@ class PackedUNet(_RunUNet):
         return _channels_last(latents)
 
 
-class UnfoldedUNet(_RunUNet):
+class UnfoldedUNet(_OtherLayersUNet):
     """A U-Net that is run with unfolded convolutions wherever feature maps are small."""
 
     def _other_layers(self) -> AbstractContextManager[None]:
         return other_forwards(unfolded_forwards(self._unet))
 
 
-class PackedDecoder:
+class PackedDecoder(DecoderRunner):
     """A VAE whose decoder is run with packed weights."""
 
     def __init__(self, vae: VAE):
-        self._vae = vae
+        super().__init__(vae)
         self._weights = PackedWeights(vae.decoder)
-
-    @property
-    def config(self) -> VAEConfig:
-        """The VAE's configuration."""
-        return self._vae.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
-        return self._vae.dtype
 
     def latents_to_images(self, latents: Latents) -> Images:
         """Decode, as :meth:`VAE.latents_to_images` does."""

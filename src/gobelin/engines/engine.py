@@ -91,3 +91,47 @@ class Engine(Protocol):
 
     @property
     def vae(self) -> LatentDecoder: ...
+
+
+class UNetRunner:
+    """A U-Net that is run in another way, and says of itself what the U-Net says."""
+
+    def __init__(self, unet: UNet):
+        self._unet = unet
+
+    @property
+    def config(self) -> UNetConfig:
+        """The U-Net's configuration."""
+        return self._unet.config
+
+    @property
+    def attention_sites(self) -> tuple[AttentionSite, ...]:
+        """The U-Net's attention sites."""
+        return self._unet.attention_sites
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self._unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self._unet.dtype
+
+
+class DecoderRunner:
+    """A VAE whose decoder is run in another way, and that says of itself what the VAE says."""
+
+    def __init__(self, vae: VAE):
+        self._vae = vae
+
+    @property
+    def config(self) -> VAEConfig:
+        """The VAE's configuration."""
+        return self._vae.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self._vae.dtype

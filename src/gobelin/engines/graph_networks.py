@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites, choose_sites
+from gobelin.engines.engine import DecoderRunner, UNetRunner
 from gobelin.engines.watched_weights import WatchedWeights
-from gobelin.unet import UNet, UNetConfig
-from gobelin.vae import VAE, VAEConfig, decode_in_tiles
+from gobelin.unet import UNet
+from gobelin.vae import VAE, decode_in_tiles
 
 RunGraph = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """A compiled graph: inputs by name in, outputs in their order."""
@@ -120,14 +121,14 @@ def describe_inputs(inputs: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in inputs.items())
 
 
-class GraphUNet:
+class GraphUNet(UNetRunner):
     """A U-Net that runs as graphs: the same numbers up to rounding, and a prediction that is the same traced or not.
 
     Passes with attention edits, whose functions are Python's, and those that gradients are wanted of, are PyTorch's.
     """
 
     def __init__(self, name: str, unet: UNet, compile_graph: Callable[[Compile], RunGraph]):
-        self._unet = unet
+        super().__init__(unet)
         self._graphs = Graphs(name, unet, compile_graph)
         self._name = name
         self._same_bits: dict[str, bool] = {}
@@ -136,26 +137,6 @@ class GraphUNet:
         """Have the next pass read the weights, to find every change; returns this."""
         self._graphs.reads_weights = True
         return self
-
-    @property
-    def config(self) -> UNetConfig:
-        """The U-Net's configuration."""
-        return self._unet.config
-
-    @property
-    def attention_sites(self) -> tuple[AttentionSite, ...]:
-        """The U-Net's attention sites."""
-        return self._unet.attention_sites
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self._unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
-        return self._unet.dtype
 
     def __call__(
         self,
@@ -224,27 +205,17 @@ class GraphUNet:
         return True
 
 
-class GraphVAE:
+class GraphVAE(DecoderRunner):
     """A VAE's decoder that runs as a graph, one image at a time, so that there is one graph for a size."""
 
     def __init__(self, name: str, vae: VAE, compile_graph: Callable[[Compile], RunGraph]):
-        self._vae = vae
+        super().__init__(vae)
         self._graphs = Graphs(name, vae, compile_graph)
 
     def looking_closely(self) -> Self:
         """Have the next decoding read the weights, to find every change; returns this."""
         self._graphs.reads_weights = True
         return self
-
-    @property
-    def config(self) -> VAEConfig:
-        """The VAE's configuration."""
-        return self._vae.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
-        return self._vae.dtype
 
     def latents_to_images(
         self, latents: Float[Tensor, "batch latent_channels h w"]

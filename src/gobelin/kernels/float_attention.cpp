@@ -27,13 +27,7 @@ constexpr int64_t QUERIES = VECTORS * LANES; // of a block
 constexpr int64_t KEYS_AT_ONCE = 64;         // with the width of 40 they, their values and P take 28 KB
 constexpr float NO_LOGIT = -FLT_MAX;         // finite, so that its difference from a logit is no NaN
 
-// ---- What Python hands over (float_attention.py has the same structures) ----
-
-struct Problem {
-    Sizes sizes;
-    TensorOf<float> query, key, value, out;
-    const uint8_t *mask; // [batch, keys], 0 for a key that is hidden; or null
-};
+using Problem = AttentionProblem<float>;
 
 // ---- Arithmetic ----
 

@@ -1,22 +1,16 @@
 """Attention for inference in float32 by the vectors of AVX-512: ``float_attention.cpp``, which has the equations."""
 
-import ctypes
-
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
 from gobelin.kernels.operands import (
     KeyMask,
-    Sizes,
-    TensorView,
+    attend_by,
     attention_fits,
-    call,
     empty_like,
+    is_key_mask,
     require_attention_fits,
-    sizes_of,
-    view,
-    with_rows,
 )
 from gobelin.kernels.operators import Kernel
 
@@ -34,14 +28,6 @@ FloatQueries = Float32[Tensor, "batch heads queries width"]
 FloatKeys = Float32[Tensor, "batch heads keys width"]
 
 
-class _Problem(ctypes.Structure):
-    _fields_ = [
-        ("sizes", Sizes),
-        *((name, TensorView) for name in ("query", "key", "value", "out")),
-        ("mask", ctypes.c_void_p),
-    ]
-
-
 def takes_float32(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> bool:
     """Tell whether the kernel is to compute attention of these: float32 on a CPU with AVX-512, no mask but of keys.
 
@@ -51,7 +37,7 @@ def takes_float32(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
         attention_fits(query, key, value, torch.float32)
         and query.shape[-1] <= _WIDEST
         and query.shape[2] >= _FEWEST
-        and (mask is None or mask.shape == (len(query), 1, 1, key.shape[2]))
+        and is_key_mask(mask, query, key)
         and FLOAT_LIBRARY is not None
     )
 
@@ -76,18 +62,7 @@ def attend_in_float32(
 ) -> FloatQueries:
     """Do as :func:`float_attention` without the way through PyTorch's operators, which takes as long as a small one."""
     require_attention_fits(query, key, value, torch.float32)
-    query, key, value = (with_rows(each) for each in (query, key, value))
-    out = empty_like(query)
-    if mask is not None:
-        mask = mask.reshape(len(query), key.shape[2]).contiguous()
-    views = (view(each) for each in (query, key, value, out))
-    assert FLOAT_LIBRARY is not None
-    call(
-        FLOAT_LIBRARY,
-        "float_attention",
-        _Problem(sizes_of(query, key), *views, None if mask is None else mask.data_ptr()),
-    )
-    return out
+    return attend_by(FLOAT_LIBRARY, "float_attention", query, key, value, mask)
 
 
 FLOAT_LIBRARY = _KERNEL.library

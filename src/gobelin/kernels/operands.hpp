@@ -23,6 +23,13 @@ RowsOf<Number> head_of(const TensorOf<Number> &tensor, int64_t batch, int64_t he
     return {tensor.data + batch * tensor.batch_stride + head * tensor.head_stride, tensor.row_stride, length, width};
 }
 
+// An attention without gradients.
+template <class Number> struct AttentionProblem {
+    Sizes sizes;
+    TensorOf<Number> query, key, value, out;
+    const uint8_t *mask; // [batch, keys], 0 for a key that is hidden; or null
+};
+
 // OpenMP's entry, GOMP_parallel: calls work(data) in so many threads. It is handed over and not linked to, so that it
 // is the one of the OpenMP that torch has loaded; two of them would each keep threads that spin.
 using Parallel = void (*)(void (*work)(void *), void *data, unsigned threads, unsigned flags);

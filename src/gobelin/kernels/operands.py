@@ -28,6 +28,16 @@ class TensorView(ctypes.Structure):
     ]
 
 
+class AttentionProblem(ctypes.Structure):
+    """An attention without gradients, as ``operands.hpp`` has it; ``mask`` [batch, keys] is 0 for a hidden key."""
+
+    _fields_ = [
+        ("sizes", Sizes),
+        *((name, TensorView) for name in ("query", "key", "value", "out")),
+        ("mask", ctypes.c_void_p),
+    ]
+
+
 def view(tensor: Tensor) -> TensorView:
     """Describe a tensor whose rows are contiguous."""
     return TensorView(tensor.data_ptr(), *tensor.stride()[:3])
@@ -66,6 +76,25 @@ def require_attention_fits(query: Tensor, key: Tensor, value: Tensor, dtype: tor
         said = ", ".join(f"{each.dtype} {[*each.shape]}" for each in (query, key, value))
         name = str(dtype).removeprefix("torch.")
         raise ValueError(f"query, key and value are {said}: give {name} on a CPU, whose shapes fit")
+
+
+def is_key_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Tell whether a mask hides keys from all queries of a sample alike, or nothing where there is none."""
+    return mask is None or mask.shape == (len(query), 1, 1, key.shape[2])
+
+
+def attend_by(
+    library: ctypes.CDLL | None, function: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Call a kernel that attends without gradients; operands fit, and may have any strides."""
+    assert library is not None
+    query, key, value = (with_rows(each) for each in (query, key, value))
+    out = empty_like(query)
+    if mask is not None:
+        mask = mask.reshape(len(query), key.shape[2]).contiguous()
+    views = (view(each) for each in (query, key, value, out))
+    call(library, function, AttentionProblem(sizes_of(query, key), *views, None if mask is None else mask.data_ptr()))
+    return out
 
 
 def call(library: ctypes.CDLL, function: str, problem: ctypes.Structure) -> None:

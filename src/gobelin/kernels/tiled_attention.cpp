@@ -34,13 +34,7 @@ constexpr float NO_LOGIT = -1e30f;     // of a key that is hidden
 constexpr uint16_t ONE = 0x3f80;       // in bfloat16
 constexpr int NOT_FINITE = 0x99;       // of a class of numbers: NaN or infinite
 
-// ---- What Python hands over (tiled_attention.py has the same structures) ----
-
-struct Problem {
-    Sizes sizes;
-    Tensor query, key, value, out;
-    const uint8_t *mask; // [batch, keys], 0 for a key that is hidden; or null
-};
+using Problem = AttentionProblem<uint16_t>;
 
 // ---- Keys and values of one head, in the order in which tiles are loaded ----
 

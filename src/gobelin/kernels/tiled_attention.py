@@ -10,15 +10,11 @@ from gobelin.kernels.operands import (
     KeyMask,
     Keys,
     Queries,
-    Sizes,
-    TensorView,
+    attend_by,
     attention_fits,
-    call,
     empty_like,
+    is_key_mask,
     require_attention_fits,
-    sizes_of,
-    view,
-    with_rows,
 )
 from gobelin.kernels.operators import Kernel
 
@@ -33,20 +29,12 @@ _KERNEL = Kernel(
 _WIDEST = 256  # of a head: with wider ones, as a VAE has, sums leave the first cache, and torch's kernel is faster
 
 
-class _Problem(ctypes.Structure):
-    _fields_ = [
-        ("sizes", Sizes),
-        *((name, TensorView) for name in ("query", "key", "value", "out")),
-        ("mask", ctypes.c_void_p),
-    ]
-
-
 def takes_painting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> bool:
     """Tell whether the kernel computes attention of these: bfloat16 on a CPU with tiles, and a mask of keys alone."""
     return (
         attention_fits(query, key, value)
         and query.shape[-1] <= _WIDEST
-        and (mask is None or mask.shape == (len(query), 1, 1, key.shape[2]))
+        and is_key_mask(mask, query, key)
         and LIBRARY is not None
     )
 
@@ -69,14 +57,7 @@ def _shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 def attend(query: Queries, key: Keys, value: Keys, mask: KeyMask | None = None) -> Queries:
     """Do as :func:`tiled_attention` without the way through PyTorch's operators, which takes as long as a small one."""
     require_attention_fits(query, key, value)
-    query, key, value = (with_rows(each) for each in (query, key, value))
-    out = empty_like(query)
-    if mask is not None:
-        mask = mask.reshape(len(query), key.shape[2]).contiguous()
-    views = (view(each) for each in (query, key, value, out))
-    assert LIBRARY is not None
-    call(LIBRARY, "tiled_attention", _Problem(sizes_of(query, key), *views, None if mask is None else mask.data_ptr()))
-    return out
+    return attend_by(LIBRARY, "tiled_attention", query, key, value, mask)
 
 
 def _load() -> ctypes.CDLL | None:
