@@ -21,6 +21,10 @@ from gobelin.look.fonts import draw_text, text_width
 _WIDTH, _NAME, _RIGHT, _BAR, _SIZE, _TITLE = 960, 250, 130, 18, 12, 30
 _INK, _LEVEL = "#222222", "#bbbbbb"
 _COLOURS = {None: "#0072b2", "faster": "#d55e00", "slower": "#56b4e9", "level": "#b0b0b0"}  # Okabe and Ito's
+_LEGEND = (
+    "Time as a multiple of gobelin's (dark blue), and seconds beside it. Orange is faster, light blue slower; grey is",
+    "level, as between the thin lines lies what gobelin differs from itself. Black lines are quartiles.",
+)
 _SCALE = 3  # pixels of a PNG to one of the drawing
 
 
@@ -79,7 +83,8 @@ def _layout(groups: list[tuple[str, dict[str, Any]]]) -> tuple[list[_Mark], floa
         y += _TITLE - 8
         contenders = row["contenders"]
         most = max(one["ratio"]["high"] for one in contenders.values())
-        top = y
+        edges = [edge for edge in (1 / row["spread"], row["spread"]) if math.isfinite(edge) and edge <= most]
+        marks += [_Bar(_NAME + longest * edge / most, y, 0.7, _BAR * len(contenders), _LEVEL) for edge in edges]
         for name, one in contenders.items():
             ratio = one["ratio"]
             low, middle, high = (longest * ratio[key] / most for key in ("low", "median", "high"))
@@ -90,11 +95,11 @@ def _layout(groups: list[tuple[str, dict[str, Any]]]) -> tuple[list[_Mark], floa
                 _Text(_NAME + max(middle, high) + 6, y, _label(one, row["unit"])),
             ]
             y += _BAR
-        for edge in (1 / row["spread"], row["spread"]):
-            if math.isfinite(edge) and edge <= most:
-                marks.append(_Bar(_NAME + longest * edge / most, top, 0.7, y - top, _LEVEL))
         y += 10
-    return marks, y
+    for line in _LEGEND:
+        marks.append(_Text(8, y, line))
+        y += _BAR
+    return marks, y + 8
 
 
 def _label(one: dict[str, Any], unit: str) -> str:
