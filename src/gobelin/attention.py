@@ -48,15 +48,19 @@ def attention(
                 return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2), dim=-1) @ value
         elif query.dtype == torch.bfloat16:
             from gobelin.kernels import tiled_attention as tiled
+            from gobelin.kernels import vector_attention as vectors
 
             if tiled.takes_painting(query, key, value, mask):
                 attend = tiled.tiled_attention if torch.compiler.is_compiling() else tiled.attend
                 return attend(query, key, value, mask)
+            if vectors.takes_bfloat16(query, key, value, mask):
+                attend = vectors.vector_attention if torch.compiler.is_compiling() else vectors.attend_in_bfloat16
+                return attend(query, key, value, mask)
         elif query.dtype == torch.float32:
-            from gobelin.kernels import float_attention as floats
+            from gobelin.kernels import vector_attention as vectors
 
-            if floats.takes_float32(query, key, value, mask):
-                attend = floats.float_attention if torch.compiler.is_compiling() else floats.attend_in_float32
+            if vectors.takes_float32(query, key, value, mask):
+                attend = vectors.vector_attention if torch.compiler.is_compiling() else vectors.attend_in_float32
                 return attend(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 

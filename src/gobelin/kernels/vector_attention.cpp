@@ -1,0 +1,371 @@
+// Scaled dot-product attention for inference, O = softmax(scale Q K^T) V, by the vectors of AVX-512: in float32, and in
+// bfloat16 where the CPU multiplies pairs of it and has no tiles (tiled_attention.cpp).
+//
+// For one head of a sample: Q, O [queries, width] and K, V [keys, width], scale = 1 / sqrt(width); a mask hides keys
+// from all queries of a sample. A block of 32 queries, along the lanes of two vectors, goes through the keys, 64 at
+// once: S = Q K^T, P = exp(scale (S - largest)), [O, sum] = [O, sum] exp(scale (before - largest)) + P [V, 1], where
+// largest and before are the largest of a query's S up to these keys and up to those before (Milakov and Gimelshein
+// 2018, "Online normalizer calculation for softmax"). Only a block of S is ever in memory, in the first cache. It is
+// scaled after the largest was subtracted: what rounding takes then depends on that difference, not on S.
+//
+// Products are what takes the time, so each word that is loaded serves several: one of a key or value is broadcast to
+// two vectors of queries, and a vector of queries meets eight of them. A word is a number of float32, or a pair of
+// bfloat16, along which the products' sums run: two columns of Q and K, two rows of P and V. P is rounded for it, all
+// sums are float32. Sums over 64 keys are added up apart before they join those of all, which keeps more of their
+// digits than one long sum. A block is computed from beginning to end by one thread, so that no result depends on how
+// many threads there are.
+
+#include <cfloat>
+#include <cmath>
+#include <deque>
+
+#include "lanes.hpp"
+#include "operands.hpp"
+#include "threads.hpp"
+
+namespace {
+
+constexpr int VECTORS = 2;
+constexpr int64_t QUERIES = VECTORS * LANES; // of a block
+constexpr int64_t KEYS_AT_ONCE = 64;         // with the width of 40 they, their values and P take 28 KB in float32
+constexpr float NO_LOGIT = -FLT_MAX;         // finite, so that its difference from a logit is no NaN
+
+// A vector for each 16 of the queries.
+struct Pair {
+    Vector of[VECTORS];
+};
+
+Pair load(const void *from) { return {_mm512_load_ps(from), _mm512_load_ps((const float *)from + LANES)}; }
+
+// ---- What is different in the two precisions ----
+
+template <class Number> struct Precision;
+
+template <> struct Precision<float> {
+    using Word = float;
+    static constexpr int64_t IN_WORD = 1;
+
+    static PairVector load_words(const float *from, int64_t numbers) {
+        return _mm512_maskz_loadu_epi32(first_16(numbers), from);
+    }
+
+    static void store_words(float *to, int64_t numbers, PairVector words) {
+        _mm512_mask_storeu_epi32(to, first_16(numbers), words);
+    }
+
+    static PairVector rounded_columns(Vector only) { return _mm512_castps_si512(only); }
+
+    // The values of one key, as words. Stores are whole, and the next key's come after.
+    static void pack_values(float *words, const float *const *value, int64_t width) {
+        for (int64_t column = 0; column < width; column += LANES)
+            _mm512_storeu_ps(words + column, _mm512_maskz_loadu_ps(first_16(width - column), value[0] + column));
+    }
+
+    static Vector add_product(Vector sum, Vector lanes, float word) { return _mm512_fmadd_ps(lanes, all(word), sum); }
+
+    // 2^(factor x): a polynomial over [-1/2, 1/2], minimax, and the exponent's bits; 0 below the normal numbers, and
+    // NaN for NaN. Its relative error is that of rounding, 1.6e-7 at most, beside that of the factor.
+    static Vector power(Vector x, Vector factor) {
+        Vector exponent = _mm512_mul_ps(x, factor);
+        __mmask16 normal = _mm512_cmp_ps_mask(exponent, all(-126), _CMP_NLT_UQ);
+        Vector whole = _mm512_roundscale_ps(exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        Vector rest = _mm512_fmsub_ps(x, factor, whole);
+        Vector power = all(1.32695353e-3f);
+        for (float coefficient : {9.67129134e-3f, 5.55071086e-2f, 2.40222469e-1f, 6.93147004e-1f, 1.0f})
+            power = _mm512_fmadd_ps(power, rest, all(coefficient));
+        return _mm512_maskz_scalef_ps(normal, power, whole);
+    }
+
+    static void store_probs(float *to, const Vector (&p)[1]) { _mm512_store_ps(to, p[0]); }
+};
+
+template <> struct Precision<uint16_t> {
+    using Word = uint32_t;
+    static constexpr int64_t IN_WORD = 2;
+
+    static PairVector load_words(const uint16_t *from, int64_t numbers) {
+        return _mm512_maskz_loadu_epi16(first_32(numbers), from);
+    }
+
+    static void store_words(uint16_t *to, int64_t numbers, PairVector words) {
+        _mm512_mask_storeu_epi16(to, first_32(numbers), words);
+    }
+
+    static PairVector rounded_columns(Vector first, Vector second) { return in_pairs(rounded(first, second)); }
+
+    // The values of two keys, of which the second may be null, as words.
+    static void pack_values(uint32_t *words, const uint16_t *const *value, int64_t width) {
+        for (int64_t column = 0; column < width; column += LANES) {
+            __mmask16 there = first_16(width - column);
+            __m256i first = _mm256_maskz_loadu_epi16(there, value[0] + column);
+            __m256i second = _mm256_maskz_loadu_epi16(value[1] == nullptr ? 0 : there, value[1] + column);
+            __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+            _mm512_storeu_si512(words + column, _mm512_or_si512(upper, _mm512_cvtepu16_epi32(first)));
+        }
+    }
+
+    static Vector add_product(Vector sum, Vector lanes, uint32_t word) {
+        return ::add_product(sum, _mm512_castps_si512(lanes), word);
+    }
+
+    // 2^(factor x) of x <= 0, cut off at 2^-126; NaN for NaN. Its relative error is 1e-4, a twentieth of that of the
+    // rounding that follows.
+    static Vector power(Vector x, Vector factor) {
+        constexpr float MAGIC = 12582912; // 1.5 * 2^23: added to a number, its whole part is in the sum's lowest bits
+        Vector exponent = _mm512_max_ps(all(-126), _mm512_mul_ps(x, factor)); // of two, NaN is the second that returns
+        Vector whole = _mm512_add_ps(exponent, all(MAGIC));
+        Vector rest = _mm512_sub_ps(exponent, _mm512_sub_ps(whole, all(MAGIC)));
+        Vector power = all(5.5860561e-2f);
+        power = _mm512_fmadd_ps(power, rest, all(2.4022651e-1f));
+        power = _mm512_fmadd_ps(power, rest, all(6.9314718e-1f));
+        power = _mm512_fmadd_ps(power, rest, all(1));
+        __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(whole), 23);
+        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(power), bits));
+    }
+
+    static void store_probs(uint32_t *to, const Vector (&p)[2]) {
+        _mm512_store_si512(to, in_pairs(rounded(p[0], p[1])));
+    }
+};
+
+// ---- Rows to columns of words and back, 16 at a time ----
+
+// Turn 16 rows into columns, which are `stride` apart; a row that is null is zero.
+template <class Number, class Word>
+void read_columns(Word *columns, int64_t stride, const Number *const (&rows)[LANES], int64_t width) {
+    using Of = Precision<Number>;
+    for (int64_t number = 0; number < width; number += LANES * Of::IN_WORD, columns += LANES * stride) {
+        PairVector block[LANES];
+        for (int64_t row = 0; row < LANES; ++row)
+            block[row] = rows[row] == nullptr ? PairVector{} : Of::load_words(rows[row] + number, width - number);
+        transpose(block);
+        for (int64_t word = 0; word < LANES && number + word * Of::IN_WORD < width; ++word)
+            _mm512_store_si512(columns + word * stride, block[word]);
+    }
+}
+
+// Write columns, which are `stride` apart, times a factor for each lane, as the 16 rows from `start` on. Where a word
+// has two numbers, there is a column of zeros after an odd number of columns.
+template <class Number>
+void write_columns(const RowsOf<Number> &rows, int64_t start, const float *columns, int64_t stride, Vector factor) {
+    using Of = Precision<Number>;
+    for (int64_t number = 0; number < rows.width; number += LANES * Of::IN_WORD) {
+        PairVector block[LANES] = {};
+        for (int64_t word = 0; word < LANES && number + word * Of::IN_WORD < rows.width; ++word) {
+            const float *column = columns + (number + word * Of::IN_WORD) * stride;
+            Vector first = _mm512_mul_ps(_mm512_load_ps(column), factor);
+            if constexpr (Of::IN_WORD == 1)
+                block[word] = Of::rounded_columns(first);
+            else
+                block[word] = Of::rounded_columns(first, _mm512_mul_ps(_mm512_load_ps(column + stride), factor));
+        }
+        transpose(block);
+        for (int64_t row = 0; row < LANES && start + row < rows.length; ++row)
+            Of::store_words(rows[start + row] + number, rows.width - number, block[row]);
+    }
+}
+
+// ---- Keys and values of one head, those that may be seen ----
+
+template <class Number> struct Head {
+    using Of = Precision<Number>;
+    using Word = typename Of::Word;
+
+    explicit Head(const Sizes &sizes)
+        : words(round_up(sizes.width, Of::IN_WORD) / Of::IN_WORD), keys(round_up(sizes.keys, LANES) * words),
+          values(round_up(sizes.keys, Of::IN_WORD) / Of::IN_WORD * sizes.width + LANES) {}
+
+    void pack(const RowsOf<Number> &key, const RowsOf<Number> &value, const uint8_t *mask) {
+        for (int64_t row = 0; row < key.length;) {
+            const Number *key_rows[LANES] = {}, *value_rows[LANES] = {};
+            int64_t seen = 0;
+            for (; seen < LANES && row < key.length; ++row) {
+                if (mask != nullptr && mask[row] == 0) continue;
+                key_rows[seen] = key[row];
+                value_rows[seen++] = value[row];
+            }
+            if (seen > 0) read_columns(keys + count * words, LANES, key_rows, key.width);
+            for (int64_t i = 0; i < seen; i += Of::IN_WORD)
+                Of::pack_values(values + (count + i) / Of::IN_WORD * key.width, value_rows + i, key.width);
+            count += seen;
+        }
+    }
+
+    const int64_t words; // of a key
+    int64_t count = 0;
+    Buffer<Word> keys;   // [keys / 16, words, 16]
+    Buffer<Word> values; // [keys / IN_WORD, width]
+};
+
+// ---- One thread's blocks of queries ----
+
+template <class Number> class Block {
+    using Of = Precision<Number>;
+    using Word = typename Of::Word;
+    static constexpr int64_t IN_WORD = Of::IN_WORD;
+
+  public:
+    explicit Block(const AttentionProblem<Number> &problem) : problem(problem) {}
+
+    void operator()(const Head<Number> &packed, int64_t batch, int64_t head, int64_t start) {
+        RowsOf<Number> query = head_of(problem.query, batch, head, sizes.queries, sizes.width);
+        RowsOf<Number> out = head_of(problem.out, batch, head, sizes.queries, sizes.width);
+        for (int64_t lane = 0; lane < QUERIES; lane += LANES) {
+            const Number *rows[LANES];
+            for (int64_t row = 0; row < LANES; ++row)
+                rows[row] = start + lane + row < sizes.queries ? query[start + lane + row] : nullptr;
+            read_columns(query_columns + lane, QUERIES, rows, sizes.width);
+        }
+        std::memset(sums, 0, (size_t)(columns * QUERIES) * sizeof(float));
+        largest = {all(NO_LOGIT), all(NO_LOGIT)}, total = {all(0), all(0)};
+        for (int64_t from = 0; from < packed.count; from += KEYS_AT_ONCE)
+            add_keys(packed, from, std::min(KEYS_AT_ONCE, packed.count - from));
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            // The largest logit has P = 1: where the sum is below it, all logits were -inf, and nothing is the largest.
+            __mmask16 none = _mm512_cmp_ps_mask(total.of[vector], all(0.5f), _CMP_LT_OQ);
+            Vector share = _mm512_mask_mov_ps(_mm512_div_ps(all(1), total.of[vector]), none, all(NAN));
+            write_columns(out, start + vector * LANES, sums + vector * LANES, QUERIES, share);
+        }
+    }
+
+  private:
+    void add_keys(const Head<Number> &packed, int64_t from, int64_t count) {
+        Pair before = largest, less;
+        compute_logits(packed.keys + from * words, count);
+        for (int vector = 0; vector < VECTORS; ++vector)
+            less.of[vector] = Of::power(_mm512_sub_ps(before.of[vector], largest.of[vector]), factor);
+        compute_probs(count, less);
+        add_values(packed.values + from / IN_WORD * sizes.width, round_up(count, IN_WORD) / IN_WORD, less);
+    }
+
+    // S of `count` keys, and the largest so far.
+    void compute_logits(const Word *keys, int64_t count) {
+        for (int64_t key = 0; key < count; key += ROWS) {
+            const Word *rows = keys + key / LANES * LANES * words + key % LANES;
+            Vector dots[ROWS][VECTORS] = {};
+            for (int64_t word = 0; word < words; ++word) {
+                Pair query = load(query_columns + word * QUERIES);
+                for (int row = 0; row < ROWS; ++row)
+                    for (int vector = 0; vector < VECTORS; ++vector)
+                        dots[row][vector] = Of::add_product(dots[row][vector], query.of[vector], rows[word * LANES + row]);
+            }
+            for (int row = 0; row < ROWS; ++row)
+                for (int vector = 0; vector < VECTORS; ++vector) {
+                    _mm512_store_ps(logits + (key + row) * QUERIES + vector * LANES, dots[row][vector]);
+                    if (key + row < count) largest.of[vector] = _mm512_max_ps(largest.of[vector], dots[row][vector]);
+                }
+        }
+    }
+
+    // P of `count` keys, in place of S, as words, not yet divided by its sum.
+    void compute_probs(int64_t count, const Pair &less) {
+        Pair sum = {all(0), all(0)};
+        for (int64_t key = 0; key < count; key += IN_WORD)
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                Vector p[IN_WORD];
+                for (int64_t i = 0; i < IN_WORD; ++i) {
+                    Vector logit = _mm512_load_ps(logits + (key + i) * QUERIES + vector * LANES);
+                    p[i] = Of::power(_mm512_sub_ps(logit, largest.of[vector]), factor);
+                    if (key + i >= count) p[i] = all(0); // the second of a pair that has one key
+                    sum.of[vector] = _mm512_add_ps(sum.of[vector], p[i]);
+                }
+                Of::store_probs(probs + key / IN_WORD * QUERIES + vector * LANES, p);
+            }
+        for (int vector = 0; vector < VECTORS; ++vector)
+            total.of[vector] = _mm512_fmadd_ps(total.of[vector], less.of[vector], sum.of[vector]);
+    }
+
+    // sums [width, 32 queries] = sums * less + P^T V
+    void add_values(const Word *values, int64_t count, const Pair &less) {
+        int64_t column = 0;
+        for (; column + 8 <= sizes.width; column += 8) add_columns<8>(column, values, count, less);
+        if (sizes.width & 4) add_columns<4>(column, values, count, less), column += 4;
+        if (sizes.width & 2) add_columns<2>(column, values, count, less), column += 2;
+        if (sizes.width & 1) add_columns<1>(column, values, count, less);
+    }
+
+    template <int COLUMNS> void add_columns(int64_t column, const Word *values, int64_t count, const Pair &less) {
+        Vector added[COLUMNS][VECTORS] = {};
+        values += column;
+        for (int64_t word = 0; word < count; ++word, values += sizes.width) {
+            Pair p = load(probs + word * QUERIES);
+            for (int c = 0; c < COLUMNS; ++c)
+                for (int vector = 0; vector < VECTORS; ++vector)
+                    added[c][vector] = Of::add_product(added[c][vector], p.of[vector], values[c]);
+        }
+        for (int c = 0; c < COLUMNS; ++c)
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                float *sum = sums + (column + c) * QUERIES + vector * LANES;
+                _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_load_ps(sum), less.of[vector], added[c][vector]));
+            }
+    }
+
+    const AttentionProblem<Number> &problem;
+    const Sizes &sizes = problem.sizes;
+    const int64_t words = round_up(sizes.width, IN_WORD) / IN_WORD, columns = words * IN_WORD;
+    const Vector factor = all((float)(1.4426950408889634 / std::sqrt((double)sizes.width))); // log2(e) scale
+    Buffer<Word> query_columns{words * QUERIES};
+    Buffer<float> sums{columns * QUERIES}, logits{KEYS_AT_ONCE * QUERIES};
+    Word *const probs = (Word *)(float *)logits;
+    Pair largest, total;
+};
+
+// ---- All heads, by several threads ----
+
+template <class Number> struct Packed {
+    const AttentionProblem<Number> &problem;
+    std::deque<Head<Number>> &heads;
+};
+
+// Keys and values of one head.
+template <class Number> struct Packer {
+    const Packed<Number> &packed;
+
+    void operator()(int64_t i) {
+        const AttentionProblem<Number> &problem = packed.problem;
+        const Sizes &sizes = problem.sizes;
+        int64_t batch = i / sizes.heads, head = i % sizes.heads;
+        packed.heads[(size_t)i].pack(head_of(problem.key, batch, head, sizes.keys, sizes.width),
+                                     head_of(problem.value, batch, head, sizes.keys, sizes.width),
+                                     problem.mask == nullptr ? nullptr : problem.mask + batch * sizes.keys);
+    }
+};
+
+int64_t blocks_of(const Sizes &sizes) { return (sizes.queries + QUERIES - 1) / QUERIES; }
+
+// One block of queries of one head.
+template <class Number> struct Attender {
+    const Packed<Number> &packed;
+    Block<Number> block{packed.problem};
+
+    void operator()(int64_t i) {
+        const Sizes &sizes = packed.problem.sizes;
+        int64_t head = i / blocks_of(sizes), start = i % blocks_of(sizes) * QUERIES;
+        block(packed.heads[(size_t)head], head / sizes.heads, head % sizes.heads, start);
+    }
+};
+
+// Returns 0, or 1 where there is not enough memory.
+template <class Number> int attend(const AttentionProblem<Number> &problem, int threads, Parallel parallel) {
+    try {
+        const Sizes &sizes = problem.sizes;
+        std::deque<Head<Number>> heads;
+        int64_t count = sizes.batch * sizes.heads;
+        for (int64_t i = 0; i < count; ++i) heads.emplace_back(sizes);
+        Packed<Number> packed{problem, heads};
+        run<Packer<Number>>(packed, count, threads, parallel);
+        return run<Attender<Number>>(packed, count * blocks_of(sizes), threads, parallel);
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}
+
+} // namespace
+
+extern "C" int float_attention(const AttentionProblem<float> *problem, int threads, Parallel parallel) {
+    return attend(*problem, threads, parallel);
+}
+
+extern "C" int bfloat16_attention(const AttentionProblem<uint16_t> *problem, int threads, Parallel parallel) {
+    return attend(*problem, threads, parallel);
+}
