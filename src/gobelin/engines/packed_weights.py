@@ -105,16 +105,29 @@ def _fingerprint(weight: Tensor) -> Fingerprint:
     return weight.data_ptr(), weight._version, weight.dtype, sum_of_bits(weight)
 
 
+def _is_linear(layer: nn.Conv2d) -> bool:
+    """Tell whether a convolution is a linear layer of every pixel.
+
+    On CPUs without AMX, oneDNN packs such convolutions in another order than that in which it then computes, and
+    reorders their weights at every call: 3 of the 7 seconds of a pass of Stable Diffusion 1.5's U-Net.
+    """
+    return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
 def _pack(layer: PackableLayer, fingerprint: Fingerprint) -> _PackedLayer:
     weight = layer.weight.detach()
     dtype = weight.dtype
-    if isinstance(layer, nn.Linear):
-        packed_matrix = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    if isinstance(layer, nn.Linear) or _is_linear(layer):
+        packed_matrix = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), None)
 
         def multiply(hidden: Tensor) -> Tensor:
             if torch.is_grad_enabled() or hidden.dtype != dtype:
                 return type(layer).forward(layer, hidden)
-            return torch.ops.mkldnn._linear_pointwise(hidden, packed_matrix, layer.bias, "none", [], "")
+            if isinstance(layer, nn.Linear):
+                return torch.ops.mkldnn._linear_pointwise(hidden, packed_matrix, layer.bias, "none", [], "")
+            pixels = hidden.permute(0, 2, 3, 1)  # contiguous, of a map that is channels last
+            mixed = torch.ops.mkldnn._linear_pointwise(pixels, packed_matrix, layer.bias, "none", [], "")
+            return mixed.permute(0, 3, 1, 2)
 
         return _PackedLayer(fingerprint, multiply)
 
