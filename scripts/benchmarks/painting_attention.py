@@ -69,16 +69,16 @@ def main() -> None:
             torch.randn(batch, n, heads * width).to(getattr(torch, options.precision)) for n in (queries, keys, keys)
         ]
         inputs = [each.unflatten(-1, (heads, width)).transpose(1, 2) for each in wide]
+        query, key, value = inputs
         ways: dict[str, Callable[..., Tensor]] = {"ours": attention, "torch": torchs}
         rounds = [{name: seconds(way, inputs) for name, way in ways.items()} for _ in range(options.rounds + 2)][2:]
         times = {name: [one[name] for one in rounds] for name in ways}
         count = max(1, _TRUTH_KEYS // (batch * heads * keys))
-        query, key, value = (each.double() for each in inputs)
-        truth = torchs(query[:, :, :count], key, value)
+        truth = torchs(query[:, :, :count].double(), key.double(), value.double())
         print(
             f"{' x '.join(map(str, shape)):24} {kernel_of(inputs):8} {1e3 * np.median(times['ours']):8.3f} ms, "
             f"{4 * np.prod(shape) / np.median(times['ours']) / 1e9:5.0f} GFLOP/s, error "
-            f"{error(attention(*inputs), truth):.2g}; torch {1e3 * np.median(times['torch']):8.3f} ms, "
+            f"{error(attention(query, key, value), truth):.2g}; torch {1e3 * np.median(times['torch']):8.3f} ms, "
             f"error {error(torchs(*inputs), truth):.2g}; "
             f"ratio {written(ratios(times['ours'], times['torch']))}",
             flush=True,

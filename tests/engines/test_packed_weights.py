@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gobelin.engines import packed_weights
 from gobelin.engines.packed_weights import PackedWeights, pays
-from gobelin.kernels.hardware import has_fast_bfloat16
+from gobelin.kernels.hardware import has_fast_bfloat16, has_instructions, is_amds
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
@@ -28,8 +28,8 @@ CONVOLUTIONS = [
 LINEARS = [nn.Linear(7, 5), nn.Linear(1, 9, bias=False), nn.Linear(64, 130)]
 
 
-def packed(network: nn.Module) -> PackedWeights:
-    weights = PackedWeights(network.bfloat16().requires_grad_(False))
+def packed(network: nn.Module, dtype: torch.dtype = torch.bfloat16) -> PackedWeights:
+    weights = PackedWeights(network.to(dtype).requires_grad_(False))
     weights.update()
     return weights
 
@@ -41,24 +41,25 @@ def error(ours: Tensor, truth: Tensor) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [*CONVOLUTIONS, *LINEARS], ids=str)
 @pytest.mark.parametrize("last", [False, True])
-def test_a_layer_computes_the_same(layer: nn.Module, last: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_computes_the_same(layer: nn.Module, last: bool, dtype: torch.dtype) -> None:
     layer = nn.Sequential(layer)
-    weights = packed(layer)
+    weights = packed(layer, dtype)
     if isinstance(layer[0], nn.Conv2d):
-        given = torch.randn(2, layer[0].in_channels, 9, 11).bfloat16()
+        given = torch.randn(2, layer[0].in_channels, 9, 11).to(dtype)
         given = given.contiguous(memory_format=torch.channels_last) if last else given
     else:
-        given = torch.randn(2, 13, 3 * layer[0].in_features).bfloat16()[..., :: 3 if last else 1]
+        given = torch.randn(2, 13, 3 * layer[0].in_features).to(dtype)[..., :: 3 if last else 1]
         given = given[..., : layer[0].in_features]
     plain, truth = layer(given), nn.Sequential(layer[0]).double()(given.double())
-    layer.bfloat16()
+    layer.to(dtype)
     weights.update()
     with weights.in_use():
         assert "forward" in vars(layer[0])
         ours = layer(given)
     assert "forward" not in vars(layer[0])
     assert ours.shape == plain.shape
-    assert ours.dtype == torch.bfloat16
+    assert ours.dtype == dtype
     assert error(ours, truth) <= 1.1 * error(plain, truth) + 1e-6
 
 
@@ -138,12 +139,13 @@ def test_the_state_of_a_network_stays_its_own_while_its_packed_weights_are_in_us
     assert "forward" not in vars(network[0])
 
 
-def test_it_pays_for_wide_networks_in_bfloat16_alone() -> None:
+def test_it_pays_for_wide_networks_where_the_cpu_multiplies_packed_weights_faster() -> None:
     with torch.device("meta"):
         wide, vae, narrow = UNet(UNetConfig.sd15()), VAE(VAEConfig.sd15()), UNet(UNetConfig.tiny())
     assert not pays(wide.bfloat16())  # where the meta device is, no product is
     small = UNet(UNetConfig.of(128, attention=(True,), cross_attention_dim=8, layers_per_block=1))
-    assert not pays(small)
+    assert pays(small) is (is_amds() and has_instructions("avx512_f"))
+    assert not pays(small.half())
     assert pays(small.bfloat16())
     assert not pays(UNet(UNetConfig.nano()).bfloat16())
     assert min(wide.config.block_out_channels + vae.config.block_out_channels) >= 128

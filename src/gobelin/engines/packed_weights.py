@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import TypeGuard
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from gobelin.engines.forwards import other_forwards
 from gobelin.engines.watched_weights import sum_of_bits
-from gobelin.kernels.hardware import has_fast_bfloat16
+from gobelin.kernels.hardware import has_fast_bfloat16, has_instructions, is_amds
 from gobelin.operations import Conv2d
 
 _WIDE = (
@@ -69,20 +70,28 @@ class PackedWeights:
 
 
 def pays(network: nn.Module) -> bool:
-    """Tell whether packed weights make a network faster: in bfloat16, on a CPU that multiplies it, if it is wide.
+    """Tell whether packed weights make a network faster, on this CPU and in its precision, if it is wide.
 
-    In float32 oneDNN packs for shapes that it does not know yet, and may compute ten times as slowly. Narrow networks
-    lose more by the blocks' padding than they gain, and by feature maps that are channels last.
+    Narrow networks lose more by the blocks' padding than they gain, and by feature maps that are channels last.
     """
     weight = next(network.parameters())
     narrowest = min((len(layer.weight) for layer in network.modules() if isinstance(layer, nn.GroupNorm)), default=0)
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
-        and has_fast_bfloat16(weight.device)
+        and _pays_in(weight.dtype)
         and narrowest >= _WIDE
     )
+
+
+def _pays_in(dtype: torch.dtype) -> bool:
+    """Tell whether this CPU multiplies packed weights faster.
+
+    In float32 PyTorch computes linear layers by Intel's MKL, which on Intel's CPUs is as fast.
+    """
+    if dtype == torch.float32:
+        return is_amds() and has_instructions("avx512_f")
+    return dtype == torch.bfloat16 and has_fast_bfloat16(torch.device("cpu"))
 
 
 def _has_room_for(network: nn.Module) -> bool:
@@ -97,7 +106,7 @@ def _has_room_for(network: nn.Module) -> bool:
 
 def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
     plain = type(layer) is nn.Linear or (type(layer) in (nn.Conv2d, Conv2d) and layer.padding_mode == "zeros")
-    return plain and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu"
+    return plain and layer.weight.dtype in (torch.bfloat16, torch.float32) and layer.weight.device.type == "cpu"
 
 
 def _fingerprint(weight: Tensor) -> Fingerprint:
@@ -115,28 +124,34 @@ def _is_linear(layer: nn.Conv2d) -> bool:
 
 
 def _pack(layer: PackableLayer, fingerprint: Fingerprint) -> _PackedLayer:
-    weight = layer.weight.detach()
-    dtype = weight.dtype
-    if isinstance(layer, nn.Linear) or _is_linear(layer):
-        packed_matrix = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), None)
+    compute = _linear(layer) if isinstance(layer, nn.Linear) or _is_linear(layer) else _convolution(layer)
+    own, dtype = MethodType(type(layer).forward, layer), layer.weight.dtype
 
-        def multiply(hidden: Tensor) -> Tensor:
-            if torch.is_grad_enabled() or hidden.dtype != dtype:
-                return type(layer).forward(layer, hidden)
-            if isinstance(layer, nn.Linear):
-                return torch.ops.mkldnn._linear_pointwise(hidden, packed_matrix, layer.bias, "none", [], "")
-            pixels = hidden.permute(0, 2, 3, 1)  # contiguous, of a map that is channels last
-            mixed = torch.ops.mkldnn._linear_pointwise(pixels, packed_matrix, layer.bias, "none", [], "")
-            return mixed.permute(0, 3, 1, 2)
+    def forward(hidden: Tensor) -> Tensor:
+        return own(hidden) if torch.is_grad_enabled() or hidden.dtype != dtype else compute(hidden)
 
-        return _PackedLayer(fingerprint, multiply)
+    return _PackedLayer(fingerprint, forward)
 
+
+def _linear(layer: PackableLayer) -> Callable[[Tensor], Tensor]:
+    """Pack a linear layer, or a convolution that is one of every pixel."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1).contiguous(), None)
+
+    def multiply(hidden: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(hidden, packed, layer.bias, "none", [], "")
+
+    if isinstance(layer, nn.Linear):
+        return multiply
+    # Pixels of a map that is channels last are rows in memory.
+    return lambda hidden: multiply(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _convolution(layer: nn.Conv2d) -> Callable[[Tensor], Tensor]:
     sizes = layer.padding, layer.stride, layer.dilation, layer.groups
-    packed_filters = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *sizes, None)
+    weight = layer.weight.detach().contiguous().to_mkldnn()
+    packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight, *sizes, None)
 
     def convolve(hidden: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or hidden.dtype != dtype:
-            return type(layer).forward(layer, hidden)
-        return torch.ops.mkldnn._convolution_pointwise(hidden, packed_filters, layer.bias, *sizes, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(hidden, packed, layer.bias, *sizes, "none", [], "")
 
-    return _PackedLayer(fingerprint, convolve)
+    return convolve
