@@ -9,7 +9,8 @@ import torch
 from gobelin.attention import AttentionEdit
 from gobelin.checkpoint import Model
 from gobelin.engines import packed_weights, unfolded_convolutions
-from gobelin.engines.eager import EagerEngine, PackedDecoder, PackedUNet, UnfoldedUNet
+from gobelin.engines.eager import EagerEngine, PreparedDecoder, PreparedUNet, UnfoldedUNet
+from gobelin.engines.packed_weights import PackedWeights
 from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.pipeline import Pipeline
 from gobelin.unet import UNet, UNetConfig
@@ -48,14 +49,14 @@ def test_it_is_as_near_to_float32_as_the_network_itself(unet: UNet, batch: int, 
     exact.load_state_dict(unet.float().state_dict())
     unet.bfloat16()
     truth = exact(given[0].float(), given[1], given[2].float(), mask)
-    packed = PackedUNet(unet).updated()
+    packed = PreparedUNet(unet, PackedWeights(unet)).updated()
     assert error(packed(*given, mask), truth) <= 1.2 * error(unet(*given, mask), truth)
 
 
 @torch.no_grad()
 def test_tracing_changes_no_bit(unet: UNet) -> None:
     given = inputs(2, 6, 8)
-    packed = PackedUNet(unet).updated()
+    packed = PreparedUNet(unet, PackedWeights(unet)).updated()
     traced, maps = packed.trace(*given, rows=slice(1, None))
     assert torch.equal(traced, packed(*given))
     kept, _ = packed.trace(*given, sites="*", edits=[AttentionEdit(change=lambda site, probs: probs, sites="*")])
@@ -77,8 +78,8 @@ def pipe(clip_model: Callable[..., Model], unet: UNet) -> Pipeline:
 
 def test_a_pipeline_paints_with_packed_weights(pipe: Pipeline) -> None:
     engine = EagerEngine.of(pipe.model)
-    assert isinstance(engine.unet, PackedUNet)
-    assert isinstance(engine.vae, PackedDecoder)
+    assert isinstance(engine.unet, PreparedUNet)
+    assert isinstance(engine.vae, PreparedDecoder)
     first = pipe("a red circle", seed=1, steps=2)
     assert torch.equal(first.latents, pipe("a red circle", seed=1, steps=2, trace=True).latents)
     assert first.images[0].size == (16, 16)
@@ -113,7 +114,7 @@ def test_another_precision_is_computed_in(pipe: Pipeline, tmp_path: Path) -> Non
     pipe("a red circle", seed=1, steps=1)
     exact = pipe.to(dtype="float32")("a red circle", seed=1, steps=1)
     assert exact.latents.isfinite().all()
-    assert isinstance(EagerEngine.of(pipe.model).unet, PackedUNet if packed_weights.pays(pipe.unet) else UNet)
+    assert isinstance(EagerEngine.of(pipe.model).unet, PreparedUNet if packed_weights.pays(pipe.unet) else UNet)
     pipe.save_pretrained(tmp_path / "saved")
     again = Pipeline.from_pretrained(tmp_path / "saved")("a red circle", seed=1, steps=1)
     assert torch.equal(exact.latents, again.latents)

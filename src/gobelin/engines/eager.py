@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from gobelin.attention import AttentionEdit, AttentionMaps, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.engines.engine import DecoderRunner, LatentDecoder, NoisePredictor, PaintingNetworks, UNetRunner
 from gobelin.engines.forwards import other_forwards
+from gobelin.engines.fused_blocks import FusedBlocks, fusing_pays
 from gobelin.engines.packed_weights import PackedWeights, pays
 from gobelin.engines.unfolded_convolutions import unfolded_forwards
 from gobelin.types import Images, Latents, TextEmbeddings, TextMask
@@ -20,23 +21,38 @@ from gobelin.unet import UNet
 from gobelin.vae import VAE
 
 
+@runtime_checkable
+class PreparedLayers(Protocol):
+    """Layers or blocks of a network in another form, made of its weights, that compute the same."""
+
+    def update(self) -> None: ...
+
+    def in_use(self) -> AbstractContextManager[None]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class EagerEngine:
     """Run a model's own networks: their hooks are called, and what is put in a module's place is used.
 
-    Where it pays, weights are packed (:mod:`gobelin.engines.packed_weights`), and feature maps are channels last, in
-    which a row of patches and a feature map are the same memory. In float32, convolutions of small maps are unfolded
+    On a CPU, weights of wide networks are packed (:mod:`gobelin.engines.packed_weights`), blocks of narrow ones fused
+    (:mod:`gobelin.engines.fused_blocks`), and feature maps are channels last, in which a row of patches and a feature
+    map are the same memory. Where neither pays, in float32, convolutions of small maps are unfolded
     (:mod:`gobelin.engines.unfolded_convolutions`).
     """
 
     name: ClassVar[EngineName] = "eager"
     model: PaintingNetworks
-    _packed_unet: "PackedUNet" = field(init=False)
-    _packed_vae: "PackedDecoder" = field(init=False)
+    _packed_unet: "PreparedUNet" = field(init=False)
+    _fused_unet: "PreparedUNet" = field(init=False)
+    _packed_vae: "PreparedDecoder" = field(init=False)
+    _fused_vae: "PreparedDecoder" = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_packed_unet", PackedUNet(self.model.unet))
-        object.__setattr__(self, "_packed_vae", PackedDecoder(self.model.vae))
+        unet, vae = self.model.unet, self.model.vae
+        object.__setattr__(self, "_packed_unet", PreparedUNet(unet, PackedWeights(unet)))
+        object.__setattr__(self, "_fused_unet", PreparedUNet(unet, FusedBlocks(unet)))
+        object.__setattr__(self, "_packed_vae", PreparedDecoder(vae, PackedWeights(vae.decoder)))
+        object.__setattr__(self, "_fused_vae", PreparedDecoder(vae, FusedBlocks(vae.decoder)))
 
     @classmethod
     def of(cls, model: PaintingNetworks) -> Self:
@@ -45,15 +61,20 @@ class EagerEngine:
 
     @property
     def unet(self) -> NoisePredictor:
-        """The U-Net, its weights packed as they are now, or its convolutions unfolded."""
-        if pays(self.model.unet):
+        """The U-Net, its weights packed or its blocks fused as they are now, or its convolutions unfolded."""
+        unet = self.model.unet
+        if pays(unet):
             return self._packed_unet.updated()
-        return UnfoldedUNet(self.model.unet) if unfolded_forwards(self.model.unet) else self.model.unet
+        if fusing_pays(unet):
+            return self._fused_unet.updated()
+        return UnfoldedUNet(unet) if unfolded_forwards(unet) else unet
 
     @property
     def vae(self) -> LatentDecoder:
-        """The VAE, whose decoder's weights are packed when it is first used."""
-        return self._packed_vae if pays(self.model.vae) else self.model.vae
+        """The VAE, whose decoder's weights are packed, or its blocks fused, when it is first used."""
+        if pays(self.model.vae):
+            return self._packed_vae
+        return self._fused_vae if fusing_pays(self.model.vae) else self.model.vae
 
 
 class _OtherLayersUNet(UNetRunner, ABC):
@@ -93,20 +114,20 @@ class _OtherLayersUNet(UNetRunner, ABC):
             return self._unet.trace(latents, timesteps, text_embeddings, text_mask, sites, reduce, rows, edits)
 
 
-class PackedUNet(_OtherLayersUNet):
-    """A U-Net that is run with packed weights."""
+class PreparedUNet(_OtherLayersUNet):
+    """A U-Net that is run with packed weights or fused blocks."""
 
-    def __init__(self, unet: UNet):
+    def __init__(self, unet: UNet, layers: PreparedLayers):
         super().__init__(unet)
-        self._weights = PackedWeights(unet)
+        self._layers = layers
 
     def updated(self) -> Self:
-        """Pack the weights that have changed, and return this."""
-        self._weights.update()
+        """Prepare anew the layers whose weights have changed, and return this."""
+        self._layers.update()
         return self
 
     def _other_layers(self) -> AbstractContextManager[None]:
-        return self._weights.in_use()
+        return self._layers.in_use()
 
     def _laid_out(self, latents: Latents) -> Latents:
         return _channels_last(latents)
@@ -119,23 +140,23 @@ class UnfoldedUNet(_OtherLayersUNet):
         return other_forwards(unfolded_forwards(self._unet))
 
 
-class PackedDecoder(DecoderRunner):
-    """A VAE whose decoder is run with packed weights."""
+class PreparedDecoder(DecoderRunner):
+    """A VAE whose decoder is run with packed weights or fused blocks."""
 
-    def __init__(self, vae: VAE):
+    def __init__(self, vae: VAE, layers: PreparedLayers):
         super().__init__(vae)
-        self._weights = PackedWeights(vae.decoder)
+        self._layers = layers
 
     def latents_to_images(self, latents: Latents) -> Images:
         """Decode, as :meth:`VAE.latents_to_images` does."""
-        self._weights.update()
-        with self._weights.in_use():
+        self._layers.update()
+        with self._layers.in_use():
             return self._vae.latents_to_images(_channels_last(latents)).contiguous()
 
     def latents_to_large_images(self, latents: Latents, tile: int = 64, overlap: int = 16) -> Images:
         """Decode in tiles, as :meth:`VAE.latents_to_large_images` does."""
-        self._weights.update()
-        with self._weights.in_use():
+        self._layers.update()
+        with self._layers.in_use():
             return self._vae.latents_to_large_images(_channels_last(latents), tile, overlap).contiguous()
 
 

@@ -57,7 +57,7 @@ class PackedWeights:
         found: dict[PackableLayer, _PackedLayer] = {}
         for layer in self._network.modules():
             if _can_pack(layer):
-                fingerprint = _fingerprint(layer.weight)
+                fingerprint = fingerprint_of(layer.weight)
                 known = self._packed.get(layer)
                 found[layer] = known if known and known.fingerprint == fingerprint else _pack(layer, fingerprint)
         self._packed = found
@@ -72,15 +72,21 @@ class PackedWeights:
 def pays(network: nn.Module) -> bool:
     """Tell whether packed weights make a network faster, on this CPU and in its precision, if it is wide.
 
-    Narrow networks lose more by the blocks' padding than they gain, and by feature maps that are channels last.
+    Narrow networks lose more by the blocks' padding than they gain.
     """
     weight = next(network.parameters())
-    narrowest = min((len(layer.weight) for layer in network.modules() if isinstance(layer, nn.GroupNorm)), default=0)
     return (
         weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and _pays_in(weight.dtype)
-        and narrowest >= _WIDE
+        and is_wide(network)
+    )
+
+
+def is_wide(network: nn.Module) -> bool:
+    """Tell whether the narrowest feature map of a network has so many channels that its time is that of products."""
+    return (
+        min((len(layer.weight) for layer in network.modules() if isinstance(layer, nn.GroupNorm)), default=0) >= _WIDE
     )
 
 
@@ -109,7 +115,7 @@ def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
     return plain and layer.weight.dtype in (torch.bfloat16, torch.float32) and layer.weight.device.type == "cpu"
 
 
-def _fingerprint(weight: Tensor) -> Fingerprint:
+def fingerprint_of(weight: Tensor) -> Fingerprint:
     """Describe a weight: where it is, how often it was written to, its precision, and the sum of its bits."""
     return weight.data_ptr(), weight._version, weight.dtype, sum_of_bits(weight)
 

@@ -14,12 +14,6 @@ void store(uint16_t *to, __mmask16 there, Vector numbers) {
     _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh(numbers));
 }
 
-// 1 / x of normal x: of 14 bits, and twice as many after a step of Newton's.
-Vector inverse_of(Vector x) {
-    Vector near = _mm512_rcp14_ps(x);
-    return _mm512_mul_ps(near, _mm512_fnmadd_ps(x, near, all(2)));
-}
-
 // 1 / (1 + exp(-x)): zero where the power has no inverse, and NaN of NaN.
 Vector sigmoid(Vector x) {
     Vector power = _mm512_mul_ps(x, all(-LOG2_E));

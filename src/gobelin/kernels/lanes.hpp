@@ -62,6 +62,12 @@ Vector log2(Vector x) {
     return _mm512_fmadd_ps(series, z, exponent);
 }
 
+// 1 / x of normal x: of 14 bits, and twice as many after a step of Newton's.
+Vector inverse_of(Vector x) {
+    Vector near = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(near, _mm512_fnmadd_ps(x, near, all(2)));
+}
+
 // Two rows of 16 numbers, rounded to bfloat16: the first row in the lower half of the bits, the second in the upper.
 PairVector rounded(Vector first, Vector second) { return (PairVector)_mm512_cvtne2ps_pbh(second, first); }
 

@@ -19,8 +19,8 @@
 #include <cmath>
 #include <deque>
 
-#include "lanes.hpp"
 #include "operands.hpp"
+#include "precision.hpp"
 #include "threads.hpp"
 
 namespace {
@@ -39,20 +39,9 @@ Pair load(const void *from) { return {_mm512_load_ps(from), _mm512_load_ps((cons
 
 // ---- What is different in the two precisions ----
 
-template <class Number> struct Precision;
+template <class Number> struct Attention;
 
-template <> struct Precision<float> {
-    using Word = float;
-    static constexpr int64_t IN_WORD = 1;
-
-    static PairVector load_words(const float *from, int64_t numbers) {
-        return _mm512_maskz_loadu_epi32(first_16(numbers), from);
-    }
-
-    static void store_words(float *to, int64_t numbers, PairVector words) {
-        _mm512_mask_storeu_epi32(to, first_16(numbers), words);
-    }
-
+template <> struct Attention<float> : Precision<float> {
     static PairVector rounded_columns(Vector only) { return _mm512_castps_si512(only); }
 
     // The values of one key, as words. Stores are whole, and the next key's come after.
@@ -61,36 +50,12 @@ template <> struct Precision<float> {
             _mm512_storeu_ps(words + column, _mm512_maskz_loadu_ps(first_16(width - column), value[0] + column));
     }
 
-    static Vector add_product(Vector sum, Vector lanes, float word) { return _mm512_fmadd_ps(lanes, all(word), sum); }
-
-    // 2^(factor x): a polynomial over [-1/2, 1/2], minimax, and the exponent's bits; 0 below the normal numbers, and
-    // NaN for NaN. Its relative error is that of rounding, 1.6e-7 at most, beside that of the factor.
-    static Vector power(Vector x, Vector factor) {
-        Vector exponent = _mm512_mul_ps(x, factor);
-        __mmask16 normal = _mm512_cmp_ps_mask(exponent, all(-126), _CMP_NLT_UQ);
-        Vector whole = _mm512_roundscale_ps(exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        Vector rest = _mm512_fmsub_ps(x, factor, whole);
-        Vector power = all(1.32695353e-3f);
-        for (float coefficient : {9.67129134e-3f, 5.55071086e-2f, 2.40222469e-1f, 6.93147004e-1f, 1.0f})
-            power = _mm512_fmadd_ps(power, rest, all(coefficient));
-        return _mm512_maskz_scalef_ps(normal, power, whole);
-    }
+    static Vector power(Vector x, Vector factor) { return exact_power(x, factor); }
 
     static void store_probs(float *to, const Vector (&p)[1]) { _mm512_store_ps(to, p[0]); }
 };
 
-template <> struct Precision<uint16_t> {
-    using Word = uint32_t;
-    static constexpr int64_t IN_WORD = 2;
-
-    static PairVector load_words(const uint16_t *from, int64_t numbers) {
-        return _mm512_maskz_loadu_epi16(first_32(numbers), from);
-    }
-
-    static void store_words(uint16_t *to, int64_t numbers, PairVector words) {
-        _mm512_mask_storeu_epi16(to, first_32(numbers), words);
-    }
-
+template <> struct Attention<uint16_t> : Precision<uint16_t> {
     static PairVector rounded_columns(Vector first, Vector second) { return in_pairs(rounded(first, second)); }
 
     // The values of two keys, of which the second may be null, as words.
@@ -104,24 +69,8 @@ template <> struct Precision<uint16_t> {
         }
     }
 
-    static Vector add_product(Vector sum, Vector lanes, uint32_t word) {
-        return ::add_product(sum, _mm512_castps_si512(lanes), word);
-    }
-
-    // 2^(factor x) of x <= 0, cut off at 2^-126; NaN for NaN. Its relative error is 1e-4, a twentieth of that of the
-    // rounding that follows.
-    static Vector power(Vector x, Vector factor) {
-        constexpr float MAGIC = 12582912; // 1.5 * 2^23: added to a number, its whole part is in the sum's lowest bits
-        Vector exponent = _mm512_max_ps(all(-126), _mm512_mul_ps(x, factor)); // of two, NaN is the second that returns
-        Vector whole = _mm512_add_ps(exponent, all(MAGIC));
-        Vector rest = _mm512_sub_ps(exponent, _mm512_sub_ps(whole, all(MAGIC)));
-        Vector power = all(5.5860561e-2f);
-        power = _mm512_fmadd_ps(power, rest, all(2.4022651e-1f));
-        power = _mm512_fmadd_ps(power, rest, all(6.9314718e-1f));
-        power = _mm512_fmadd_ps(power, rest, all(1));
-        __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(whole), 23);
-        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(power), bits));
-    }
+    // Its relative error is a twentieth of that of the rounding that follows.
+    static Vector power(Vector x, Vector factor) { return power_below_1(_mm512_mul_ps(x, factor), OF_BFLOAT16); }
 
     static void store_probs(uint32_t *to, const Vector (&p)[2]) {
         _mm512_store_si512(to, in_pairs(rounded(p[0], p[1])));
@@ -133,7 +82,7 @@ template <> struct Precision<uint16_t> {
 // Turn 16 rows into columns, which are `stride` apart; a row that is null is zero.
 template <class Number, class Word>
 void read_columns(Word *columns, int64_t stride, const Number *const (&rows)[LANES], int64_t width) {
-    using Of = Precision<Number>;
+    using Of = Attention<Number>;
     for (int64_t number = 0; number < width; number += LANES * Of::IN_WORD, columns += LANES * stride) {
         PairVector block[LANES];
         for (int64_t row = 0; row < LANES; ++row)
@@ -148,7 +97,7 @@ void read_columns(Word *columns, int64_t stride, const Number *const (&rows)[LAN
 // has two numbers, there is a column of zeros after an odd number of columns.
 template <class Number>
 void write_columns(const RowsOf<Number> &rows, int64_t start, const float *columns, int64_t stride, Vector factor) {
-    using Of = Precision<Number>;
+    using Of = Attention<Number>;
     for (int64_t number = 0; number < rows.width; number += LANES * Of::IN_WORD) {
         PairVector block[LANES] = {};
         for (int64_t word = 0; word < LANES && number + word * Of::IN_WORD < rows.width; ++word) {
@@ -168,7 +117,7 @@ void write_columns(const RowsOf<Number> &rows, int64_t start, const float *colum
 // ---- Keys and values of one head, those that may be seen ----
 
 template <class Number> struct Head {
-    using Of = Precision<Number>;
+    using Of = Attention<Number>;
     using Word = typename Of::Word;
 
     explicit Head(const Sizes &sizes)
@@ -200,7 +149,7 @@ template <class Number> struct Head {
 // ---- One thread's blocks of queries ----
 
 template <class Number> class Block {
-    using Of = Precision<Number>;
+    using Of = Attention<Number>;
     using Word = typename Of::Word;
     static constexpr int64_t IN_WORD = Of::IN_WORD;
 

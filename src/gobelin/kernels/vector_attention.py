@@ -24,6 +24,7 @@ _KERNEL = Kernel(
     "vector_attention.cpp",
     "lanes.hpp",
     "operands.hpp",
+    "precision.hpp",
     "threads.hpp",
     instructions=("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"),  # x86-64-v4
 )

@@ -1,0 +1,322 @@
+// A linear layer or a convolution of a narrow network with what stands around it, for inference, in float32 or bfloat16:
+//
+//     y = gate(W * act(norm(x)) + bias + shift) + residual
+//
+// norm is a group norm, a layer norm or nothing; act is SiLU or nothing; W is a window of 1×1 or 3×3 pixels; shift is a
+// number for each channel of a sample, as a timestep's embedding is; gate is GEGLU, h gelu(g), or nothing.
+//
+// Where maps have few channels, calls of operations and the ways of their results through memory take longer than the
+// arithmetic. Here the map is normalised once, into a frame of zeros where the window looks beyond the edge, and
+// multiplied from there: 8 pixels by 48 channels at a time, whose sums stay in registers. Output channels lie along the
+// lanes; a word of a pixel is broadcast to them (precision.hpp). Maps lie in memory as [batch, height, width, channels].
+// Statistics and sums are float32. A pixel is computed by one thread, so that no bit depends on how many there are.
+
+#include <cmath>
+
+#include "operands.hpp"
+#include "precision.hpp"
+#include "threads.hpp"
+
+namespace {
+
+constexpr int WIDEST = 3; // vectors of output channels at a time
+
+// ---- What Python hands over (fused_layer.py has the same structures) ----
+
+struct Layer {
+    int64_t in_channels, out_channels; // of x and of y
+    int64_t side, stride;              // of the window
+    int64_t groups;                    // of a group norm; 0 for a layer norm, -1 for none
+    float eps;
+    int32_t has_silu, is_gated;
+    const float *norm_weight, *norm_bias; // [in_channels], with room for whole vectors
+    const void *weight;                   // words [vectors of channels in blocks][side, side, in words][lanes of a block]
+    const float *bias;                    // of whole vectors, zeros where there is none
+};
+
+struct Call {
+    const Layer *layer;
+    int64_t batch, height, width;      // of x
+    int64_t grown_height, grown_width; // to which x is enlarged before the window
+    const void *x, *shift, *residual;  // shift [batch, out_channels] or null; residual, as y, or null
+    void *y;
+};
+
+// ---- Arithmetic ----
+
+// x / (1 + exp(-x)), by the power of what is negative alone
+Vector silu(Vector x) {
+    Vector power = power_below_1(_mm512_mul_ps(_mm512_abs_ps(x), all(-LOG2_E)), OF_FLOAT32);
+    Vector inverse = inverse_of(_mm512_add_ps(all(1), power));
+    inverse = _mm512_mask_mul_ps(inverse, _mm512_cmp_ps_mask(x, all(0), _CMP_LT_OQ), inverse, power);
+    return _mm512_mul_ps(x, inverse);
+}
+
+// x Phi(x), Phi by Chebyshev's polynomial of log(erfc), Press et al., "Numerical Recipes", 6.2 (erfcc): error 1e-7.
+Vector gelu(Vector x) {
+    const float of[] = {0.17087277f, -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
+                        -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f};
+    Vector z = _mm512_min_ps(all(30), _mm512_mul_ps(_mm512_abs_ps(x), all(0.70710678f))); // beyond it is 0 or 1
+    Vector t = inverse_of(_mm512_fmadd_ps(z, all(0.5f), all(1))), power = all(of[0]);
+    for (int i = 1; i < 10; ++i) power = _mm512_fmadd_ps(power, t, all(of[i]));
+    power = _mm512_mul_ps(_mm512_fnmadd_ps(z, z, power), all(LOG2_E));
+    Vector tail = _mm512_mul_ps(_mm512_mul_ps(t, all(0.5f)), power_below_1(power, OF_FLOAT32));
+    Vector below = _mm512_mask_sub_ps(tail, _mm512_cmp_ps_mask(x, all(0), _CMP_GT_OQ), all(1), tail);
+    return _mm512_mul_ps(x, below);
+}
+
+// ---- Norm and activation, of a sample or of some rows, into the frame that the window moves in ----
+
+struct Frame {
+    int64_t height, width; // with the edge
+    int64_t edge;
+    void *data;
+};
+
+template <class Number> struct Framed {
+    const Call &call;
+    const Frame &frame;
+};
+
+template <class Number> class Normaliser {
+    using Of = Precision<Number>;
+
+  public:
+    explicit Normaliser(const Framed<Number> &framed) : call(framed.call), frame(framed.frame) {}
+
+    void operator()(int64_t sample) {
+        const Number *x = (const Number *)call.x + sample * call.height * call.width * channels;
+        Number *to = (Number *)frame.data + sample * frame.height * frame.width * channels;
+        if (layer.groups > 0) find_lines(x);
+        if (frame.edge > 0) std::memset(to, 0, (size_t)(frame.height * frame.width * channels) * sizeof(Number));
+        // As torch finds the nearest pixel, in float32.
+        const float down = (float)call.height / (float)call.grown_height, right = (float)call.width / (float)call.grown_width;
+        for (int64_t row = 0; row < call.grown_height; ++row) {
+            int64_t from_row = std::min((int64_t)((float)row * down), call.height - 1);
+            for (int64_t column = 0; column < call.grown_width; ++column) {
+                int64_t from_column = std::min((int64_t)((float)column * right), call.width - 1);
+                const Number *from = x + (from_row * call.width + from_column) * channels;
+                Number *pixel = to + ((row + frame.edge) * frame.width + column + frame.edge) * channels;
+                if (layer.groups == 0) find_line(from);
+                write(from, pixel);
+            }
+        }
+    }
+
+  private:
+    // slope and height of every channel, with which norm(x) = slope x + height
+    void find_lines(const Number *x) {
+        const int64_t positions = call.height * call.width;
+        for (int64_t c = 0; c < channels; c += LANES) {
+            __mmask16 there = first_16(channels - c);
+            Vector sums[4] = {all(0), all(0), all(0), all(0)};
+            for (int64_t i = 0; i < positions; ++i)
+                sums[i % 4] = _mm512_add_ps(sums[i % 4], Of::load(x + i * channels + c, there));
+            _mm512_store_ps(means + c, total(sums));
+        }
+        average(means, positions);
+        for (int64_t c = 0; c < channels; c += LANES) {
+            __mmask16 there = first_16(channels - c);
+            Vector mean = _mm512_load_ps(means + c), sums[4] = {all(0), all(0), all(0), all(0)};
+            for (int64_t i = 0; i < positions; ++i) {
+                Vector rest = _mm512_sub_ps(Of::load(x + i * channels + c, there), mean);
+                sums[i % 4] = _mm512_fmadd_ps(rest, rest, sums[i % 4]);
+            }
+            _mm512_store_ps(variances + c, total(sums));
+        }
+        average(variances, positions);
+        for (int64_t c = 0; c < channels; ++c) set_line(c, means[c], 1 / std::sqrt(variances[c] + layer.eps));
+    }
+
+    void find_line(const Number *pixel) {
+        Vector sum = all(0), squares = all(0);
+        for (int64_t c = 0; c < channels; c += LANES)
+            sum = _mm512_add_ps(sum, Of::load(pixel + c, first_16(channels - c)));
+        float mean = _mm512_reduce_add_ps(sum) / (float)channels;
+        for (int64_t c = 0; c < channels; c += LANES) {
+            __mmask16 there = first_16(channels - c);
+            Vector rest = _mm512_maskz_sub_ps(there, Of::load(pixel + c, there), all(mean));
+            squares = _mm512_fmadd_ps(rest, rest, squares);
+        }
+        float inverse = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / (float)channels + layer.eps);
+        for (int64_t c = 0; c < channels; c += LANES) {
+            Vector slope = _mm512_mul_ps(_mm512_loadu_ps(layer.norm_weight + c), all(inverse));
+            _mm512_store_ps(slopes + c, slope);
+            _mm512_store_ps(heights + c, _mm512_fnmadd_ps(all(mean), slope, _mm512_loadu_ps(layer.norm_bias + c)));
+        }
+    }
+
+    static Vector total(const Vector (&sums)[4]) {
+        return _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+    }
+
+    // Replace every channel's number by the mean over its group.
+    void average(float *numbers, int64_t positions) const {
+        const int64_t width = channels / layer.groups;
+        for (int64_t first = 0; first < channels; first += width) {
+            float sum = 0;
+            for (int64_t c = first; c < first + width; ++c) sum += numbers[c];
+            for (int64_t c = first; c < first + width; ++c) numbers[c] = sum / (float)(width * positions);
+        }
+    }
+
+    void set_line(int64_t c, float mean, float inverse) {
+        slopes[c] = layer.norm_weight[c] * inverse;
+        heights[c] = layer.norm_bias[c] - mean * slopes[c];
+    }
+
+    void write(const Number *from, Number *to) const {
+        for (int64_t c = 0; c < channels; c += LANES) {
+            __mmask16 there = first_16(channels - c);
+            Vector number = Of::load(from + c, there);
+            if (layer.groups >= 0)
+                number = _mm512_fmadd_ps(number, _mm512_load_ps(slopes + c), _mm512_load_ps(heights + c));
+            Of::store(to + c, there, layer.has_silu ? silu(number) : number);
+        }
+    }
+
+    const Call &call;
+    const Layer &layer = *call.layer;
+    const Frame &frame;
+    const int64_t channels = layer.in_channels, padded = round_up(channels, LANES);
+    Buffer<float> means{padded}, variances{padded}, slopes{padded}, heights{padded};
+};
+
+// ---- Products: 8 pixels by up to 48 channels ----
+
+template <class Number> class Multiplier {
+    using Of = Precision<Number>;
+    using Word = typename Of::Word;
+
+  public:
+    explicit Multiplier(const Framed<Number> &framed) : call(framed.call), frame(framed.frame) {}
+
+    static int64_t vectors_of(const Layer &layer) {
+        return round_up(layer.out_channels, LANES) / LANES * (layer.is_gated ? 2 : 1);
+    }
+
+    static int64_t block_of(const Layer &layer) { return layer.is_gated ? 2 : WIDEST; }
+
+    static int64_t height_of(const Call &call) { return (call.grown_height - 1) / call.layer->stride + 1; }
+
+    static int64_t width_of(const Call &call) { return (call.grown_width - 1) / call.layer->stride + 1; }
+
+    static int64_t tiles_of(const Call &call) {
+        return round_up(call.batch * height_of(call) * width_of(call), ROWS) / ROWS;
+    }
+
+    static int64_t pieces_of(const Call &call) {
+        int64_t block = block_of(*call.layer);
+        return round_up(vectors_of(*call.layer), block) / block * tiles_of(call);
+    }
+
+    // A block's weights stay in the cache while it goes through the pixels.
+    void operator()(int64_t piece) const {
+        int64_t vector = piece / tiles * block, start = piece % tiles * ROWS;
+        switch (std::min(block, vectors - vector)) {
+        case 1: return multiply<1>(vector, start);
+        case 2: return multiply<2>(vector, start);
+        default: return multiply<WIDEST>(vector, start);
+        }
+    }
+
+  private:
+    template <int VECTORS> void multiply(int64_t vector, int64_t start) const {
+        const Word *rows[ROWS];
+        for (int64_t row = 0; row < ROWS; ++row) rows[row] = row_of(std::min(start + row, positions - 1));
+        const Word *weight = (const Word *)layer.weight + vector * layer.side * layer.side * words * LANES;
+        Vector sums[ROWS][VECTORS] = {};
+        for (int64_t y = 0; y < layer.side; ++y)
+            for (int64_t x = 0; x < layer.side; ++x) {
+                const int64_t from = (y * frame.width + x) * words;
+                for (int64_t word = from; word < from + words; ++word, weight += VECTORS * LANES) {
+                    Vector lanes[VECTORS];
+                    for (int v = 0; v < VECTORS; ++v) lanes[v] = _mm512_load_ps(weight + v * LANES);
+                    for (int row = 0; row < ROWS; ++row)
+                        for (int v = 0; v < VECTORS; ++v)
+                            sums[row][v] = Of::add_product(sums[row][v], lanes[v], rows[row][word]);
+                }
+            }
+        for (int64_t row = 0; row < ROWS && start + row < positions; ++row) {
+            for (int v = 0; v < VECTORS; ++v)
+                sums[row][v] = _mm512_add_ps(sums[row][v], _mm512_load_ps(layer.bias + (vector + v) * LANES));
+            if (layer.is_gated) {
+                if constexpr (VECTORS == 2)
+                    write(start + row, vector / 2 * LANES, _mm512_mul_ps(sums[row][0], gelu(sums[row][1])));
+            } else
+                for (int v = 0; v < VECTORS; ++v) write(start + row, (vector + v) * LANES, sums[row][v]);
+        }
+    }
+
+    const Word *row_of(int64_t position) const {
+        int64_t sample = position / (height * width), y = position / width % height, x = position % width;
+        return (const Word *)frame.data + ((sample * frame.height + y * layer.stride) * frame.width + x * layer.stride) * words;
+    }
+
+    void write(int64_t position, int64_t channel, Vector sum) const {
+        const int64_t channels = layer.out_channels, at = position * channels + channel;
+        __mmask16 there = first_16(channels - channel);
+        if (call.shift != nullptr) {
+            int64_t sample = position / (height * width);
+            sum = _mm512_add_ps(sum, Of::load((const Number *)call.shift + sample * channels + channel, there));
+        }
+        if (call.residual != nullptr) sum = _mm512_add_ps(sum, Of::load((const Number *)call.residual + at, there));
+        Of::store((Number *)call.y + at, there, sum);
+    }
+
+    const Call &call;
+    const Layer &layer = *call.layer;
+    const Frame &frame;
+    const int64_t words = layer.in_channels / Of::IN_WORD, vectors = vectors_of(layer), block = block_of(layer);
+    const int64_t height = height_of(call), width = width_of(call), tiles = tiles_of(call);
+    const int64_t positions = call.batch * height * width;
+};
+
+// Memory of a calling thread that grows and stays: new pages would take longer than what is written into them.
+class Room {
+  public:
+    ~Room() { std::free(data); }
+
+    void *of(int64_t size) {
+        if (size > capacity) {
+            std::free(data);
+            capacity = round_up(size, 4096);
+            data = std::aligned_alloc(4096, (size_t)capacity);
+            if (data == nullptr) capacity = 0, throw std::bad_alloc();
+        }
+        return data;
+    }
+
+  private:
+    void *data = nullptr;
+    int64_t capacity = 0;
+};
+
+// Returns 0, or 1 where there is not enough memory.
+template <class Number> int compute(const Call &call, int threads, Parallel parallel) {
+    const Layer &layer = *call.layer;
+    try {
+        const int64_t edge = layer.side / 2;
+        Frame frame{call.grown_height + 2 * edge, call.grown_width + 2 * edge, edge, (void *)call.x};
+        const bool as_it_is = layer.groups < 0 && !layer.has_silu && layer.side == 1;
+        static thread_local Room room;
+        Framed<Number> framed{call, frame};
+        if (!as_it_is) {
+            frame.data = room.of(call.batch * frame.height * frame.width * layer.in_channels * (int64_t)sizeof(Number));
+            if (run<Normaliser<Number>>(framed, call.batch, threads, parallel)) return 1;
+        }
+        return run<Multiplier<Number>>(framed, Multiplier<Number>::pieces_of(call), threads, parallel);
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}
+
+} // namespace
+
+extern "C" int float_layer(const Call *call, int threads, Parallel parallel) {
+    return compute<float>(*call, threads, parallel);
+}
+
+extern "C" int bfloat16_layer(const Call *call, int threads, Parallel parallel) {
+    return compute<uint16_t>(*call, threads, parallel);
+}
