@@ -13,7 +13,7 @@ from gobelin.checkpoint import Model
 from gobelin.engines import Engine, PaintingNetworks, find_engine, int8_weights
 from gobelin.engines.eager import PackedUNet
 from gobelin.engines.int8_weights import SENSITIVE, can_multiply_int8, pack_in_int8
-from gobelin.engines.packed_weights import pack_in_bfloat16
+from gobelin.engines.packed_weights import pack_as_it_is
 from gobelin.errors import UsageError
 from gobelin.kernels.quantize import quantize_samples
 from gobelin.pipeline import Pipeline
@@ -130,7 +130,7 @@ def test_sensitive_layers_are_as_in_bfloat16_and_no_others(unet: UNet) -> None:
             given = torch.randn(1, layer.in_channels, 6, 6).bfloat16().contiguous(memory_format=torch.channels_last)
         else:
             given = torch.randn(1, 8, layer.in_features).bfloat16()
-        if torch.equal(pack_in_int8(name, layer)(given), pack_in_bfloat16(name, layer)(given)):
+        if torch.equal(pack_in_int8(name, layer)(given), pack_as_it_is(name, layer)(given)):
             found.add(name)
     ends = ("conv_in", "conv_out", "linear_1", "linear_2", "time_emb_proj", "conv_shortcut", "attn2.to_k", "attn2.to_v")
     assert found == {name for name, _ in unet.named_modules() if name.endswith(ends)}

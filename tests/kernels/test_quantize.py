@@ -74,7 +74,9 @@ def test_threads_and_strides_change_nothing() -> None:
 
 @pytest.mark.parametrize("round_numbers", [quantize_samples, by_torch])
 def test_what_is_no_number_is_not_hidden(round_numbers) -> None:
-    rounded = round_numbers(torch.tensor([[1, torch.nan, 2], [1, torch.inf, 2], [1, -torch.inf, 2], [1, 2, 3]]).bfloat16())
+    rounded = round_numbers(
+        torch.tensor([[1, torch.nan, 2], [1, torch.inf, 2], [1, -torch.inf, 2], [1, 2, 3]]).bfloat16()
+    )
     assert [math.isfinite(scale) for scale in rounded.scales] == [False, False, False, True]
 
 

@@ -15,7 +15,7 @@ from gobelin.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Engine(EagerEngine):
-    """Run the U-Net's linear layers and convolutions in int8 (:mod:`gobelin.engines.int8_weights`), all else in bfloat16.
+    """Run a U-Net's linear layers and convolutions in int8 (:mod:`gobelin.engines.int8_weights`), the rest in bfloat16.
 
     Attention is the eager engine's, edits and traces included, and so is the VAE, whose rounding would be seen in every
     pixel. What gradients are asked of goes by the weights themselves.
@@ -36,7 +36,9 @@ class Int8Engine(EagerEngine):
             raise UsageError(f"the engine {cls.name} runs on the CPU, and the model is on {unet.device}: move it")
         if unet.dtype != torch.bfloat16:
             said = str(unet.dtype).removeprefix("torch.")
-            raise UsageError(f"the engine {cls.name} runs models in bfloat16, and this one is in {said}: give that dtype")
+            raise UsageError(
+                f"the engine {cls.name} runs models in bfloat16, and this one is in {said}: give that dtype"
+            )
         return cls(model=model)
 
     @property
