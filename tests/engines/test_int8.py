@@ -142,7 +142,7 @@ def test_gradients_and_written_weights_are_the_networks_own(unet: UNet) -> None:
     engine, given = engine_of(unet), inputs()
     with torch.no_grad():
         before = engine.unet(*given)
-        unet.mid_block.resnets[0].conv1.weight.data.mul_(-1)
+        unet.get_parameter("mid_block.resnets.0.conv1.weight").data.mul_(-1)
         after = engine.unet(*given)
         assert error(after, before) > 0.01
         assert error(after, unet(*given)) < 0.1

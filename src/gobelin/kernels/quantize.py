@@ -23,7 +23,7 @@ class _Problem(ctypes.Structure):
 class QuantizedSamples(NamedTuple):
     """Whole numbers q, and what they stand for in each sample: (q - zero point) · scale."""
 
-    values: UInt8[Tensor, "batch *rest"]
+    values: UInt8[Tensor, "batch ..."]
     scales: list[float]
     zero_points: list[int]
 
@@ -34,7 +34,7 @@ def has_quantize() -> bool:
     return _KERNEL.library is not None
 
 
-def quantize_samples(numbers: BFloat16[Tensor, "batch *rest"]) -> QuantizedSamples:
+def quantize_samples(numbers: BFloat16[Tensor, "batch ..."]) -> QuantizedSamples:
     """Round numbers to whole ones of 8 bits, relative to each sample's own lowest and highest, and zero.
 
     Zero is exact. A sample's numbers do not depend on those of another, and bits not on the number of threads.
