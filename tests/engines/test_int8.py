@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gobelin.checkpoint import Model
 from gobelin.engines import Engine, PaintingNetworks, find_engine, int8_weights
-from gobelin.engines.eager import PackedUNet
+from gobelin.engines.eager import EagerEngine
 from gobelin.engines.int8_weights import SENSITIVE, can_multiply_int8, pack_in_int8
 from gobelin.engines.packed_weights import pack_as_it_is
 from gobelin.errors import UsageError
@@ -179,5 +179,5 @@ def test_without_memory_for_its_weights_it_is_eager(unet: UNet, monkeypatch: pyt
     monkeypatch.setattr("gobelin.engines.packed_weights._has_room_for", lambda network: False)
     with pytest.warns(UserWarning, match="no memory for the weights of the engine int8"):
         network = engine.unet
-    assert not isinstance(network, PackedUNet)
-    assert torch.equal(network(*given), unet(*given))
+    assert isinstance(engine, EagerEngine)
+    assert torch.equal(network(*given), EagerEngine.of(engine.model).unet(*given))

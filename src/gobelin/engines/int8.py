@@ -7,9 +7,10 @@ from typing import ClassVar, Self
 import torch
 
 from gobelin.engine_names import EngineName
-from gobelin.engines.eager import EagerEngine, PackedUNet
+from gobelin.engines.eager import EagerEngine, PreparedUNet
 from gobelin.engines.engine import NoisePredictor, PaintingNetworks
 from gobelin.engines.int8_weights import can_multiply_int8, pack_in_int8
+from gobelin.engines.packed_weights import PackedWeights
 from gobelin.errors import UsageError
 
 
@@ -22,11 +23,11 @@ class Int8Engine(EagerEngine):
     """
 
     name: ClassVar[EngineName] = "int8"
-    _int8_unet: PackedUNet = field(init=False)
+    _int8_weights: PackedWeights = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "_int8_unet", PackedUNet(self.model.unet, pack_in_int8))
+        object.__setattr__(self, "_int8_weights", PackedWeights(self.model.unet, pack_in_int8))
 
     @classmethod
     def of(cls, model: PaintingNetworks) -> Self:
@@ -44,9 +45,9 @@ class Int8Engine(EagerEngine):
     @property
     def unet(self) -> NoisePredictor:
         """The U-Net, its weights rounded as they are now; as the eager engine's where there is no memory for them."""
-        updated = self._int8_unet.updated()
-        if updated.is_packed:
-            return updated
+        rounded = PreparedUNet(self.model.unet, self._int8_weights).updated()
+        if self._int8_weights:
+            return rounded
         warnings.warn(f"there is no memory for the weights of the engine {self.name}: it is as eager", stacklevel=2)
         return super().unet
 
