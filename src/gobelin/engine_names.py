@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-EngineName = Literal["eager", "compiled", "openvino"]
+EngineName = Literal["eager", "int8", "compiled", "openvino"]
 """The names of the engines."""

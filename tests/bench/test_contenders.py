@@ -7,11 +7,14 @@ import pytest
 
 from gobelin.bench import our_engines, unet_contenders
 from gobelin.bench.measure import Limits, measure
+from gobelin.bench.rows import find_rows
 from gobelin.bench.trace_contenders import trace_workload
 from gobelin.bench.training_contenders import train_workload
 from gobelin.bench.unet_contenders import unet_workload
+from gobelin.bench.workloads import refuse_unknown_contenders
 from gobelin.engines import ENGINES
 from gobelin.engines.eager import EagerEngine
+from gobelin.engines.int8_weights import can_multiply_int8
 
 ONE = Limits(rounds=1)
 PEERS = ("diffusers", "peft")
@@ -53,7 +56,18 @@ def test_an_engine_of_ours_is_a_contender(monkeypatch):
     assert "gobelin, made-up" in measure(made, "float32", ONE, (), 64)["failed"]
 
 
+@pytest.mark.skipif(not can_multiply_int8(), reason="needs a CPU that multiplies int8 and bfloat16")
+def test_int8_is_a_contender_in_bfloat16_whose_error_is_stated():
+    made = unet_workload("nano", 16, 2, "bfloat16").limited_to(["gobelin, int8"])
+    measured = measure(made, "bfloat16", ONE, (), 64)
+    assert measured["failed"] == {}
+    ours = measured["contenders"]
+    assert ours["gobelin"]["error"] < ours["gobelin, int8"]["error"] < 0.1
+    assert "gobelin, int8" not in {one.name for one in unet_workload("nano", 16, 2, "float32").contenders}
+    refuse_unknown_contenders(["gobelin, int8"], find_rows(["unet-64"]))
+
+
 def test_engines_beside_the_default_one_are_those_of_the_package():
-    assert {our_engines.DEFAULT, *our_engines.other_engines()} == set(ENGINES)
+    assert {our_engines.DEFAULT, our_engines.ROUNDED, *our_engines.other_engines()} == set(ENGINES)
     assert our_engines.DEFAULT not in our_engines.other_engines()
     assert EagerEngine.name == our_engines.DEFAULT

@@ -12,9 +12,13 @@ DEFAULT = "eager"
 """The engine that paints where none is named."""
 
 
+ROUNDED = "int8"
+"""The engine whose rounding is coarser than that of a model's precision: compared in bfloat16, and passes alone."""
+
+
 def other_engines() -> tuple[str, ...]:
-    """Name the engines that there are beside the default one."""
-    return tuple(name for name in ENGINES if name != DEFAULT)
+    """Name the engines that there are beside the default one, and compute what it does."""
+    return tuple(name for name in ENGINES if name not in (DEFAULT, ROUNDED))
 
 
 def run_by(engine: str = DEFAULT, unet: UNet | None = None, vae: VAE | None = None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gobelin.bench.our_engines import other_engines, run_by
+from gobelin.bench.our_engines import ROUNDED, other_engines, run_by
 from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
 from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload, count_operations
 from gobelin.pipeline import Pipeline
@@ -79,11 +79,12 @@ class UNetPass:
 def unet_workload(model: str, side: int, batch: int, precision: BenchPrecision) -> Workload:
     """Make the workload of a forward pass, with every contender that there is."""
     run = UNetPass(model=model, side=side, batch=batch, precision=precision)
+    engines = (ROUNDED, *other_engines()) if precision == "bfloat16" else other_engines()
     return Workload(
         contenders=[
             Contender(name=BASE, prepare=lambda: no_grad(run.painting, *run.inputs(run.dtype))),
             Contender(name=PLAIN, prepare=lambda: no_grad(run.ours, *run.inputs(run.dtype))),
-            *[Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in other_engines()],
+            *[Contender(name=f"{BASE}, {engine}", prepare=partial(_engine, run, engine)) for engine in engines],
             Contender(name="diffusers", peer="diffusers", prepare=partial(_diffusers, run)),
             Contender(
                 name="diffusers, channels last",

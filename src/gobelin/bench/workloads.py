@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from gobelin.bench.growth import at_most, measure_growth
 from gobelin.bench.measure import Limits, measure
@@ -50,5 +50,6 @@ def workload_of(row: BenchRow, precision: BenchPrecision) -> Workload:
 
 def refuse_unknown_contenders(names: Sequence[str], rows: Sequence[BenchRow]) -> None:
     """Raise :class:`UsageError` with the nearest name for a contender that none of the rows has."""
-    there = [one.name for row in rows for one in workload_of(row, "float32").contenders]
+    precisions: tuple[BenchPrecision, ...] = get_args(BenchPrecision)
+    there = [one.name for row in rows for each in precisions for one in workload_of(row, each).contenders]
     refuse_unknown(names, dict.fromkeys(there), what="contender")

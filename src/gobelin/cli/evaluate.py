@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from gobelin.cli.options import Positional, parse
 from gobelin.cli.painting_options import PipelineOptions
 from gobelin.cli.report_files import ReportFiles, progress_bar, publish
+from gobelin.engine_names import EngineName
 from gobelin.errors import UsageError
 from gobelin.evaluate.image_list import ALL_TASKS, MAX_PROMPTS, requested_images
 from gobelin.formats.files import replacing
@@ -65,6 +66,8 @@ class _ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """The precision to compute in; without it, the fastest for the device: bfloat16 for large models where it has it in
     hardware, float32 otherwise."""
+    engine: EngineName = "eager"
+    """Engine that runs the networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +234,7 @@ def _scenes(options: EvaluateScenes) -> None:
     _require_sheet_suffix(options.sheet)
     if options.seed < 0:
         raise UsageError(f"the seed is {options.seed}: give 0 or more")
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype)
+    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
     requests = requested_images(world, options.splits, options.tasks, options.limit, options.count)
     image_encoder, folder = None, (options.model or shipped_model()) / IMAGE_ENCODER
     if folder.is_dir():
@@ -278,7 +281,7 @@ def _attribution(options: EvaluateAttribution) -> None:
     from gobelin.evaluate.scene_models import open_scene_model
 
     _require_captions(options.limit)
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype)
+    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
     with progress_bar("tracing") as advance:
         content = measure_attribution(pipeline, world, options.limit, lambda: advance(1)).to_json()
     publish(options, content, attribution_report(content))
@@ -290,7 +293,7 @@ def _editing(options: EvaluateEditing) -> None:
     from gobelin.evaluate.scene_models import open_scene_model
 
     _require_captions(options.limit)
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype)
+    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
     with progress_bar("editing") as advance:
         content = measure_editing(pipeline, world, options.limit, lambda: advance(1)).to_json()
     publish(options, content, editing_report(content))

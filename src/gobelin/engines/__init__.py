@@ -1,7 +1,8 @@
 """Engines: what runs a model's networks while it paints. Each gives the same images, up to rounding, in its own time.
 
-``eager`` is PyTorch as it is; ``compiled`` is what TorchInductor makes of the networks, and ``openvino`` what Intel's
-OpenVINO does. Choose one by :meth:`gobelin.Pipeline.use` or ``--engine``.
+``eager`` is PyTorch as it is; ``int8`` is the same with products of whole numbers of 8 bits, whose rounding is seen;
+``compiled`` is what TorchInductor makes of the networks, and ``openvino`` what Intel's OpenVINO does. Choose one by
+:meth:`gobelin.Pipeline.use` or ``--engine``.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,11 @@ def find_engine(name: str) -> Callable[[PaintingNetworks], Engine]:
     Raises :class:`UsageError` with the choices for a name that there is not, and for what is not installed.
     """
     validated("engine", name, EngineName)
+    if name == "int8":
+        from gobelin.engines.int8 import Int8Engine, require_int8
+
+        require_int8()
+        return Int8Engine.of
     if name == "compiled":
         from gobelin.engines.torch_compile import CompiledEngine
 

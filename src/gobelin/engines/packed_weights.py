@@ -25,6 +25,9 @@ _WIDE = (
 
 Fingerprint = tuple[int, int, torch.dtype, int]
 PackableLayer = nn.Linear | nn.Conv2d
+LayerForward = Callable[[Tensor], Tensor]
+PackLayer = Callable[[str, PackableLayer], LayerForward]
+"""``pack(name, layer)`` puts the weight of a layer in order, and returns what computes with it, without gradients."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,25 @@ class _PackedLayer:
     """The forward of a layer by its packed weight, and what the weight was when it was packed."""
 
     fingerprint: Fingerprint
-    forward: Callable[[Tensor], Tensor]
+    forward: LayerForward
 
 
 class PackedWeights:
     """The packed weights of a network's linear layers and convolutions, beside its own, which stay as they are.
 
     They take as much memory again, and are left out where there is not that much and as much to spare. Only plain
-    layers have them: what computes in another way, as an adapter does, goes on doing so.
+    layers have them: what computes in another way, as an adapter does, goes on doing so. ``pack`` packs one of
+    them, by default as it is.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, pack: PackLayer | None = None):
         self._network = network
+        self._pack = pack or pack_as_it_is
         self._packed: dict[PackableLayer, _PackedLayer] = {}
+
+    def __bool__(self) -> bool:
+        """Tell whether any layer's weight is packed."""
+        return bool(self._packed)
 
     def update(self) -> None:
         """Pack what is new or has changed: a LoRA was loaded, a weight was written to, or has another precision.
@@ -55,11 +64,13 @@ class PackedWeights:
         if not self._packed and not _has_room_for(self._network):
             return
         found: dict[PackableLayer, _PackedLayer] = {}
-        for layer in self._network.modules():
+        for name, layer in self._network.named_modules():
             if _can_pack(layer):
                 fingerprint = fingerprint_of(layer.weight)
                 known = self._packed.get(layer)
-                found[layer] = known if known and known.fingerprint == fingerprint else _pack(layer, fingerprint)
+                if known is None or known.fingerprint != fingerprint:
+                    known = _PackedLayer(fingerprint, _gated(layer, self._pack(name, layer)))
+                found[layer] = known
         self._packed = found
 
     @contextmanager
@@ -129,17 +140,22 @@ def _is_linear(layer: nn.Conv2d) -> bool:
     return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
-def _pack(layer: PackableLayer, fingerprint: Fingerprint) -> _PackedLayer:
-    compute = _linear(layer) if isinstance(layer, nn.Linear) or _is_linear(layer) else _convolution(layer)
+def pack_as_it_is(name: str, layer: PackableLayer) -> LayerForward:
+    """Pack a layer's weight in its own precision: numbers are the layer's, up to the order of sums."""
+    return _linear(layer) if isinstance(layer, nn.Linear) or _is_linear(layer) else _convolution(layer)
+
+
+def _gated(layer: PackableLayer, compute: LayerForward) -> LayerForward:
+    """Compute with the layer's own forward where gradients are wanted, and what is in another precision."""
     own, dtype = MethodType(type(layer).forward, layer), layer.weight.dtype
 
     def forward(hidden: Tensor) -> Tensor:
         return own(hidden) if torch.is_grad_enabled() or hidden.dtype != dtype else compute(hidden)
 
-    return _PackedLayer(fingerprint, forward)
+    return forward
 
 
-def _linear(layer: PackableLayer) -> Callable[[Tensor], Tensor]:
+def _linear(layer: PackableLayer) -> LayerForward:
     """Pack a linear layer, or a convolution that is one of every pixel."""
     packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1).contiguous(), None)
 
@@ -152,7 +168,7 @@ def _linear(layer: PackableLayer) -> Callable[[Tensor], Tensor]:
     return lambda hidden: multiply(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _convolution(layer: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+def _convolution(layer: nn.Conv2d) -> LayerForward:
     sizes = layer.padding, layer.stride, layer.dilation, layer.groups
     weight = layer.weight.detach().contiguous().to_mkldnn()
     packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight, *sizes, None)

@@ -141,6 +141,7 @@ def measure_scenes(
         "prompts_a_task": prompts_a_task,
         "images_a_prompt": 1 + max(request.repeat for request in requests),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "engine": pipeline.engine,
         "images_per_second": round(len(requests) / seconds, 2),
     }
     retrieval = None
