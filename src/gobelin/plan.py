@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -130,7 +130,8 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
         levels = attached.sampling.levels(model.schedule, asked.steps)
     scale = asked.guidance
     guidance = scale if callable(scale) else classifier_free_guidance(scale, asked.guidance_rescale or 0.0)
-    recorded = {name: asked[name] for name in asked.keys() if name not in (*_NOT_RECORDED, *_OF_EACH_IMAGE)}
+    left_out = (*_NOT_RECORDED, *_OF_EACH_IMAGE)
+    recorded = {name: value for name, value in dict(asked).items() if name not in left_out and value is not None}
     common = {
         **recorded,
         "negative_prompt": asked.negative_prompt or "",

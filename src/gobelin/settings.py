@@ -118,9 +118,9 @@ class Settings:
     tile: Annotated[int, Ge(16)] | None = None
     """Decode large images in tiles of so many latents a side; without it, whole."""
     cache_interval: Annotated[int, Interval(ge=1, le=100)] = 1
-    """Run the whole U-Net at one of so many steps, its shallow layers at the others: faster, and approximate; 1 is exact."""
+    """Run all of the U-Net at one of so many steps, and its shallow layers at the others: approximate; 1 is exact."""
     merge_tokens: Annotated[float, Interval(ge=0, le=0.75)] = 0.0
-    """Share of the finest patches that attend to each other as one, 0 to 0.75: faster, and approximate; 0 is exact."""
+    """Share of the finest patches, 0 to 0.75, that attend to patches as one with another: approximate; 0 is exact."""
     latents: Annotated["Tensor | None", _PYTHON_ONLY] = None
     """Start noise of your own, [batch, channels, h, w]."""
     trace: Annotated["bool | Literal['sharp'] | Trace", _PYTHON_ONLY] = False
