@@ -466,9 +466,11 @@ class UNet(Component[UNetConfig]):
 
     def _run_shallow(self, hidden: Tensor, conditioning: Conditioning, deep: Tensor) -> Tensor:
         """Run the layers nearest to the latents, over what deeper ones returned in an earlier pass."""
+        finest = self.down_blocks[0]
+        assert isinstance(finest, DownBlock2D)
         skips = [hidden]
         for layer in range(SHALLOW_LAYERS - 1):
-            skips.append(self.down_blocks[0].run_layer(layer, skips[-1], conditioning))
+            skips.append(finest.run_layer(layer, skips[-1], conditioning))
         return self.up_blocks[-1](deep, skips, None, conditioning)
 
     def _name_sites(self) -> Iterator[AttentionSite]:
