@@ -65,6 +65,7 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "sampler": ("ddim", "euler_ancestral", "heun", "dpmpp_2m", "pndm"),
     "syntax": ("plain", "a1111", "comfyui", "none"),
     "guidance": ("number", "none", "interval", "apg", "zero_star", "pag"),
+    "shortcuts": ("none", "cached", "merged", "cached and merged"),
 }
 PAIRS = ("prompt_to_prompt", "local_blend", "edit_guidance", "flowedit")  # controls of two images
 Case = dict[str, Any]
@@ -200,6 +201,10 @@ def painting_of(case: Case, image: Image.Image, mask: Image.Image) -> tuple[list
         "trace": case["trace"],
         "control": controls_of(case["control"], (0, count)),
     }
+    if "cached" in case["shortcuts"]:
+        settings |= {"cache_interval": 2, "steps": 3}
+    if "merged" in case["shortcuts"]:
+        settings["merge_tokens"] = 0.5
     if case["negative"] != "none":
         settings["negative_prompt"] = "blurred" + (LONG * 2 if case["negative"] == "long" else "")
     if case["syntax"] != "plain":

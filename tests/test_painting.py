@@ -382,6 +382,8 @@ def test_an_image_records_every_setting_that_it_depends_on(pipe: Pipeline) -> No
         "clip_skip": 1,
         "weights": "none",
         "tile": 16,
+        "cache_interval": 2,
+        "merge_tokens": 0.5,
         "init_image": Image.new("RGB", (128, 96)),
         "strength": 0.7,
         "mask": Image.new("L", (128, 96), 255),

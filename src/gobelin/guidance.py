@@ -18,6 +18,7 @@ from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Trace
 from gobelin.engines import NoisePredictor
 from gobelin.errors import UsageError
 from gobelin.schedule import NoiseSchedule
+from gobelin.shortcuts import ShortcutPlan
 from gobelin.text_conditioning import TextConditioning
 from gobelin.types import Latents
 from gobelin.validation import shown, validated
@@ -29,6 +30,7 @@ class ConditionedUNet:
 
     ``positive`` and ``negative`` are of one length. ``edits`` and ``trace`` concern attention with the positive text.
     ``extra_channels`` are what an inpainting U-Net sees beside the latents: mask, and latents of the masked image.
+    ``shortcuts`` are what the painting's own passes may leave out, None where they are exact.
     """
 
     unet: NoisePredictor
@@ -38,6 +40,7 @@ class ConditionedUNet:
     edits: tuple[AttentionEdit, ...] = ()
     trace: Trace | None = None
     extra_channels: Latents | None = None
+    shortcuts: ShortcutPlan | None = None
 
     def inputs(self, noisy_latents: Latents, rows: slice = slice(None)) -> Float[Tensor, "batch inputs h w"]:
         """Add the extra channels to latents of some rows, in the U-Net's precision."""
@@ -111,7 +114,9 @@ class Predictions:
         latents = self.network.inputs(self.noisy_latents).repeat(halves, 1, 1, 1)
         timesteps = self._timesteps(len(latents))
         edits, trace = self.network.edits_at(self.timestep), self.network.trace_at(self.timestep)
-        if trace is None and not edits:
+        plan = self.network.shortcuts
+        shortcuts = None if plan is None else plan.next(halves, self.timestep, is_controlled=bool(edits))
+        if trace is None and not edits and shortcuts is None:
             return self.network.unet(latents, timesteps, text.embeddings, text.mask)
         prediction, self.maps = self.network.unet.trace(
             latents,
@@ -122,6 +127,7 @@ class Predictions:
             reduce="none" if trace is not None and trace.per_head else "heads",
             rows=slice(-len(self.noisy_latents), None),
             edits=edits,
+            shortcuts=shortcuts,
         )
         return prediction
 

@@ -26,6 +26,7 @@ from gobelin.look.heatmaps import Collector, HeatMaps
 from gobelin.look.page import word_map_element
 from gobelin.plan import Plan, inpaints
 from gobelin.samplers import NoiseSource, Step, sample_latents
+from gobelin.shortcuts import ShortcutPlan
 from gobelin.text_conditioning import TextConditioning, batch_texts, encode_chunks
 from gobelin.types import Images, Latents, Mask
 
@@ -193,6 +194,7 @@ class Painting:
             edits=plan.attached.edits,
             trace=plan.trace,
             extra_channels=start.extra_channels,
+            shortcuts=self._shortcuts(),
         )
         denoise = plan.attached.around(Denoiser(network=network, guidance=plan.guidance), network)
         denoise = self._inpainted(denoise, start)
@@ -204,6 +206,17 @@ class Painting:
                     "overflow, so paint in float32 or bfloat16, or the weights are damaged"
                 )
             yield PaintingStep(**{**vars(step), "latents": latents}, vae=self.engine.vae)
+
+    def _shortcuts(self) -> ShortcutPlan | None:
+        """Plan shortcuts where any are asked for."""
+        plan = self.plan
+        if plan.cache_interval == 1 and not plan.merge_tokens:
+            return None
+        return ShortcutPlan(
+            cache_interval=plan.cache_interval,
+            merge_tokens=plan.merge_tokens,
+            last_timestep=plan.levels.timesteps[-1],
+        )
 
     def _steps_of(self, denoise: ComposableDenoiser, start: _Start, noise: Callable[[], Tensor]) -> Iterator[Step]:
         """Sample, or as a control does it in a sampler's place."""

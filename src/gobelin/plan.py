@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -48,6 +48,8 @@ class Plan:
     clip_skip: int
     latents: Latents | None
     tile: int | None
+    cache_interval: int
+    merge_tokens: float
     init_image: InitImage | None
     from_image: bool
     sampler: str
@@ -128,11 +130,8 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
         levels = attached.sampling.levels(model.schedule, asked.steps)
     scale = asked.guidance
     guidance = scale if callable(scale) else classifier_free_guidance(scale, asked.guidance_rescale or 0.0)
-    recorded = {
-        field.name: asked[field.name]
-        for field in fields(Settings)
-        if field.name not in (*_NOT_RECORDED, *_OF_EACH_IMAGE) and asked[field.name] is not None
-    }
+    left_out = (*_NOT_RECORDED, *_OF_EACH_IMAGE)
+    recorded = {name: value for name, value in dict(asked).items() if name not in left_out and value is not None}
     common = {
         **recorded,
         "negative_prompt": asked.negative_prompt or "",
@@ -161,12 +160,14 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
         clip_skip=clip_skip,
         latents=latents,
         tile=asked.tile,
+        cache_interval=asked.cache_interval,
+        merge_tokens=asked.merge_tokens,
         init_image=init_image,
         from_image=from_image,
         sampler=asked.sampler,
         levels=levels,
         guidance=attached.guide(guidance),
-        trace=_trace(model, asked.trace, (h, w), levels),
+        trace=_trace(model, asked, (h, w), levels),
         sharpen=asked.trace == "sharp",
         attached=attached,
     )
@@ -283,8 +284,9 @@ def _seeds(seed: int | Sequence[int] | None, total: int) -> Iterable[int]:
     return seeds
 
 
-def _trace(model: Model, trace: object, size: tuple[int, int], levels: NoiseLevels) -> Trace | None:
+def _trace(model: Model, settings: Settings, size: tuple[int, int], levels: NoiseLevels) -> Trace | None:
     """Choose the maps to keep; the last step's are always among them."""
+    trace: object = settings.trace
     if not isinstance(trace, bool | Trace) and not (isinstance(trace, str) and trace == "sharp"):
         raise UsageError(f'trace is {shown(trace)}: give True, False, "sharp" or a gobelin.attention.Trace')
     if not trace:
@@ -294,4 +296,9 @@ def _trace(model: Model, trace: object, size: tuple[int, int], levels: NoiseLeve
         asked = sharp_trace(model.unet.attention_sites, size)
     validated("the start of a trace", asked.start, Fraction)
     choose_sites(model.unet.attention_sites, asked.sites)
+    if asked.per_step and settings.cache_interval > 1:
+        raise UsageError(
+            f"cache_interval is {settings.cache_interval}, and the maps of every step are asked for, which not every "
+            "step has then: give a cache_interval of 1, or a trace without per_step"
+        )
     return replace(asked, start=min(asked.start, model.schedule.progress(levels.timesteps[-1])))

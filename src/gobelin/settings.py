@@ -117,6 +117,10 @@ class Settings:
     """Mask of the init image: inpaint where it is white (128 or more of 255), and change no pixel elsewhere."""
     tile: Annotated[int, Ge(16)] | None = None
     """Decode large images in tiles of so many latents a side; without it, whole."""
+    cache_interval: Annotated[int, Interval(ge=1, le=100)] = 1
+    """Run all of the U-Net at one of so many steps, and its shallow layers at the others: approximate; 1 is exact."""
+    merge_tokens: Annotated[float, Interval(ge=0, le=0.75)] = 0.0
+    """Share of the finest patches, 0 to 0.75, that attend to patches as one with another: approximate; 0 is exact."""
     latents: Annotated["Tensor | None", _PYTHON_ONLY] = None
     """Start noise of your own, [batch, channels, h, w]."""
     trace: Annotated["bool | Literal['sharp'] | Trace", _PYTHON_ONLY] = False

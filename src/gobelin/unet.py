@@ -37,9 +37,13 @@ from gobelin.layers import (
     Upsample2D,
 )
 from gobelin.operations import Conv2d, GroupNorm, LayerNorm
+from gobelin.shortcuts import DeepFeatures, Shortcuts
+from gobelin.token_merging import MergedPatches
 from gobelin.validation import Count, PositiveNumber, validate_fields
 
 _LARGEST_SAMPLE = 1024  # latents: 8192 pixels, of which one step takes minutes
+SHALLOW_LAYERS = 2
+"""The last layers of the way up, which run in every pass where deep features are kept (docs/decisions.md)."""
 _TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks and the output have `norm_eps`
 
 
@@ -179,13 +183,15 @@ class Conditioning(NamedTuple):
     """The conditioning of a U-Net's blocks, one value for all of them in a forward pass.
 
     The timestep's embedding is added in every residual block; ``text_embeddings`` are what attn2 attends to, where
-    ``text_mask`` is True, or all without one. ``probe`` records and edits attention.
+    ``text_mask`` is True, or all without one. ``probe`` records and edits attention. ``merge_tokens`` is the share of
+    the patches that are merged where the finest attend to each other.
     """
 
     time_embedding: Float[Tensor, "batch time_width"]
     text_embeddings: Float[Tensor, "batch length text_width"]
     text_mask: Bool[Tensor, "batch length"] | None = None
     probe: Probe | None = None
+    merge_tokens: float = 0.0
 
 
 class BasicTransformerBlock(nn.Module):
@@ -205,12 +211,24 @@ class BasicTransformerBlock(nn.Module):
         self,
         hidden: Float[Tensor, "batch patches width"],
         conditioning: Conditioning,
+        height: int = 1,
     ) -> Float[Tensor, "batch patches width"]:
-        """Attend to patches and to words, and feed forward."""
+        """Attend to patches, which stand in ``height`` rows, and to words, and feed forward."""
         text_embeddings, text_mask, probe = conditioning.text_embeddings, conditioning.text_mask, conditioning.probe
-        hidden = hidden + self.attn1(self.norm1(hidden), probe=probe)
+        hidden = hidden + self._attend_to_patches(hidden, conditioning, height)
         hidden = hidden + self.attn2(self.norm2(hidden), text_embeddings, text_mask, probe)
         return hidden + self.ff(self.norm3(hidden))
+
+    def _attend_to_patches(self, hidden: Tensor, conditioning: Conditioning, height: int) -> Tensor:
+        """Attend to patches; the finest, of which there are the most, may be merged for it."""
+        site, probe = self.attn1.site, conditioning.probe
+        if not conditioning.merge_tokens or site is None or site.downscale > 1:
+            return self.attn1(self.norm1(hidden), probe=probe)
+        patches = MergedPatches.of(hidden, height, conditioning.merge_tokens)
+        attended = self.attn1(patches.merge(self.norm1(hidden)), probe=probe)
+        if probe is not None and site in probe.maps:
+            probe.maps[site] = patches.spread(probe.maps[site], probe.rows)
+        return patches.unmerge(attended)
 
 
 class Transformer2DModel(nn.Module):
@@ -232,7 +250,7 @@ class Transformer2DModel(nn.Module):
         height = feature_map.shape[-2]
         patches = rearrange(self.proj_in(self.norm(feature_map)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
-            patches = block(patches, conditioning)
+            patches = block(patches, conditioning, height)
         return feature_map + self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
 
 
@@ -255,7 +273,7 @@ class _Block(nn.Module):
             width = channels[-1][1]
             self.attentions = nn.ModuleList(Transformer2DModel(width, config) for _ in range(transformers))
 
-    def _layer(self, layer: int, hidden: Tensor, conditioning: Conditioning) -> Tensor:
+    def run_layer(self, layer: int, hidden: Tensor, conditioning: Conditioning) -> Tensor:
         """Run one residual block, and the transformer after it where there is one."""
         hidden = self.resnets[layer](hidden, conditioning.time_embedding)
         return self.attentions[layer](hidden, conditioning) if hasattr(self, "attentions") else hidden
@@ -280,7 +298,7 @@ class DownBlock2D(_Block):
         """Run the layers, and halve height and width except at the last level."""
         skips = []
         for layer in range(len(self.resnets)):
-            hidden = self._layer(layer, hidden, conditioning)
+            hidden = self.run_layer(layer, hidden, conditioning)
             skips.append(hidden)
         if hasattr(self, "downsamplers"):
             hidden = self.downsamplers[0](hidden)
@@ -299,7 +317,7 @@ class UNetMidBlock2DCrossAttn(_Block):
         self, hidden: Float[Tensor, "batch channels height width"], conditioning: Conditioning
     ) -> Float[Tensor, "batch channels height width"]:
         """Run the residual block with its transformer, and the other residual block."""
-        return self.resnets[1](self._layer(0, hidden, conditioning), conditioning.time_embedding)
+        return self.resnets[1](self.run_layer(0, hidden, conditioning), conditioning.time_embedding)
 
 
 class UpBlock2D(_Block):
@@ -324,10 +342,17 @@ class UpBlock2D(_Block):
         skips: list[Tensor],
         size: tuple[int, int] | None,
         conditioning: Conditioning,
+        deep: DeepFeatures | None = None,
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:
-        """Run the layers over ``skips``, from the last one, and grow to ``size`` except at the first level."""
-        for layer, skip in enumerate(reversed(skips)):
-            hidden = self._layer(layer, torch.cat([hidden, skip], dim=1), conditioning)
+        """Run the layers over ``skips``, from the last one, and grow to ``size`` except at the first level.
+
+        With fewer skips than layers, the last layers run. What enters the shallow ones is left in ``deep``.
+        """
+        layers = len(self.resnets)
+        for layer, skip in enumerate(reversed(skips), start=layers - len(skips)):
+            if deep is not None and layer == layers - SHALLOW_LAYERS:
+                deep.hidden = hidden
+            hidden = self.run_layer(layer, torch.cat([hidden, skip], dim=1), conditioning)
         return self.upsamplers[0](hidden, size) if hasattr(self, "upsamplers") else hidden
 
 
@@ -381,6 +406,7 @@ class UNet(Component[UNetConfig]):
         reduce: Reduction = "heads",
         rows: slice | None = None,
         edits: Sequence[AttentionEdit] = (),
+        shortcuts: Shortcuts | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
         """Predict, bit for bit as a plain call, and return the attention maps of this call beside the prediction.
 
@@ -388,9 +414,12 @@ class UNet(Component[UNetConfig]):
         (``"up_blocks.*attn2"``), a function of a site, or the sites themselves. ``reduce`` "heads" gives means over
         heads [B, patches, keys], "none" every head [B, heads, patches, keys], float32. ``edits`` change attention
         probabilities, one after the other, at every timestep, and then the maps and the prediction are those of the
-        changed ones. ``rows`` limits maps and edits to a part of the batch. Raises :class:`UsageError`, with a list of
-        the sites, for a choice that matches none.
+        changed ones. ``rows`` limits maps and edits to a part of the batch. With ``shortcuts`` the prediction is an
+        approximate one, the same traced or not, and sites that did not run have no maps. Raises :class:`UsageError`,
+        with a list of the sites, for a choice that matches none, and for edits of a pass with shortcuts.
         """
+        if edits and shortcuts is not None:
+            raise UsageError("attention edits need a whole pass: leave out the shortcuts, or the edits")
         changes: dict[AttentionSite, list[AttentionChange]] = {}
         for edit in edits:
             for site in choose_sites(self.attention_sites, edit.sites):
@@ -402,16 +431,25 @@ class UNet(Component[UNetConfig]):
             changes=changes,
         )
         time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
-        conditioning = Conditioning(time_embedding, text_embeddings, text_mask, probe)
-        return self._predict(noisy_latents, conditioning), probe.maps
+        taken = shortcuts or Shortcuts()
+        conditioning = Conditioning(time_embedding, text_embeddings, text_mask, probe, taken.merge_tokens)
+        return self._predict(noisy_latents, conditioning, taken.deep), probe.maps
 
     def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed timesteps: sinusoids, then two linear layers in ``dtype``."""
         return self.time_embedding(self.time_proj(timesteps).to(dtype))
 
-    def _predict(self, noisy_latents: Tensor, conditioning: Conditioning) -> Tensor:
-        """Predict: down, noting feature maps for the skip connections, through the middle, and up again."""
+    def _predict(self, noisy_latents: Tensor, conditioning: Conditioning, deep: DeepFeatures | None = None) -> Tensor:
+        """Predict, with all layers or, where there are ``deep`` features already, the shallow ones."""
         hidden = self.conv_in(noisy_latents)
+        if deep is None or deep.hidden is None:
+            hidden = self._run_whole(hidden, conditioning, deep)
+        else:
+            hidden = self._run_shallow(hidden, conditioning, deep.hidden)
+        return self.conv_out(self.conv_norm_out(hidden, silu=True))
+
+    def _run_whole(self, hidden: Tensor, conditioning: Conditioning, deep: DeepFeatures | None) -> Tensor:
+        """Go down, noting feature maps for the skip connections, through the middle, and up again."""
         skips = [hidden]
         for block in self.down_blocks:
             hidden, block_skips = self._run(block, hidden, conditioning)
@@ -423,9 +461,17 @@ class UNet(Component[UNetConfig]):
             count = self.config.layers_per_block + 1
             skips, block_skips = skips[:-count], skips[-count:]
             size = tuple(skips[-1].shape[-2:]) if skips else None
-            hidden = self._run(block, hidden, block_skips, size, conditioning)
+            hidden = self._run(block, hidden, block_skips, size, conditioning, None if skips else deep)
+        return hidden
 
-        return self.conv_out(self.conv_norm_out(hidden, silu=True))
+    def _run_shallow(self, hidden: Tensor, conditioning: Conditioning, deep: Tensor) -> Tensor:
+        """Run the layers nearest to the latents, over what deeper ones returned in an earlier pass."""
+        finest = self.down_blocks[0]
+        assert isinstance(finest, DownBlock2D)
+        skips = [hidden]
+        for layer in range(SHALLOW_LAYERS - 1):
+            skips.append(finest.run_layer(layer, skips[-1], conditioning))
+        return self.up_blocks[-1](deep, skips, None, conditioning)
 
     def _name_sites(self) -> Iterator[AttentionSite]:
         """Give every attention its site, in the order in which latents pass through them."""

@@ -244,6 +244,25 @@ def test_an_init_image_is_turned_as_its_exif_says(gobelin, trained, tmp_path):
     assert np.array_equal(painted["turned"], painted["upright"])
 
 
+def test_an_approximate_image_says_so_and_is_repeated_from_itself(gobelin, refused, trained, tmp_path):
+    options = ("--model", trained, "--steps", 5, "--seed", 2)
+    approximate = ("--cache-interval", 2, "--merge-tokens", 0.5)
+    image = painted(gobelin, tmp_path / "one", "a red circle", *options, *approximate)
+    settings = read_png_settings(image)
+    assert (settings["cache_interval"], settings["merge_tokens"]) == (2, 0.5)
+    exact = painted(gobelin, tmp_path / "exact", "a red circle", *options)
+    assert not {"cache_interval", "merge_tokens"} & read_png_settings(exact).keys()
+    again = painted(gobelin, tmp_path / "again", "--from", image, "--model", trained)
+    pixels, repeated, others = (np.asarray(Image.open(path)) for path in (image, again, exact))
+    assert np.array_equal(pixels, repeated)
+    assert not np.array_equal(pixels, others)
+    out = ("--model", trained, "--out", tmp_path / "none")
+    _, message = refused("generate", "a red circle", *out, "--merge-tokens", 0.9)
+    assert "--merge-tokens is 0.9: give a number from 0 to 0.75" in message
+    _, message = refused("look", "a red circle", *out, "--per", "step", "--cache-interval", 2)
+    assert "the maps of every step are asked for" in message
+
+
 def test_prompts_without_quotes_are_said_to_be_several(gobelin, trained, tmp_path):
     options = ("--model", trained, "--steps", 1, "--out", tmp_path)
     status, out, err = gobelin("generate", "a", "red", "circle", *options)

@@ -14,6 +14,7 @@ from gobelin.engines.fused_blocks import FusedBlocks, fusing_pays
 from gobelin.kernels.fused_layer import computes_fused_layers
 from gobelin.layers import ResnetBlock2D, Upsample2D
 from gobelin.pipeline import Pipeline
+from gobelin.shortcuts import DeepFeatures, Shortcuts
 from gobelin.unet import Transformer2DModel, UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
@@ -88,6 +89,16 @@ def test_tracing_changes_no_bit() -> None:
     assert all(error(maps[site], plain[site]) < 1e-5 for site in maps)
     changed, _ = runner.trace(*given, edits=[AttentionEdit(change=lambda site, probs: probs.roll(1, -1))])
     assert not torch.equal(changed, traced)
+
+
+@torch.no_grad()
+def test_shortcuts_are_taken_as_the_network_takes_them() -> None:
+    unet, given = narrow_unet(), inputs(torch.float32)
+    runner, ours, plain = fused(unet), DeepFeatures(), DeepFeatures()
+    for merge in (0.0, 0.0, 0.5):
+        fast, _ = runner.trace(*given, shortcuts=Shortcuts(merge_tokens=merge, deep=ours))
+        truth, _ = unet.trace(*given, shortcuts=Shortcuts(merge_tokens=merge, deep=plain))
+        assert error(fast, truth) <= EXACT
 
 
 @torch.no_grad()

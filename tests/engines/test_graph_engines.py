@@ -19,9 +19,11 @@ from torch import Tensor
 from gobelin.attention import AttentionEdit
 from gobelin.checkpoint import Model
 from gobelin.engines import EngineName, find_engine
+from gobelin.engines.graph_networks import Compile, GraphUNet, RunGraph
 from gobelin.engines.watched_weights import WatchedWeights
 from gobelin.errors import UsageError
 from gobelin.pipeline import Pipeline
+from gobelin.shortcuts import DeepFeatures, Shortcuts
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
@@ -271,3 +273,25 @@ with torch.no_grad():
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
     assert float(done.stdout) == pytest.approx(ours.sum().item(), abs=0)
+
+
+@torch.no_grad()
+def test_passes_that_take_shortcuts_are_pytorchs_which_is_said_once(small: Small) -> None:
+    compiled: list[str] = []
+
+    def compile_graph(asked: Compile) -> RunGraph:
+        compiled.append(str(asked.graph))
+        return lambda given: asked.graph(**given)
+
+    unet, given = GraphUNet("made-up", small.unet, compile_graph), inputs(2, 4, 6)
+    shortcuts = Shortcuts(merge_tokens=0.5, deep=DeepFeatures())
+    expected, _ = small.unet.trace(**given, sites=(), shortcuts=Shortcuts(merge_tokens=0.5))
+    with pytest.warns(UserWarning, match="the engine made-up takes no shortcuts: PyTorch runs the passes that do"):
+        prediction, _ = unet.trace(**given, sites=(), shortcuts=shortcuts)
+    with warnings.catch_warnings(action="error"):
+        again, _ = unet.trace(**given, sites=(), shortcuts=shortcuts)
+    assert torch.equal(prediction, expected)
+    assert torch.equal(again, expected)
+    assert compiled == []
+    unet(**given)
+    assert len(compiled) == 1

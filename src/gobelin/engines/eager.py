@@ -16,6 +16,7 @@ from gobelin.engines.forwards import other_forwards
 from gobelin.engines.fused_blocks import FusedBlocks, fusing_pays
 from gobelin.engines.packed_weights import PackedWeights, pays
 from gobelin.engines.unfolded_convolutions import unfolded_forwards
+from gobelin.shortcuts import Shortcuts
 from gobelin.types import Images, Latents, TextEmbeddings, TextMask
 from gobelin.unet import UNet
 from gobelin.vae import VAE
@@ -107,11 +108,13 @@ class _OtherLayersUNet(UNetRunner, ABC):
         reduce: Reduction = "heads",
         rows: slice | None = None,
         edits: Sequence[AttentionEdit] = (),
+        shortcuts: Shortcuts | None = None,
     ) -> tuple[Latents, AttentionMaps]:
         """Predict and record attention maps, as :meth:`UNet.trace` does."""
         with self._other_layers():
             latents = self._laid_out(noisy_latents)
-            return self._unet.trace(latents, timesteps, text_embeddings, text_mask, sites, reduce, rows, edits)
+            text = text_embeddings, text_mask
+            return self._unet.trace(latents, timesteps, *text, sites, reduce, rows, edits, shortcuts)
 
 
 class PreparedUNet(_OtherLayersUNet):

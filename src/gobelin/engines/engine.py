@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
 from gobelin.engine_names import EngineName
+from gobelin.shortcuts import Shortcuts
 from gobelin.unet import UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
@@ -47,6 +48,7 @@ class NoisePredictor(Protocol):
         reduce: Reduction = "heads",
         rows: slice | None = None,
         edits: Sequence[AttentionEdit] = (),
+        shortcuts: Shortcuts | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]: ...
 
 

@@ -153,6 +153,8 @@ def _transformer(model: Transformer2DModel) -> Callable[..., ChannelsFirst]:
     to_map = FusedLayer(model.proj_out.weight, model.proj_out.bias)
 
     def forward(feature_map: ChannelsFirst, conditioning: Conditioning) -> ChannelsFirst:
+        if conditioning.merge_tokens:
+            return Transformer2DModel.forward(model, feature_map, conditioning)
         x = _channels_last(feature_map)
         patches = to_patches.map(x, slot="patches").flatten(1, 2)
         for block in blocks:

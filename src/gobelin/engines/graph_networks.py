@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites, choose_sites
 from gobelin.engines.engine import DecoderRunner, UNetRunner
 from gobelin.engines.watched_weights import WatchedWeights
+from gobelin.shortcuts import Shortcuts
 from gobelin.unet import UNet
 from gobelin.vae import VAE, decode_in_tiles
 
@@ -124,7 +125,8 @@ def describe_inputs(inputs: Mapping[str, Tensor]) -> str:
 class GraphUNet(UNetRunner):
     """A U-Net that runs as graphs: the same numbers up to rounding, and a prediction that is the same traced or not.
 
-    Passes with attention edits, whose functions are Python's, and those that gradients are wanted of, are PyTorch's.
+    Passes with attention edits, whose functions are Python's, those that gradients are wanted of, and those that take
+    shortcuts are PyTorch's.
     """
 
     def __init__(self, name: str, unet: UNet, compile_graph: Callable[[Compile], RunGraph]):
@@ -163,6 +165,7 @@ class GraphUNet(UNetRunner):
         reduce: Reduction = "heads",
         rows: slice | None = None,
         edits: Sequence[AttentionEdit] = (),
+        shortcuts: Shortcuts | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
         """Predict, bit for bit as a plain call of this engine, and return attention maps, as :meth:`UNet.trace` does.
 
@@ -175,14 +178,17 @@ class GraphUNet(UNetRunner):
             self._graphs.say(
                 f"the engine {self._name} has no attention controls: PyTorch runs the passes that they change"
             )
-        if not edits and not self._with_gradients(inputs):
+        if shortcuts is not None:
+            self._graphs.say(f"the engine {self._name} takes no shortcuts: PyTorch runs the passes that do")
+        elif not edits and not self._with_gradients(inputs):
             if not chosen:
                 return self(noisy_latents, timesteps, text_embeddings, text_mask), {}
             start, stop, _ = (slice(None) if rows is None else rows).indices(len(noisy_latents))
             outputs = self._traced(TracedMaps(chosen, reduce, (start, stop)), inputs)
             if outputs is not None:
                 return outputs[0], dict(zip(chosen, outputs[1:], strict=True))
-        return self._unet.trace(noisy_latents, timesteps, text_embeddings, text_mask, sites, reduce, rows, edits)
+        text = text_embeddings, text_mask
+        return self._unet.trace(noisy_latents, timesteps, *text, sites, reduce, rows, edits, shortcuts)
 
     def _traced(self, traced: TracedMaps, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, ...] | None:
         """Run the graph with maps, and the plain one too where its prediction has other bits."""

@@ -5,6 +5,7 @@ sum them over steps and average them over layers and heads; so does Gobelin.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -52,7 +53,7 @@ def sharpen(share: Float[Tensor, " patches"], own: Float[Tensor, "patches patche
 
 
 class Collector:
-    """Accumulator of attention maps over steps, whose memory does not grow with their number.
+    """Accumulator of attention maps over the steps at which each site ran; memory does not grow with their number.
 
     With ``trace.per_step`` it keeps the maps of each step instead.
     """
@@ -60,12 +61,12 @@ class Collector:
     def __init__(self, trace: Trace):
         self.trace = trace
         self._kept: dict[AttentionSite, list[Tensor]] = {}
-        self._steps = 0
+        self._steps: Counter[AttentionSite] = Counter()
 
     def add(self, maps: AttentionMaps) -> None:
         """Add one step's maps, [B, patches, keys] or [B, heads, patches, keys]; an untraced step has none."""
-        self._steps += bool(maps)
         for site, probs in maps.items():
+            self._steps[site] += 1
             kept = self._kept.setdefault(site, [])
             if self.trace.per_step or not kept:
                 kept.append(probs.clone())
@@ -74,8 +75,11 @@ class Collector:
 
     def maps(self, index: int) -> AttentionMaps:
         """Return the maps of image ``index``, [steps or 1, heads or 1, patches, keys]; of added steps the mean."""
-        scale = 1 if self.trace.per_step else self._steps
-        maps = {site: torch.stack([probs[index] for probs in kept]) / scale for site, kept in self._kept.items()}
+        apart = self.trace.per_step
+        maps = {
+            site: torch.stack([probs[index] for probs in kept]) / (1 if apart else self._steps[site])
+            for site, kept in self._kept.items()
+        }
         return {site: (probs if self.trace.per_head else probs[:, None]).cpu() for site, probs in maps.items()}
 
 
