@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gobelin.attention import attention
 from gobelin.engines.forwards import other_forwards
-from gobelin.engines.packed_weights import Fingerprint, fingerprint_of, is_wide
+from gobelin.engines.packed_weights import Fingerprint, fingerprint_of, has_hooks, is_wide
 from gobelin.kernels.fused_layer import FusedLayer, computes_fused_layers
 from gobelin.layers import GEGLU, Attention, FeedForward, ResnetBlock2D, Upsample2D
 from gobelin.operations import Conv2d, GroupNorm, LayerNorm
@@ -83,15 +83,10 @@ def _is_plain(block: nn.Module) -> bool:
     dtype = next(block.parameters()).dtype
     return (
         all(type(module) in _PLAIN and "forward" not in vars(module) for module in block.modules())
-        and not any(_has_hooks(module) for module in block.modules() if module is not block)
+        and not any(has_hooks(module) for module in block.modules() if module is not block)
         and all(one.dtype == dtype and one.device.type == "cpu" for one in block.parameters())
         and all(_fits(layer, dtype) for layer in block.modules())
     )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    everywhere = torch.nn.modules.module._has_any_global_hook()
-    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _fits(layer: nn.Module, dtype: torch.dtype) -> bool:

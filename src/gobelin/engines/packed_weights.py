@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gobelin.engines.forwards import other_forwards
+from gobelin.engines.phase_convolutions import pack_upsampling
 from gobelin.engines.watched_weights import sum_of_bits
 from gobelin.kernels.hardware import has_fast_bfloat16, has_instructions, is_amds
+from gobelin.layers import Upsample2D
 from gobelin.operations import Conv2d
 
 _WIDE = (
@@ -35,7 +37,7 @@ class _PackedLayer:
     """The forward of a layer by its packed weight, and what the weight was when it was packed."""
 
     fingerprint: Fingerprint
-    forward: LayerForward
+    forward: Callable[..., Tensor]
 
 
 class PackedWeights:
@@ -49,7 +51,7 @@ class PackedWeights:
     def __init__(self, network: nn.Module, pack: PackLayer | None = None):
         self._network = network
         self._pack = pack or pack_as_it_is
-        self._packed: dict[PackableLayer, _PackedLayer] = {}
+        self._packed: dict[nn.Module, _PackedLayer] = {}
 
     def __bool__(self) -> bool:
         """Tell whether any layer's weight is packed."""
@@ -63,15 +65,21 @@ class PackedWeights:
         """
         if not self._packed and not _has_room_for(self._network):
             return
-        found: dict[PackableLayer, _PackedLayer] = {}
+        found: dict[nn.Module, _PackedLayer] = {}
         for name, layer in self._network.named_modules():
-            if _can_pack(layer):
-                fingerprint = fingerprint_of(layer.weight)
+            if (weight := _packable_weight(layer)) is not None:
+                fingerprint = fingerprint_of(weight)
                 known = self._packed.get(layer)
                 if known is None or known.fingerprint != fingerprint:
-                    known = _PackedLayer(fingerprint, _gated(layer, self._pack(name, layer)))
+                    known = _PackedLayer(fingerprint, self._forward_of(name, layer))
                 found[layer] = known
         self._packed = found
+
+    def _forward_of(self, name: str, layer: nn.Module) -> Callable[..., Tensor]:
+        if isinstance(layer, Upsample2D):
+            return _doubling(layer, pack_upsampling(layer))
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        return _gated(layer, self._pack(name, layer))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -126,6 +134,20 @@ def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
     return plain and layer.weight.dtype in (torch.bfloat16, torch.float32) and layer.weight.device.type == "cpu"
 
 
+def _packable_weight(layer: nn.Module) -> Tensor | None:
+    """Find the weight of what can be packed: a plain layer, or an upsampling whose layer is, and is not listened to."""
+    if type(layer) is Upsample2D:
+        conv = layer.conv
+        return conv.weight if _can_pack(conv) and not has_hooks(conv) and "forward" not in vars(conv) else None
+    return layer.weight if _can_pack(layer) else None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether somebody listens to a module's calls."""
+    everywhere = torch.nn.modules.module._has_any_global_hook()
+    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
+
+
 def fingerprint_of(weight: Tensor) -> Fingerprint:
     """Describe a weight: where it is, how often it was written to, its precision, and the sum of its bits."""
     return weight.data_ptr(), weight._version, weight.dtype, sum_of_bits(weight)
@@ -151,6 +173,19 @@ def _gated(layer: PackableLayer, compute: LayerForward) -> LayerForward:
 
     def forward(hidden: Tensor) -> Tensor:
         return own(hidden) if torch.is_grad_enabled() or hidden.dtype != dtype else compute(hidden)
+
+    return forward
+
+
+def _doubling(block: Upsample2D, compute: LayerForward) -> Callable[..., Tensor]:
+    """Compute where a map is to be twice as large, and otherwise, as :func:`_gated` does, by the block's own forward."""
+    own, dtype = MethodType(type(block).forward, block), block.conv.weight.dtype
+
+    def forward(hidden: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        doubled = 2 * hidden.shape[-2], 2 * hidden.shape[-1]
+        if torch.is_grad_enabled() or hidden.dtype != dtype or size not in (None, doubled):
+            return own(hidden, size)
+        return compute(hidden)
 
     return forward
 
