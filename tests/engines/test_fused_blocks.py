@@ -13,6 +13,7 @@ from gobelin.engines.eager import EagerEngine, PreparedDecoder, PreparedUNet
 from gobelin.engines.fused_blocks import FusedBlocks, fusing_pays
 from gobelin.kernels.fused_layer import computes_fused_layers
 from gobelin.layers import ResnetBlock2D, Upsample2D
+from gobelin.operations import Conv2d
 from gobelin.pipeline import Pipeline
 from gobelin.shortcuts import DeepFeatures, Shortcuts
 from gobelin.unet import Transformer2DModel, UNet, UNetConfig
@@ -59,7 +60,7 @@ def in_use(unet: UNet) -> set[nn.Module]:
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (3, 7, 5), (2, 1, 9), (5, 16, 16)])
 def test_it_computes_what_the_network_does(batch: int, height: int, width: int) -> None:
     unet, given = narrow_unet(), inputs(torch.float32, batch, height, width)
-    assert {type(one) for one in in_use(unet)} == {ResnetBlock2D, Transformer2DModel, Upsample2D}
+    assert {type(one) for one in in_use(unet)} == {ResnetBlock2D, Transformer2DModel, Upsample2D, Conv2d}
     ours = fused(unet)(*given)
     assert not torch.equal(ours, unet(*given))
     assert error(ours, unet.double()(given[0].double(), given[1], given[2].double(), given[3])) <= EXACT
@@ -129,13 +130,15 @@ def test_a_block_with_something_else_inside_goes_on_as_it_is() -> None:
     unet, given = narrow_unet(), inputs(torch.float32)
     every, heard = in_use(unet), []
     transformer = unet.mid_block.attentions[0]
-    unet.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: heard.append(1))
-    assert in_use(unet) == every - {unet.mid_block.resnets[0]}
+    resnet = unet.mid_block.resnets[0]
+    resnet.conv1.register_forward_hook(lambda *_: heard.append(1))
+    alone = every - {resnet} | {resnet.conv1, resnet.conv2}  # its convolutions by themselves
+    assert in_use(unet) == alone
     old = transformer.transformer_blocks[0].ff.net[2]
     new = Doubled(old.in_features, old.out_features)
     new.load_state_dict(old.state_dict())
     transformer.transformer_blocks[0].ff.net[2] = new
-    assert in_use(unet) == every - {unet.mid_block.resnets[0], transformer}
+    assert in_use(unet) == alone - {transformer} | {transformer.proj_in, transformer.proj_out}
     assert error(fused(unet)(*given), unet(*given)) <= EXACT
     assert len(heard) == 2
 

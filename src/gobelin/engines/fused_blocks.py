@@ -55,9 +55,11 @@ class FusedBlocks:
     def update(self) -> None:
         """Fuse what is new or has changed, as :meth:`PackedWeights.update` does."""
         found: dict[nn.Module, _FusedBlock] = {}
+        inside: set[nn.Module] = set()  # of blocks that are fused: outer ones come first
         for block in self._network.modules():
             fuse = _FUSED.get(type(block))
-            if fuse is not None and _is_plain(block):
+            if fuse is not None and block not in inside and _is_plain(block):
+                inside.update(block.modules())
                 fingerprints = tuple(fingerprint_of(parameter) for parameter in block.parameters())
                 known = self._fused.get(block)
                 if known is None or known.fingerprints != fingerprints:
@@ -98,7 +100,8 @@ def _fits(layer: nn.Module, dtype: torch.dtype) -> bool:
             layer.kernel_size == (side, side)
             and side in (1, 3)
             and layer.padding == (side // 2, side // 2)
-            and (layer.stride, layer.dilation, layer.groups) == ((1, 1), (1, 1), 1)
+            and layer.stride == (layer.stride[0],) * 2
+            and (layer.dilation, layer.groups) == ((1, 1), 1)
             and layer.padding_mode == "zeros"
             and layer.in_channels % in_word == 0
         )
@@ -131,6 +134,11 @@ def _residual_block(block: ResnetBlock2D) -> Callable[..., ChannelsFirst]:
         return _channels_first(second.map(first.map(x, shift=shift, slot="inside"), residual=residual))
 
     return forward
+
+
+def _convolution(layer: Conv2d) -> Callable[..., ChannelsFirst]:
+    fused = FusedLayer(layer.weight, layer.bias, stride=layer.stride[0])
+    return lambda hidden: _channels_first(fused.map(_channels_last(hidden)))
 
 
 def _upsampling(block: Upsample2D) -> Callable[..., ChannelsFirst]:
@@ -209,4 +217,5 @@ _FUSED: dict[type[nn.Module], Callable[[Any], Callable[..., Tensor]]] = {
     ResnetBlock2D: _residual_block,
     Transformer2DModel: _transformer,
     Upsample2D: _upsampling,
+    Conv2d: _convolution,
 }

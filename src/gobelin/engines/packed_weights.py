@@ -178,7 +178,7 @@ def _gated(layer: PackableLayer, compute: LayerForward) -> LayerForward:
 
 
 def _doubling(block: Upsample2D, compute: LayerForward) -> Callable[..., Tensor]:
-    """Compute where a map is to be twice as large, and otherwise, as :func:`_gated` does, by the block's own forward."""
+    """Compute where a map is to be twice as large, by the block's own forward otherwise, and as :func:`_gated` does."""
     own, dtype = MethodType(type(block).forward, block), block.conv.weight.dtype
 
     def forward(hidden: Tensor, size: tuple[int, int] | None = None) -> Tensor:

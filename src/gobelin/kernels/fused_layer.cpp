@@ -84,7 +84,20 @@ template <class Number> class Normaliser {
   public:
     explicit Normaliser(const Framed<Number> &framed) : call(framed.call), frame(framed.frame) {}
 
-    void operator()(int64_t sample) {
+    // Samples of one pixel, rows, are many and small.
+    static int64_t samples_at_once(const Call &call) { return std::max<int64_t>(1, 64 / (call.height * call.width)); }
+
+    static int64_t pieces_of(const Call &call) {
+        return round_up(call.batch, samples_at_once(call)) / samples_at_once(call);
+    }
+
+    void operator()(int64_t piece) {
+        const int64_t start = piece * samples_at_once(call), end = std::min(call.batch, start + samples_at_once(call));
+        for (int64_t sample = start; sample < end; ++sample) normalise(sample);
+    }
+
+  private:
+    void normalise(int64_t sample) {
         const Number *x = (const Number *)call.x + sample * call.height * call.width * channels;
         Number *to = (Number *)frame.data + sample * frame.height * frame.width * channels;
         if (layer.groups > 0) find_lines(x);
@@ -103,7 +116,6 @@ template <class Number> class Normaliser {
         }
     }
 
-  private:
     // slope and height of every channel, with which norm(x) = slope x + height
     void find_lines(const Number *x) {
         const int64_t positions = call.height * call.width;
@@ -205,25 +217,32 @@ template <class Number> class Multiplier {
         return round_up(call.batch * height_of(call) * width_of(call), ROWS) / ROWS;
     }
 
+    // Tiles of 8 pixels that are a piece of work: several, where the sums of each are short.
+    static int64_t tiles_at_once(const Call &call) {
+        return std::clamp<int64_t>(1024 / (call.layer->side * call.layer->side * call.layer->in_channels), 1, 8);
+    }
+
     static int64_t pieces_of(const Call &call) {
-        int64_t block = block_of(*call.layer);
-        return round_up(vectors_of(*call.layer), block) / block * tiles_of(call);
+        int64_t block = block_of(*call.layer), at_once = tiles_at_once(call);
+        return round_up(vectors_of(*call.layer), block) / block * (round_up(tiles_of(call), at_once) / at_once);
     }
 
     // A block's weights stay in the cache while it goes through the pixels.
     void operator()(int64_t piece) const {
-        int64_t vector = piece / tiles * block, start = piece % tiles * ROWS;
-        switch (std::min(block, vectors - vector)) {
-        case 1: return multiply<1>(vector, start);
-        case 2: return multiply<2>(vector, start);
-        default: return multiply<WIDEST>(vector, start);
-        }
+        const int64_t at_once = tiles_at_once(call), pieces = round_up(tiles, at_once) / at_once;
+        const int64_t vector = piece / pieces * block, first = piece % pieces * at_once;
+        for (int64_t tile = first; tile < std::min(first + at_once, tiles); ++tile)
+            switch (std::min(block, vectors - vector)) {
+            case 1: multiply<1>(vector, tile * ROWS); break;
+            case 2: multiply<2>(vector, tile * ROWS); break;
+            default: multiply<WIDEST>(vector, tile * ROWS);
+            }
     }
 
   private:
     template <int VECTORS> void multiply(int64_t vector, int64_t start) const {
         const Word *rows[ROWS];
-        for (int64_t row = 0; row < ROWS; ++row) rows[row] = row_of(std::min(start + row, positions - 1));
+        find_rows(rows, start);
         const Word *weight = (const Word *)layer.weight + vector * layer.side * layer.side * words * LANES;
         Vector sums[ROWS][VECTORS] = {};
         for (int64_t y = 0; y < layer.side; ++y)
@@ -248,9 +267,16 @@ template <class Number> class Multiplier {
         }
     }
 
-    const Word *row_of(int64_t position) const {
-        int64_t sample = position / (height * width), y = position / width % height, x = position % width;
-        return (const Word *)frame.data + ((sample * frame.height + y * layer.stride) * frame.width + x * layer.stride) * words;
+    // The upper left pixels of the windows of 8 positions; beyond the last one, its own again.
+    void find_rows(const Word *(&rows)[ROWS], int64_t start) const {
+        int64_t sample = start / (height * width), y = start / width % height, x = start % width;
+        for (int64_t row = 0; row < ROWS; ++row) {
+            const int64_t line = sample * frame.height + y * layer.stride;
+            rows[row] = (const Word *)frame.data + (line * frame.width + x * layer.stride) * words;
+            if (start + row + 1 >= positions) continue;
+            if (++x == width) x = 0, ++y;
+            if (y == height) y = 0, ++sample;
+        }
     }
 
     void write(int64_t position, int64_t channel, Vector sum) const {
@@ -303,7 +329,7 @@ template <class Number> int compute(const Call &call, int threads, Parallel para
         Framed<Number> framed{call, frame};
         if (!as_it_is) {
             frame.data = room.of(call.batch * frame.height * frame.width * layer.in_channels * (int64_t)sizeof(Number));
-            if (run<Normaliser<Number>>(framed, call.batch, threads, parallel)) return 1;
+            if (run<Normaliser<Number>>(framed, Normaliser<Number>::pieces_of(call), threads, parallel)) return 1;
         }
         return run<Multiplier<Number>>(framed, Multiplier<Number>::pieces_of(call), threads, parallel);
     } catch (const std::bad_alloc &) {
