@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gobelin.attention import AttentionEdit, AttentionMaps, Reduction, Sites
@@ -20,6 +21,8 @@ from gobelin.shortcuts import Shortcuts
 from gobelin.types import Images, Latents, TextEmbeddings, TextMask
 from gobelin.unet import UNet
 from gobelin.vae import VAE
+
+NetworkInput = Float[Tensor, "batch in_channels h w"]
 
 
 @runtime_checkable
@@ -84,12 +87,12 @@ class _OtherLayersUNet(UNetRunner, ABC):
     @abstractmethod
     def _other_layers(self) -> AbstractContextManager[None]: ...
 
-    def _laid_out(self, latents: Latents) -> Latents:
+    def _laid_out(self, latents: NetworkInput) -> NetworkInput:
         return latents
 
     def __call__(
         self,
-        noisy_latents: Latents,
+        noisy_latents: NetworkInput,
         timesteps: Tensor,
         text_embeddings: TextEmbeddings,
         text_mask: TextMask | None = None,
@@ -100,7 +103,7 @@ class _OtherLayersUNet(UNetRunner, ABC):
 
     def trace(
         self,
-        noisy_latents: Latents,
+        noisy_latents: NetworkInput,
         timesteps: Tensor,
         text_embeddings: TextEmbeddings,
         text_mask: TextMask | None = None,
@@ -132,7 +135,7 @@ class PreparedUNet(_OtherLayersUNet):
     def _other_layers(self) -> AbstractContextManager[None]:
         return self._layers.in_use()
 
-    def _laid_out(self, latents: Latents) -> Latents:
+    def _laid_out(self, latents: NetworkInput) -> NetworkInput:
         return _channels_last(latents)
 
 
@@ -163,5 +166,5 @@ class PreparedDecoder(DecoderRunner):
             return self._vae.latents_to_large_images(_channels_last(latents), tile, overlap).contiguous()
 
 
-def _channels_last(latents: Latents) -> Latents:
+def _channels_last(latents: NetworkInput) -> NetworkInput:
     return latents.contiguous(memory_format=torch.channels_last)
