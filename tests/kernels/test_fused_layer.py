@@ -90,12 +90,8 @@ def test_functions_are_as_exact_as_torchs(function: str) -> None:
     else:
         gated = FusedLayer(torch.tensor([[0.0], [1.0]]), torch.tensor([1.0, 0.0]), geglu=True)
         ours, truth = gated.rows(x[:, None]), F.gelu(x.double())
-    theirs = getattr(F, function)(x).double()
-    distance = (ours[:, 0].double() - truth).abs()
-    assert (
-        distance
-        <= 4 * (theirs - truth).abs().max() * (1 + truth.abs()) / (1 + truth.abs().max()) + 4e-7 * truth.abs() + 1e-7
-    ).all()
+    # As shares of x; of torch's own GELU the largest is 3.3e-7.
+    assert ((ours[:, 0].double() - truth).abs() <= 3.3e-7 * x.abs()).all()
 
 
 def test_what_is_no_number_stays_in_its_sample(dtype: torch.dtype) -> None:

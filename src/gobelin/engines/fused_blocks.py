@@ -12,7 +12,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -126,10 +125,12 @@ def _residual_block(block: ResnetBlock2D) -> Callable[..., ChannelsFirst]:
     first = FusedLayer(block.conv1.weight, block.conv1.bias, norm=block.norm1, silu=True)
     second = FusedLayer(block.conv2.weight, block.conv2.bias, norm=block.norm2, silu=True)
     shortcut = block.conv_shortcut and FusedLayer(block.conv_shortcut.weight, block.conv_shortcut.bias)
+    embedding = getattr(block, "time_emb_proj", None)  # the VAE's blocks have none
+    shift_of = embedding and FusedLayer(embedding.weight, embedding.bias, silu=True)
 
     def forward(hidden: ChannelsFirst, time: Float[Tensor, "batch time_width"] | None = None) -> ChannelsFirst:
         x = _channels_last(hidden)
-        shift = None if time is None else block.time_emb_proj(F.silu(time))
+        shift = None if time is None or shift_of is None else shift_of.rows(time, slot="shift")
         residual = x if shortcut is None else shortcut.map(x, slot="shortcut")
         return _channels_first(second.map(first.map(x, shift=shift, slot="inside"), residual=residual))
 

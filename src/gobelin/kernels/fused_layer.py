@@ -125,13 +125,13 @@ class FusedLayer:
     def _run(
         self, sizes: tuple[int, ...], x: Tensor, shift: Tensor | None, residual: Tensor | None, out: Tensor
     ) -> None:
-        given = [one if one is None else one.contiguous() for one in (x, shift, residual)]
-        if any(one is not None and one.dtype != self._dtype for one in given) or x.shape[-1] != self._layer.in_channels:
+        if x.dtype != self._dtype or x.shape[-1] != self._layer.in_channels:
             raise ValueError(
                 f"the layer has {self._layer.in_channels} channels of {self._dtype}: {x.dtype} {[*x.shape]}"
             )
-        pointers = (None if one is None else one.data_ptr() for one in (*given, out))
-        _KERNEL.run(self._function, _Call(self._pointer, *sizes, *pointers))
+        given = [None if one is None else one.to(self._dtype).contiguous() for one in (x, shift, residual)]
+        pointers = [None if one is None else one.data_ptr() for one in given]
+        _KERNEL.run(self._function, _Call(self._pointer, *sizes, *pointers, out.data_ptr()))
 
 
 class Slots(threading.local):
