@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import nn
 
-from gobelin.engines.forwards import other_forwards
+from gobelin.engines.forwards import is_replaced, other_forwards
 
 
 def test_a_forward_is_called_between_the_hooks_and_gone_afterwards() -> None:
@@ -45,3 +45,11 @@ def test_one_thread_that_ends_takes_nothing_from_another() -> None:
     thread.join()
     assert torch.equal(seen[0], -torch.ones(2))
     assert "forward" not in vars(layer)
+
+
+def test_a_forward_of_somebody_else_is_told_from_ours() -> None:
+    layer = nn.Linear(2, 2)
+    with other_forwards({layer: torch.neg}):
+        assert not is_replaced(layer)
+    layer.forward = torch.abs
+    assert is_replaced(layer)

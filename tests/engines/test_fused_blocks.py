@@ -179,6 +179,18 @@ def test_threads_do_not_take_each_others_memory() -> None:
     assert all(same)
 
 
+def test_a_painting_that_begins_takes_nothing_from_one_that_runs() -> None:
+    unet = narrow_unet()
+    blocks = FusedBlocks(unet)
+    blocks.update()
+    before = in_use(unet)
+    with blocks.in_use():
+        blocks.update()
+        with blocks.in_use():
+            assert {module for module in unet.modules() if "forward" in vars(module)} == before
+    assert in_use(unet) == before
+
+
 def test_a_pipeline_paints_with_fused_blocks(clip_model: Callable[..., Model]) -> None:
     model = clip_model()
     pipe = Pipeline(model).to("cpu", "float32")

@@ -28,7 +28,7 @@ from gobelin.bench.paired import timed
 from gobelin.bench.process_contenders import process_environment
 from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
 from gobelin.bench.training_loops import Loop, MadeStage, NoAverage, TakingTurns, make_batch, quiet_run
-from gobelin.bench.unet_contenders import BASE
+from gobelin.bench.unet_contenders import BASE, UNetPass
 from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.training import trainer
@@ -93,6 +93,11 @@ class TrainingPass:
             ema=_DECAY,
             precision=self.precision,
         )
+
+    def operations(self) -> int:
+        """Count the operations of a step of all weights: those of a forward pass, and twice as many backward."""
+        forward = UNetPass(model=self.model, side=self.side, batch=self.batch, precision=self.precision)
+        return 3 * forward.operations()
 
     def ours(self) -> UNet:
         """Make our U-Net, with an adapter where a LoRA is trained."""
@@ -217,7 +222,11 @@ def train_workload(
         if not (apart or lora) or name != "diffusers, compiled"
     ]
     return Workload(
-        contenders=contenders, reference=None if apart else run.reference, samples=batch, is_timed=not apart
+        contenders=contenders,
+        reference=None if apart else run.reference,
+        operations=None if apart or lora else run.operations,
+        samples=batch,
+        is_timed=not apart,
     )
 
 

@@ -34,5 +34,11 @@ def other_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Itera
                     _attributes(layer).pop("forward", None)
 
 
+def is_replaced(layer: nn.Module) -> bool:
+    """Tell whether somebody else put another forward in a layer's place."""
+    with _LOCK:
+        return "forward" in _attributes(layer) and layer not in _USES
+
+
 def _attributes(layer: nn.Module) -> dict[str, Any]:
     return vars(layer)

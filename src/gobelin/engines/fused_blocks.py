@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gobelin.attention import attention
-from gobelin.engines.forwards import other_forwards
+from gobelin.engines.forwards import is_replaced, other_forwards
 from gobelin.engines.packed_weights import Fingerprint, fingerprint_of, has_hooks, is_wide
 from gobelin.kernels.fused_layer import FusedLayer, computes_fused_layers
 from gobelin.layers import GEGLU, Attention, FeedForward, ResnetBlock2D, Upsample2D
@@ -83,7 +83,7 @@ def _is_plain(block: nn.Module) -> bool:
     """Tell whether nothing inside a block computes in another way, or is listened to; the block itself may be."""
     dtype = next(block.parameters()).dtype
     return (
-        all(type(module) in _PLAIN and "forward" not in vars(module) for module in block.modules())
+        all(type(module) in _PLAIN and not is_replaced(module) for module in block.modules())
         and not any(has_hooks(module) for module in block.modules() if module is not block)
         and all(one.dtype == dtype and one.device.type == "cpu" for one in block.parameters())
         and all(_fits(layer, dtype) for layer in block.modules())

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from gobelin.engines.forwards import other_forwards
+from gobelin.engines.forwards import is_replaced, other_forwards
 from gobelin.engines.phase_convolutions import pack_upsampling
 from gobelin.engines.watched_weights import sum_of_bits
 from gobelin.kernels.hardware import has_fast_bfloat16, has_instructions, is_amds
@@ -138,7 +138,7 @@ def _packable_weight(layer: nn.Module) -> Tensor | None:
     """Find the weight of what can be packed: a plain layer, or an upsampling whose layer is, and is not listened to."""
     if type(layer) is Upsample2D:
         conv = layer.conv
-        return conv.weight if _can_pack(conv) and not has_hooks(conv) and "forward" not in vars(conv) else None
+        return conv.weight if _can_pack(conv) and not has_hooks(conv) and not is_replaced(conv) else None
     return layer.weight if _can_pack(layer) else None
 
 
