@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,9 +18,9 @@ def other_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Itera
     Several threads may do so at once: a layer gets its own forward back when the last of them has ended.
     """
     with _LOCK:
-        changed = [layer for layer in forwards if layer in _USES or "forward" not in _attributes(layer)]
+        changed = [layer for layer in forwards if layer in _USES or "forward" not in vars(layer)]
         for layer in changed:
-            _attributes(layer).setdefault("forward", forwards[layer])
+            vars(layer).setdefault("forward", forwards[layer])
         _USES.update(changed)
     try:
         yield
@@ -31,14 +30,10 @@ def other_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Itera
             for layer in changed:
                 if not _USES[layer]:
                     del _USES[layer]
-                    _attributes(layer).pop("forward", None)
+                    vars(layer).pop("forward", None)
 
 
 def is_replaced(layer: nn.Module) -> bool:
     """Tell whether somebody else put another forward in a layer's place."""
     with _LOCK:
-        return "forward" in _attributes(layer) and layer not in _USES
-
-
-def _attributes(layer: nn.Module) -> dict[str, Any]:
-    return vars(layer)
+        return "forward" in vars(layer) and layer not in _USES
