@@ -20,7 +20,7 @@ from gobelin.unet import Transformer2DModel, UNet, UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 pytestmark = pytest.mark.skipif(
-    not computes_fused_layers(torch.float32), reason="needs a C++ compiler and a CPU with AVX-512"
+    not computes_fused_layers(torch.float32), reason="needs a C++ compiler and a CPU with AVX2"
 )
 EXACT = 3e-6  # relative root mean square in float32, after some sixty layers
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gobelin.attention import attention, training_attention
 from gobelin.kernels import fused_attention as kernel
+from gobelin.kernels import operators
 from gobelin.layers import Attention
 
 pytestmark = pytest.mark.skipif(
@@ -223,7 +224,7 @@ def test_a_layer_that_is_compiled_before_the_kernel_is_loaded_learns_the_same() 
 def test_only_what_trains_in_bfloat16_goes_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = made(20, 36, 12)[:3]
     calls = []
-    monkeypatch.setattr(kernel, "call", lambda library, function, problem: calls.append(function))
+    monkeypatch.setattr(kernel._KERNEL, "run", lambda function, problem: calls.append(function))
     attention(*inputs)
     attention(*(each.float().requires_grad_() for each in inputs))
     trained = [each.detach().requires_grad_() for each in inputs]
@@ -240,9 +241,9 @@ def test_only_what_trains_in_bfloat16_goes_through_the_kernel(monkeypatch: pytes
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """The library is looked for again, before and after."""
-    kernel._library.cache_clear()
+    vars(kernel._KERNEL).pop("library", None)
     yield
-    kernel._library.cache_clear()
+    vars(kernel._KERNEL).pop("library", None)
 
 
 @pytest.mark.usefixtures("_forgotten")
@@ -258,7 +259,7 @@ def test_without_a_compiler_products_are_plain(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("_forgotten")
 def test_a_cpu_without_the_instructions_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(kernel, "load_library", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(operators, "load_library", lambda *_: pytest.fail("compiled"))
     assert training_attention() == "plain"
 
 

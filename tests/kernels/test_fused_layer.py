@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gobelin.kernels.fused_layer import FusedLayer, computes_fused_layers
 
 pytestmark = pytest.mark.skipif(
-    not computes_fused_layers(torch.float32), reason="needs a C++ compiler and a CPU with AVX-512"
+    not computes_fused_layers(torch.float32), reason="needs a C++ compiler and a CPU with AVX2"
 )
 
 

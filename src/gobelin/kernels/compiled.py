@@ -16,8 +16,8 @@ from pathlib import Path
 
 from gobelin.cache_folder import cache_folder, hashed, is_whole
 
-# Every CPU that multiplies bfloat16 has x86-64-v4. Nothing depends on the machine that compiles: homes are shared.
-FLAGS = ("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-fPIC", "-shared")
+# Nothing depends on the machine that compiles: homes are shared.
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 _PATIENCE = 120  # seconds for a compilation, which takes two
 
 

@@ -57,7 +57,7 @@ class PackedWeight {
         const int64_t to_output = backward ? PLACES : inputs * PLACES, to_input = backward ? outputs * PLACES : PLACES;
         const __m512i numbers_0_to_15 = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __m512i lanes = _mm512_mullo_epi32(_mm512_set1_epi32((int)to_output), numbers_0_to_15);
-        const __mmask16 there = first_16(outputs - tile * TILE);
+        const __mmask16 there = first_lanes(outputs - tile * TILE);
         const float *first = problem.weight + tile * TILE * to_output;
         for (int64_t dy = 0; dy < SIDE; ++dy) {
             // Of 16 outputs, the k-th of the numbers that lie in a row.
@@ -147,7 +147,7 @@ class Convolution {
             const int64_t pixel = pixels[position + row];
             if (pixel < 0 || pixel >= pixels_there) continue;
             for (int64_t c = 0; c < COLUMN_TILES * TILE && output + c < weight.outputs; c += LANES) {
-                __mmask16 there = first_16(weight.outputs - output - c);
+                __mmask16 there = first_lanes(weight.outputs - output - c);
                 Vector sum = _mm512_load_ps(sums + row * COLUMN_TILES * TILE + c);
                 if (!weight.backward && problem.bias != nullptr)
                     sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there, problem.bias + output + c));
@@ -249,7 +249,7 @@ class Factors {
                     block[i] = _mm512_maskz_loadu_epi16(there, x + (column + i) * problem.inputs + c);
                 }
                 transpose(block);
-                __mmask16 there = first_16(grid.width - column);
+                __mmask16 there = first_lanes(grid.width - column);
                 for (int64_t channel = c; channel < std::min(c + 2 * LANES, problem.inputs); channel += 2) {
                     __m512i both = _mm512_permutexvar_epi16(halves, block[(channel - c) / 2]);
                     uint16_t *to = turned + channel * row + position + column;

@@ -10,13 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.kernels.hardware import has_instructions
+from gobelin.kernels.hardware import AMX
 from gobelin.kernels.operators import Kernel, constant
 
-_FLAGS = ("-mamx-tile", "-mamx-bf16")
-_KERNEL = Kernel(
-    "convolution.cpp", "bfloat16.hpp", "lanes.hpp", "operands.hpp", "threads.hpp", "tiles.hpp", flags=_FLAGS
-)
+_KERNEL = Kernel("convolution.cpp", AMX)
 _SIZES = ("batch", "height", "width", "inputs", "outputs")
 _POINTERS = ("x", "grad", "weight", "bias", "out", "dweight", "dbias")
 
@@ -37,8 +34,7 @@ def has_convolution() -> bool:
 @cache
 def _has_tiles() -> bool:
     """Ask Linux for AMX's tiles, where there is AMX; without them the kernel would end the process."""
-    library = _KERNEL.library if has_instructions("amx_bf16") else None
-    return library is not None and bool(library.has_tiles())
+    return _KERNEL.library is not None and bool(_KERNEL.library.has_tiles())
 
 
 def takes_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -63,7 +63,7 @@ class Forward {
                 add_keys(from, std::min(KEYS_AT_ONCE, sizes.keys - from), largest, total);
             write_columns(out, start, sums, _mm512_div_ps(all(1), total), &remainder);
             Vector result = _mm512_mul_ps(_mm512_add_ps(largest, log2(total)), all(LN_2));
-            _mm512_mask_storeu_ps(log_sum_exp + start, first_16(sizes.queries - start), result);
+            _mm512_mask_storeu_ps(log_sum_exp + start, first_lanes(sizes.queries - start), result);
         }
     }
 
@@ -143,7 +143,7 @@ class Backward {
             std::memset(dvalue_sums, 0, (size_t)(padded * LANES) * sizeof(float));
             for (int64_t from = 0; from < queries; from += QUERIES_AT_ONCE) {
                 int64_t count = std::min(QUERIES_AT_ONCE, queries - from);
-                compute_probs(from, count, first_16(sizes.keys - start));
+                compute_probs(from, count, first_lanes(sizes.keys - start));
                 add_products(dvalue_sums, probs, grad_pairs + from / 2 * padded, count / 2, padded);
                 add_products(dkey_sums, dlogits, query_pairs + from / 2 * padded, count / 2, padded);
                 add_row_products(dquery_sums + from * lanes_padded, dlogits_rows, key_pairs, count, lanes_padded);

@@ -5,34 +5,27 @@ checkpointing and autocast.
 """
 
 import ctypes
-import sys
-from functools import cache
-from pathlib import Path
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from gobelin.kernels.compiled import load_library
-from gobelin.kernels.hardware import has_instructions
+from gobelin.kernels.hardware import AVX512_BF16
 from gobelin.kernels.operands import (
     Keys,
     Queries,
     Sizes,
     TensorView,
     attention_fits,
-    call,
     empty_like,
-    openmp,
     require_attention_fits,
     sizes_of,
     view,
     with_rows,
 )
-from gobelin.kernels.operators import constant
+from gobelin.kernels.operators import Kernel, constant
 
-_SOURCE = Path(__file__).with_name("fused_attention.cpp")
-_INCLUDES = tuple(Path(__file__).with_name(name) for name in ("lanes.hpp", "operands.hpp"))
+_KERNEL = Kernel("fused_attention.cpp", AVX512_BF16)
 
 LogSumExp = Float32[Tensor, "batch heads queries"]
 
@@ -59,7 +52,7 @@ class _BackwardProblem(ctypes.Structure):
 @constant
 def is_available() -> bool:
     """Tell whether there is a kernel, which is compiled by the first call: some 2 s, once for a user and a version."""
-    return _library() is not None
+    return _KERNEL.library is not None
 
 
 def takes_training(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -88,7 +81,7 @@ def _forward(query: Queries, key: Keys, value: Keys) -> tuple[Queries, Queries, 
     out, remainder, log_sum_exp = _forward_shapes(query, key, value)
     query, key, value = (with_rows(each) for each in (query, key, value))
     tensors = (view(each) for each in (query, key, value, out, remainder))
-    call(_loaded(), "attention_forward", _ForwardProblem(sizes_of(query, key), *tensors, log_sum_exp.data_ptr()))
+    _KERNEL.run("attention_forward", _ForwardProblem(sizes_of(query, key), *tensors, log_sum_exp.data_ptr()))
     return out, remainder, log_sum_exp
 
 
@@ -116,7 +109,7 @@ def _backward(
     inputs = [with_rows(each) for each in (query, key, value, out, remainder, grad)]
     log_sum_exp = log_sum_exp.contiguous()
     tensors = (view(each) for each in (*inputs, *grads))
-    call(_loaded(), "attention_backward", _BackwardProblem(sizes_of(query, key), *tensors, log_sum_exp.data_ptr()))
+    _KERNEL.run("attention_backward", _BackwardProblem(sizes_of(query, key), *tensors, log_sum_exp.data_ptr()))
     return grads
 
 
@@ -140,17 +133,3 @@ def _gradients(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
-
-
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None
-    return library
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """Load the kernel where the CPU has its instructions, Linux keeps its users apart, and torch has threads for it."""
-    if sys.platform != "linux" or not has_instructions("avx512_bf16") or openmp() is None:
-        return None
-    return load_library(_SOURCE, _INCLUDES)

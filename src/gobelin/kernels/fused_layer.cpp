@@ -7,7 +7,7 @@
 //
 // Where maps have few channels, calls of operations and the ways of their results through memory take longer than the
 // arithmetic. Here the map is normalised once, into a frame of zeros where the window looks beyond the edge, and
-// multiplied from there: 8 pixels by 48 channels at a time, whose sums stay in registers. Output channels lie along the
+// multiplied from there: 8 pixels by 48 channels at a time, whose sums stay in registers (4 by 24 with AVX2). Output channels lie along the
 // lanes; a word of a pixel is broadcast to them (precision.hpp). Maps lie in memory as [batch, height, width, channels].
 // Statistics and sums are float32. A pixel is computed by one thread, so that no bit depends on how many there are.
 
@@ -46,21 +46,17 @@ struct Call {
 
 // x / (1 + exp(-x)), by the power of what is negative alone
 Vector silu(Vector x) {
-    Vector power = power_below_1(_mm512_mul_ps(_mm512_abs_ps(x), all(-LOG2_E)), OF_FLOAT32);
-    Vector inverse = inverse_of(_mm512_add_ps(all(1), power));
-    inverse = _mm512_mask_mul_ps(inverse, _mm512_cmp_ps_mask(x, all(0), _CMP_LT_OQ), inverse, power);
-    return _mm512_mul_ps(x, inverse);
+    Vector power = power_below_1(magnitude(x) * all(-LOG2_E), OF_FLOAT32);
+    Vector inverse = inverse_of(all(1) + power);
+    return x * choose(is_below(x, all(0)), inverse * power, inverse);
 }
 
 // x Phi(x), by erfc of Abramowitz and Stegun, 7.1.26: its error, 1.5e-7, is that of torch's own 1 + erf in float32.
 Vector gelu(Vector x) {
-    const float of[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
-    Vector t = inverse_of(_mm512_fmadd_ps(_mm512_abs_ps(x), all(0.3275911f * 0.70710678f), all(1)));
-    Vector tail = all(of[0] / 2);
-    for (int i = 1; i < 5; ++i) tail = _mm512_fmadd_ps(tail, t, all(of[i] / 2));
-    Vector power = power_below_1(_mm512_mul_ps(_mm512_mul_ps(x, x), all(-0.5f * LOG2_E)), OF_FLOAT32);
-    tail = _mm512_mul_ps(_mm512_mul_ps(tail, t), power);
-    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, _mm512_cmp_ps_mask(x, all(0), _CMP_GT_OQ), all(1), tail));
+    constexpr float OF[] = {1.061405429f / 2, -1.453152027f / 2, 1.421413741f / 2, -0.284496736f / 2, 0.254829592f / 2};
+    Vector t = inverse_of(multiply_add(magnitude(x), all(0.3275911f * 0.70710678f), all(1)));
+    Vector tail = polynomial(t, OF) * t * power_below_1(x * x * all(-0.5f * LOG2_E), OF_FLOAT32);
+    return x * choose(is_below(all(0), x), all(1) - tail, tail);
 }
 
 // ---- Norm and activation, of a sample or of some rows, into the frame that the window moves in ----
@@ -118,21 +114,21 @@ template <class Number> class Normaliser {
     void find_lines(const Number *x) {
         const int64_t positions = call.height * call.width;
         for (int64_t c = 0; c < channels; c += LANES) {
-            __mmask16 there = first_16(channels - c);
+            Mask there = first_lanes(channels - c);
             Vector sums[4] = {all(0), all(0), all(0), all(0)};
             for (int64_t i = 0; i < positions; ++i)
-                sums[i % 4] = _mm512_add_ps(sums[i % 4], Of::load(x + i * channels + c, there));
-            _mm512_store_ps(means + c, total(sums));
+                sums[i % 4] += Of::load(x + i * channels + c, there);
+            store(means + c, total(sums));
         }
         average(means, positions);
         for (int64_t c = 0; c < channels; c += LANES) {
-            __mmask16 there = first_16(channels - c);
-            Vector mean = _mm512_load_ps(means + c), sums[4] = {all(0), all(0), all(0), all(0)};
+            Mask there = first_lanes(channels - c);
+            Vector mean = load(means + c), sums[4] = {all(0), all(0), all(0), all(0)};
             for (int64_t i = 0; i < positions; ++i) {
-                Vector rest = _mm512_sub_ps(Of::load(x + i * channels + c, there), mean);
-                sums[i % 4] = _mm512_fmadd_ps(rest, rest, sums[i % 4]);
+                Vector rest = Of::load(x + i * channels + c, there) - mean;
+                sums[i % 4] = multiply_add(rest, rest, sums[i % 4]);
             }
-            _mm512_store_ps(variances + c, total(sums));
+            store(variances + c, total(sums));
         }
         average(variances, positions);
         for (int64_t c = 0; c < channels; ++c) set_line(c, means[c], 1 / std::sqrt(variances[c] + layer.eps));
@@ -141,23 +137,23 @@ template <class Number> class Normaliser {
     void find_line(const Number *pixel) {
         Vector sum = all(0), squares = all(0);
         for (int64_t c = 0; c < channels; c += LANES)
-            sum = _mm512_add_ps(sum, Of::load(pixel + c, first_16(channels - c)));
-        float mean = _mm512_reduce_add_ps(sum) / (float)channels;
+            sum += Of::load(pixel + c, first_lanes(channels - c));
+        float mean = sum_of(sum) / (float)channels;
         for (int64_t c = 0; c < channels; c += LANES) {
-            __mmask16 there = first_16(channels - c);
-            Vector rest = _mm512_maskz_sub_ps(there, Of::load(pixel + c, there), all(mean));
-            squares = _mm512_fmadd_ps(rest, rest, squares);
+            Mask there = first_lanes(channels - c);
+            Vector rest = choose(there, Of::load(pixel + c, there) - all(mean), all(0));
+            squares = multiply_add(rest, rest, squares);
         }
-        float inverse = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / (float)channels + layer.eps);
+        float inverse = 1 / std::sqrt(sum_of(squares) / (float)channels + layer.eps);
         for (int64_t c = 0; c < channels; c += LANES) {
-            Vector slope = _mm512_mul_ps(_mm512_loadu_ps(layer.norm_weight + c), all(inverse));
-            _mm512_store_ps(slopes + c, slope);
-            _mm512_store_ps(heights + c, _mm512_fnmadd_ps(all(mean), slope, _mm512_loadu_ps(layer.norm_bias + c)));
+            Vector slope = load_anywhere(layer.norm_weight + c) * all(inverse);
+            store(slopes + c, slope);
+            store(heights + c, subtract_product(load_anywhere(layer.norm_bias + c), all(mean), slope));
         }
     }
 
     static Vector total(const Vector (&sums)[4]) {
-        return _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
     // Replace every channel's number by the mean over its group.
@@ -177,10 +173,9 @@ template <class Number> class Normaliser {
 
     void write(const Number *from, Number *to) const {
         for (int64_t c = 0; c < channels; c += LANES) {
-            __mmask16 there = first_16(channels - c);
+            Mask there = first_lanes(channels - c);
             Vector number = Of::load(from + c, there);
-            if (layer.groups >= 0)
-                number = _mm512_fmadd_ps(number, _mm512_load_ps(slopes + c), _mm512_load_ps(heights + c));
+            if (layer.groups >= 0) number = multiply_add(number, load(slopes + c), load(heights + c));
             Of::store(to + c, there, layer.has_silu ? silu(number) : number);
         }
     }
@@ -192,7 +187,7 @@ template <class Number> class Normaliser {
     Buffer<float> means{padded}, variances{padded}, slopes{padded}, heights{padded};
 };
 
-// ---- Products: 8 pixels by up to 48 channels ----
+// ---- Products: some pixels by up to 3 vectors of channels ----
 
 template <class Number> class Multiplier {
     using Of = Precision<Number>;
@@ -215,9 +210,9 @@ template <class Number> class Multiplier {
         return round_up(call.batch * height_of(call) * width_of(call), ROWS) / ROWS;
     }
 
-    // Tiles of 8 pixels that are a piece of work: several, where the sums of each are short.
+    // Tiles of pixels that are a piece of work: several, where the sums of each are short.
     static int64_t tiles_at_once(const Call &call) {
-        return std::clamp<int64_t>(1024 / (call.layer->side * call.layer->side * call.layer->in_channels), 1, 8);
+        return std::clamp<int64_t>(1024 / (call.layer->side * call.layer->side * call.layer->in_channels), 1, 8) * 8 / ROWS;
     }
 
     static int64_t pieces_of(const Call &call) {
@@ -248,24 +243,28 @@ template <class Number> class Multiplier {
                 const int64_t from = (y * frame.width + x) * words;
                 for (int64_t word = from; word < from + words; ++word, weight += VECTORS * LANES) {
                     Vector lanes[VECTORS];
-                    for (int v = 0; v < VECTORS; ++v) lanes[v] = _mm512_load_ps(weight + v * LANES);
+                    for (int v = 0; v < VECTORS; ++v) lanes[v] = load_once(weight + v * LANES);
                     for (int row = 0; row < ROWS; ++row)
                         for (int v = 0; v < VECTORS; ++v)
                             sums[row][v] = Of::add_product(sums[row][v], lanes[v], rows[row][word]);
                 }
             }
-        for (int64_t row = 0; row < ROWS && start + row < positions; ++row) {
+        // Sums are met by constant indices alone: by others, compilers would keep them in memory all along.
+        Vector results[ROWS][VECTORS];
+        for (int row = 0; row < ROWS; ++row)
             for (int v = 0; v < VECTORS; ++v)
-                sums[row][v] = _mm512_add_ps(sums[row][v], _mm512_load_ps(layer.bias + (vector + v) * LANES));
-            if (layer.is_gated) {
-                if constexpr (VECTORS == 2)
-                    write(start + row, vector / 2 * LANES, _mm512_mul_ps(sums[row][0], gelu(sums[row][1])));
-            } else
-                for (int v = 0; v < VECTORS; ++v) write(start + row, (vector + v) * LANES, sums[row][v]);
-        }
+                results[row][v] = sums[row][v] + load(layer.bias + (vector + v) * LANES);
+        const int64_t count = std::min<int64_t>(ROWS, positions - start);
+        if (layer.is_gated) {
+            if constexpr (VECTORS == 2) {
+                for (int row = 0; row < ROWS; ++row) results[row][0] *= gelu(results[row][1]);
+                write(start, count, vector / 2 * LANES, &results[0][0], VECTORS);
+            }
+        } else
+            for (int v = 0; v < VECTORS; ++v) write(start, count, (vector + v) * LANES, &results[0][v], VECTORS);
     }
 
-    // The upper left pixels of the windows of 8 positions; beyond the last one, its own again.
+    // The upper left pixels of the windows of a tile; beyond the last one, its own again.
     void find_rows(const Word *(&rows)[ROWS], int64_t start) const {
         int64_t sample = start / (height * width), y = start / width % height, x = start % width;
         for (int64_t row = 0; row < ROWS; ++row) {
@@ -277,15 +276,20 @@ template <class Number> class Multiplier {
         }
     }
 
-    void write(int64_t position, int64_t channel, Vector sum) const {
-        const int64_t channels = layer.out_channels, at = position * channels + channel;
-        __mmask16 there = first_16(channels - channel);
-        if (call.shift != nullptr) {
-            int64_t sample = position / (height * width);
-            sum = _mm512_add_ps(sum, Of::load((const Number *)call.shift + sample * channels + channel, there));
+    // Write a vector of channels of `count` positions; their sums are `stride` vectors apart.
+    void write(int64_t start, int64_t count, int64_t channel, const Vector *sums, int64_t stride) const {
+        const int64_t channels = layer.out_channels;
+        const Mask there = first_lanes(channels - channel);
+        for (int64_t row = 0; row < count; ++row) {
+            const int64_t at = (start + row) * channels + channel;
+            Vector sum = sums[row * stride];
+            if (call.shift != nullptr) {
+                const int64_t sample = (start + row) / (height * width);
+                sum += Of::load((const Number *)call.shift + sample * channels + channel, there);
+            }
+            if (call.residual != nullptr) sum += Of::load((const Number *)call.residual + at, there);
+            Of::store((Number *)call.y + at, there, sum);
         }
-        if (call.residual != nullptr) sum = _mm512_add_ps(sum, Of::load((const Number *)call.residual + at, there));
-        Of::store((Number *)call.y + at, there, sum);
     }
 
     const Call &call;
@@ -341,6 +345,11 @@ extern "C" int float_layer(const Call *call, int threads, Parallel parallel) {
     return compute<float>(*call, threads, parallel);
 }
 
+#ifdef __AVX512BF16__
 extern "C" int bfloat16_layer(const Call *call, int threads, Parallel parallel) {
     return compute<uint16_t>(*call, threads, parallel);
 }
+#endif
+
+// By which Python lays out weights.
+extern "C" const int64_t lanes = LANES, widest = WIDEST;

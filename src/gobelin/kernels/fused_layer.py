@@ -10,19 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gobelin.kernels.hardware import has_instructions
+from gobelin.kernels.hardware import FLOAT32_VECTORS, has_instructions
 from gobelin.kernels.operators import Kernel
 
-_KERNEL = Kernel(
-    "fused_layer.cpp",
-    "lanes.hpp",
-    "operands.hpp",
-    "precision.hpp",
-    "threads.hpp",
-    instructions=("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"),  # x86-64-v4
-)
-_LANES = 16
-_WIDEST = 3  # vectors of output channels that are multiplied at once
+_KERNEL = Kernel("fused_layer.cpp", *FLOAT32_VECTORS)
 
 
 class _Layer(ctypes.Structure):
@@ -43,7 +34,7 @@ class _Call(ctypes.Structure):
 
 
 def computes_fused_layers(dtype: torch.dtype) -> bool:
-    """Tell whether the kernel computes in this precision here: on a CPU with AVX-512, of bfloat16 with pairs of it."""
+    """Tell whether the kernel computes in this precision here: on a CPU with vectors of it, of bfloat16 with products of pairs."""
     if dtype == torch.bfloat16 and not has_instructions("avx512_bf16"):
         return False
     return dtype in (torch.float32, torch.bfloat16) and _KERNEL.library is not None
@@ -159,13 +150,13 @@ _SLOTS = Slots()
 
 def _in_vectors(numbers: Tensor) -> Tensor:
     """Take a norm's numbers in float32, with room for whole vectors."""
-    return F.pad(numbers.detach().float(), (0, -len(numbers) % _LANES))
+    return F.pad(numbers.detach().float(), (0, -len(numbers) % _KERNEL.constant("lanes")))
 
 
 def _packed(weight: Tensor, bias: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     """Lay out weights and bias as the kernel reads them; with a gate, vectors of hidden numbers and of gates alternate.
 
-    Weights lie by blocks of up to 48 channels, within a block by pixel of the window and by word of it.
+    Weights lie by blocks of up to ``widest`` vectors of channels, within a block by pixel of the window and by word of it.
     """
     halves = 2 if gated else 1
     # [halves, channels of whole vectors, side², in]
@@ -174,13 +165,14 @@ def _packed(weight: Tensor, bias: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
         if weight.ndim == 4
         else weight.reshape(halves, -1, 1, weight.shape[1])
     )
-    room = -rows.shape[1] % _LANES
-    rows = F.pad(rows, (0, 0, 0, 0, 0, room)).unflatten(1, (-1, _LANES)).transpose(0, 1).flatten(0, 1)
-    in_vectors = F.pad(bias.float().reshape(halves, -1), (0, room)).unflatten(1, (-1, _LANES)).transpose(0, 1)
+    lanes = _KERNEL.constant("lanes")
+    room = -rows.shape[1] % lanes
+    rows = F.pad(rows, (0, 0, 0, 0, 0, room)).unflatten(1, (-1, lanes)).transpose(0, 1).flatten(0, 1)
+    in_vectors = F.pad(bias.float().reshape(halves, -1), (0, room)).unflatten(1, (-1, lanes)).transpose(0, 1)
     in_word = 2 if weight.dtype == torch.bfloat16 else 1
     # [vectors, lanes, side², words, in a word] to blocks of [side², words, vectors, lanes, in a word]
     blocks = [
         block.unflatten(3, (-1, in_word)).permute(2, 3, 0, 1, 4).flatten()
-        for block in rows.split(2 if gated else _WIDEST)
+        for block in rows.split(2 if gated else _KERNEL.constant("widest"))
     ]
     return torch.cat(blocks), in_vectors.flatten().contiguous()

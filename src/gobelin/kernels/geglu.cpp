@@ -44,7 +44,7 @@ class Geglu {
         int64_t end = std::min(problem.rows, (piece + 1) * ROWS_AT_ONCE);
         for (int64_t row = piece * ROWS_AT_ONCE; row < end; ++row)
             for (int64_t c = 0; c < problem.width; c += LANES)
-                work(row * problem.width + c, row * 2 * problem.width + c, first_16(problem.width - c));
+                work(row * problem.width + c, row * 2 * problem.width + c, first_lanes(problem.width - c));
     }
 
     const Problem &problem;

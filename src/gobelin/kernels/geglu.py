@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gobelin.kernels.hardware import AVX512_BF16
 from gobelin.kernels.operators import Kernel, constant
 
-_KERNEL = Kernel("geglu.cpp", "bfloat16.hpp", "lanes.hpp", "operands.hpp", "threads.hpp")
+_KERNEL = Kernel("geglu.cpp", AVX512_BF16)
 
 
 class _Problem(ctypes.Structure):

@@ -1,5 +1,6 @@
 """Hardware: which precisions a device multiplies, and which instructions a CPU has."""
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,30 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def has_instructions(name: str) -> bool:
     """Tell whether the CPU has the instructions of that name, as PyTorch calls them; one too old to know has none."""
     return getattr(torch.cpu, "get_capabilities", dict)().get(name, False)
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """Instructions of CPUs that a kernel is compiled for: their names as PyTorch has them, and the compiler's flags."""
+
+    names: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def is_here(self) -> bool:
+        """Tell whether this CPU has all of them."""
+        return all(map(has_instructions, self.names))
+
+
+AVX2 = InstructionSet(("avx2", "fma3"), ("-march=x86-64-v3",))
+AVX512 = InstructionSet(
+    tuple(f"avx512_{part}" for part in ("f", "bw", "cd", "dq", "vl")),
+    ("-march=x86-64-v4",),
+)
+AVX512_BF16 = InstructionSet(("avx512_bf16",), ("-march=x86-64-v4", "-mavx512bf16"))  # which only CPUs of v4 have
+AMX = InstructionSet(("avx512_bf16", "amx_bf16"), (*AVX512_BF16.flags, "-mamx-tile", "-mamx-bf16"))
+FLOAT32_VECTORS = (AVX512_BF16, AVX512, AVX2)
+"""Sets with vectors of float32 (``vectors.hpp``); of bfloat16 the first has them, too."""
 
 
 @cache

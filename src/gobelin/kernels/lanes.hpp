@@ -10,28 +10,13 @@
 
 #pragma once
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
+#include "vectors.hpp"
 
 namespace {
 
-using Vector = __m512;      // 16 float32
-using PairVector = __m512i; // 16 pairs of bfloat16
-
-constexpr int64_t LANES = 16;
-constexpr int ROWS = 8; // multiplied at once: so many sums, in registers, hide the latency of adding
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+using PairVector = Words; // 16 pairs of bfloat16
 
 // ---- Arithmetic ----
-
-int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
-
-Vector all(float value) { return _mm512_set1_ps(value); }
 
 Vector add_product(Vector sum, PairVector lanes, uint32_t pair) {
     return _mm512_dpbf16_ps(sum, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32((int)pair));
@@ -62,12 +47,6 @@ Vector log2(Vector x) {
     return _mm512_fmadd_ps(series, z, exponent);
 }
 
-// 1 / x of normal x: of 14 bits, and twice as many after a step of Newton's.
-Vector inverse_of(Vector x) {
-    Vector near = _mm512_rcp14_ps(x);
-    return _mm512_mul_ps(near, _mm512_fnmadd_ps(x, near, all(2)));
-}
-
 // Two rows of 16 numbers, rounded to bfloat16: the first row in the lower half of the bits, the second in the upper.
 PairVector rounded(Vector first, Vector second) { return (PairVector)_mm512_cvtne2ps_pbh(second, first); }
 
@@ -84,57 +63,10 @@ Vector second_of(PairVector pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
 }
 
-// Swap rows and columns of 16 x 16 pairs: of 2 x 2, of 4 x 4, then of 4 x 4 such blocks.
-[[gnu::always_inline]] inline void transpose(PairVector (&rows)[16]) {
-    PairVector twos[16], fours[16], halves[16];
-    for (int i = 0; i < 16; i += 2) {
-        twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + j + 2]);
-            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + j + 2]);
-        }
-    for (int i = 0; i < 4; ++i)
-        for (int j = i; j < 16; j += 8) {
-            halves[j] = _mm512_shuffle_i32x4(fours[j], fours[j + 4], 0x88);
-            halves[j + 4] = _mm512_shuffle_i32x4(fours[j], fours[j + 4], 0xdd);
-        }
-    for (int i = 0; i < 8; ++i) {
-        rows[i] = _mm512_shuffle_i32x4(halves[i], halves[i + 8], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(halves[i], halves[i + 8], 0xdd);
-    }
-}
-
-// ---- Memory, and the layouts ----
-
-// An array that begins where a cache line does.
-template <class Number> class Buffer {
-  public:
-    explicit Buffer(int64_t count)
-        : numbers((Number *)std::aligned_alloc(64, (size_t)round_up(count * (int64_t)sizeof(Number), 64))) {
-        if (numbers == nullptr) throw std::bad_alloc();
-    }
-    ~Buffer() { std::free(numbers); }
-    Buffer(const Buffer &) = delete;
-    operator Number *() const { return numbers; }
-
-  private:
-    Number *numbers;
-};
-
-// The rows of a matrix in memory.
-template <class Number> struct RowsOf {
-    Number *data;
-    int64_t stride, length, width;
-
-    Number *operator[](int64_t row) const { return data + row * stride; }
-};
+// ---- The layouts ----
 
 using Rows = RowsOf<uint16_t>; // of bfloat16
 
-__mmask16 first_16(int64_t count) { return (__mmask16)((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
 __mmask32 first_32(int64_t count) { return (__mmask32)((1ull << std::clamp<int64_t>(count, 0, 32)) - 1); }
 
 // Layout "rows" of the first `count` rows. Stores are whole: what one writes beyond its row is written again with the
@@ -151,7 +83,7 @@ inline void pack_rows(uint32_t *packed, const Rows &rows, int64_t count, int64_t
 inline void pack_row_pairs(uint32_t *packed, const Rows &rows, int64_t start, int64_t count, int64_t padded) {
     for (int64_t row = start; row < start + count; row += 2, packed += padded)
         for (int64_t column = 0; column < rows.width; column += LANES) {
-            __mmask16 there = first_16(rows.width - column);
+            __mmask16 there = first_lanes(rows.width - column);
             __m256i first = _mm256_maskz_loadu_epi16(row < rows.length ? there : 0, rows[row] + column);
             __m256i second = _mm256_maskz_loadu_epi16(row + 1 < rows.length ? there : 0, rows[row + 1] + column);
             __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
@@ -205,7 +137,7 @@ inline void write_rows(const Rows &rows, const float *sums, int64_t padded, Vect
     for (int64_t row = 0; row < rows.length; ++row, sums += padded)
         for (int64_t column = 0; column < rows.width; column += LANES) {
             __m256i narrow = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(sums + column), factor));
-            _mm256_mask_storeu_epi16(rows[row] + column, first_16(rows.width - column), narrow);
+            _mm256_mask_storeu_epi16(rows[row] + column, first_lanes(rows.width - column), narrow);
         }
 }
 

@@ -88,7 +88,7 @@ class GroupNorm {
     }
 
     template <class Work> void for_lanes(Work work) const {
-        for (int64_t c = 0; c < problem.channels; c += LANES) work(c, first_16(problem.channels - c));
+        for (int64_t c = 0; c < problem.channels; c += LANES) work(c, first_lanes(problem.channels - c));
     }
 
     const Problem &problem;
@@ -207,7 +207,7 @@ class LayerNorm {
     template <class Value> float sum_of_row(Value value) const {
         Vector sum = all(0);
         for (int64_t c = 0; c < problem.channels; c += LANES)
-            sum = _mm512_add_ps(sum, value(c, first_16(problem.channels - c)));
+            sum = _mm512_add_ps(sum, value(c, first_lanes(problem.channels - c)));
         return _mm512_reduce_add_ps(sum);
     }
 
@@ -232,7 +232,7 @@ class LayerNormForward : LayerNorm {
             problem.mean[row] = mean;
             problem.inverse[row] = inverse;
             for (int64_t c = 0; c < problem.channels; c += LANES) {
-                __mmask16 there = first_16(problem.channels - c);
+                __mmask16 there = first_lanes(problem.channels - c);
                 Vector n = _mm512_mul_ps(_mm512_sub_ps(load(x + c, there), all(mean)), all(inverse));
                 Vector weight = _mm512_maskz_loadu_ps(there, problem.weight + c);
                 store(out + c, there, _mm512_fmadd_ps(weight, n, _mm512_maskz_loadu_ps(there, problem.bias + c)));
@@ -254,7 +254,7 @@ class LayerNormBackward : LayerNorm {
             Vector mean = all(problem.mean[row]), inverse = all(problem.inverse[row]);
             Vector sum = all(0), products = all(0);
             for (int64_t c = 0; c < problem.channels; c += LANES) {
-                __mmask16 there = first_16(problem.channels - c);
+                __mmask16 there = first_lanes(problem.channels - c);
                 Vector n = _mm512_mul_ps(_mm512_sub_ps(load(x + c, there), mean), inverse);
                 Vector dz = load(grad + c, there);
                 add_to(dbias + c, there, dz);
@@ -266,7 +266,7 @@ class LayerNormBackward : LayerNorm {
             Vector shared = all(per_channel * _mm512_reduce_add_ps(sum));
             Vector along = all(per_channel * _mm512_reduce_add_ps(products));
             for (int64_t c = 0; c < problem.channels; c += LANES) {
-                __mmask16 there = first_16(problem.channels - c);
+                __mmask16 there = first_lanes(problem.channels - c);
                 Vector n = _mm512_mul_ps(_mm512_sub_ps(load(x + c, there), mean), inverse);
                 Vector weight = _mm512_maskz_loadu_ps(there, problem.weight + c);
                 Vector dn = _mm512_fmsub_ps(weight, load(grad + c, there), shared);

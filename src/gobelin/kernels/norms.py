@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gobelin.kernels.hardware import AVX512_BF16
 from gobelin.kernels.operators import Kernel, constant
 
-_KERNEL = Kernel("norms.cpp", "bfloat16.hpp", "lanes.hpp", "operands.hpp", "threads.hpp")
+_KERNEL = Kernel("norms.cpp", AVX512_BF16)
 _ROWS_AT_ONCE = 64  # as in norms.cpp
 _POINTERS = ("x", "grad", "weight", "bias", "out", "mean", "inverse", "dweight", "dbias", "piece_sums")
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "lanes.hpp"
+#include "vectors.hpp"
 
 namespace {
 

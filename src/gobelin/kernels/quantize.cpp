@@ -36,7 +36,7 @@ class Piece {
     template <class Work> void for_lanes(int64_t piece, Work work) const {
         int64_t pieces = pieces_of(problem.count), sample = piece / pieces, start = piece % pieces * AT_ONCE;
         int64_t end = std::min(problem.count, start + AT_ONCE);
-        for (int64_t i = start; i < end; i += LANES) work(sample * problem.count + i, first_16(end - i));
+        for (int64_t i = start; i < end; i += LANES) work(sample * problem.count + i, first_lanes(end - i));
     }
 
     const Problem &problem;

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import BFloat16, UInt8
 from torch import Tensor
 
+from gobelin.kernels.hardware import AVX512_BF16
 from gobelin.kernels.operators import Kernel, constant
 
-_KERNEL = Kernel("quantize.cpp", "bfloat16.hpp", "lanes.hpp", "operands.hpp", "threads.hpp")
+_KERNEL = Kernel("quantize.cpp", AVX512_BF16)
 _AT_ONCE = 1 << 15  # as in quantize.cpp
 
 

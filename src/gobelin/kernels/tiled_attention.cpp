@@ -294,7 +294,7 @@ class Block {
             for (int64_t column = 0; column < out.width; column += LANES) {
                 Vector sum = _mm512_load_ps(outs + row * shape.padded + column);
                 __m256i narrow = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sum, share));
-                _mm256_mask_storeu_epi16(out[start + row] + column, first_16(out.width - column), narrow);
+                _mm256_mask_storeu_epi16(out[start + row] + column, first_lanes(out.width - column), narrow);
             }
         }
     }

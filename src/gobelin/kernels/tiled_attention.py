@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from gobelin.kernels.hardware import has_instructions
+from gobelin.kernels.hardware import AMX
 from gobelin.kernels.operands import (
     KeyMask,
     Keys,
@@ -18,14 +18,7 @@ from gobelin.kernels.operands import (
 )
 from gobelin.kernels.operators import Kernel
 
-_KERNEL = Kernel(
-    "tiled_attention.cpp",
-    "lanes.hpp",
-    "operands.hpp",
-    "threads.hpp",
-    "tiles.hpp",
-    flags=("-mamx-tile", "-mamx-bf16"),
-)
+_KERNEL = Kernel("tiled_attention.cpp", AMX)
 _WIDEST = 256  # of a head: with wider ones, as a VAE has, sums leave the first cache, and torch's kernel is faster
 
 
@@ -62,7 +55,7 @@ def attend(query: Queries, key: Keys, value: Keys, mask: KeyMask | None = None) 
 
 def _load() -> ctypes.CDLL | None:
     """Load the kernel where the CPU has tiles, and Linux gives the process their use."""
-    library = _KERNEL.library if has_instructions("amx_bf16") else None
+    library = _KERNEL.library
     return library if library is not None and library.has_tiles() else None
 
 

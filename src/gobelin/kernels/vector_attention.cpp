@@ -1,8 +1,8 @@
-// Scaled dot-product attention for inference, O = softmax(scale Q K^T) V, by the vectors of AVX-512: in float32, and in
-// bfloat16 where the CPU multiplies pairs of it and has no tiles (tiled_attention.cpp).
+// Scaled dot-product attention for inference, O = softmax(scale Q K^T) V, by vectors: in float32, and in bfloat16 where
+// the CPU multiplies pairs of it and has no tiles (tiled_attention.cpp).
 //
 // For one head of a sample: Q, O [queries, width] and K, V [keys, width], scale = 1 / sqrt(width); a mask hides keys
-// from all queries of a sample. A block of 32 queries, along the lanes of two vectors, goes through the keys, 64 at
+// from all queries of a sample. A block of 32 queries, along the lanes of two vectors (16 with AVX2), goes through the keys, 64 at
 // once: S = Q K^T, P = exp(scale (S - largest)), [O, sum] = [O, sum] exp(scale (before - largest)) + P [V, 1], where
 // largest and before are the largest of a query's S up to these keys and up to those before (Milakov and Gimelshein
 // 2018, "Online normalizer calculation for softmax"). Only a block of S is ever in memory, in the first cache. It is
@@ -30,38 +30,50 @@ constexpr int64_t QUERIES = VECTORS * LANES; // of a block
 constexpr int64_t KEYS_AT_ONCE = 64;         // with the width of 40 they, their values and P take 28 KB in float32
 constexpr float NO_LOGIT = -FLT_MAX;         // finite, so that its difference from a logit is no NaN
 
-// A vector for each 16 of the queries.
-struct Pair {
+// A number for each of the queries.
+struct Row {
     Vector of[VECTORS];
 };
 
-Pair load(const void *from) { return {_mm512_load_ps(from), _mm512_load_ps((const float *)from + LANES)}; }
+Row all_of(float value) {
+    Row row;
+    for (Vector &lanes : row.of) lanes = all(value);
+    return row;
+}
+
+Row load_row(const void *from) {
+    Row row;
+    for (int vector = 0; vector < VECTORS; ++vector) row.of[vector] = load_once((const float *)from + vector * LANES);
+    return row;
+}
 
 // ---- What is different in the two precisions ----
 
 template <class Number> struct Attention;
 
 template <> struct Attention<float> : Precision<float> {
-    static PairVector rounded_columns(Vector only) { return _mm512_castps_si512(only); }
+    static Words rounded_columns(Vector only) { return words_of(only); }
 
     // The values of one key, as words. Stores are whole, and the next key's come after.
     static void pack_values(float *words, const float *const *value, int64_t width) {
         for (int64_t column = 0; column < width; column += LANES)
-            _mm512_storeu_ps(words + column, _mm512_maskz_loadu_ps(first_16(width - column), value[0] + column));
+            store_anywhere(words + column, ::load(value[0] + column, first_lanes(width - column)));
     }
 
     static Vector power(Vector x, Vector factor) { return exact_power(x, factor); }
 
-    static void store_probs(float *to, const Vector (&p)[1]) { _mm512_store_ps(to, p[0]); }
+    static void store_probs(float *to, const Vector (&p)[1]) { ::store(to, p[0]); }
 };
 
+#ifdef __AVX512BF16__
+
 template <> struct Attention<uint16_t> : Precision<uint16_t> {
-    static PairVector rounded_columns(Vector first, Vector second) { return in_pairs(rounded(first, second)); }
+    static Words rounded_columns(Vector first, Vector second) { return in_pairs(rounded(first, second)); }
 
     // The values of two keys, of which the second may be null, as words.
     static void pack_values(uint32_t *words, const uint16_t *const *value, int64_t width) {
         for (int64_t column = 0; column < width; column += LANES) {
-            __mmask16 there = first_16(width - column);
+            __mmask16 there = first_lanes(width - column);
             __m256i first = _mm256_maskz_loadu_epi16(there, value[0] + column);
             __m256i second = _mm256_maskz_loadu_epi16(value[1] == nullptr ? 0 : there, value[1] + column);
             __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
@@ -70,43 +82,45 @@ template <> struct Attention<uint16_t> : Precision<uint16_t> {
     }
 
     // Its relative error is a twentieth of that of the rounding that follows.
-    static Vector power(Vector x, Vector factor) { return power_below_1(_mm512_mul_ps(x, factor), OF_BFLOAT16); }
+    static Vector power(Vector x, Vector factor) { return power_below_1(x * factor, OF_BFLOAT16); }
 
     static void store_probs(uint32_t *to, const Vector (&p)[2]) {
-        _mm512_store_si512(to, in_pairs(rounded(p[0], p[1])));
+        ::store(to, in_pairs(rounded(p[0], p[1])));
     }
 };
 
-// ---- Rows to columns of words and back, 16 at a time ----
+#endif
 
-// Turn 16 rows into columns, which are `stride` apart; a row that is null is zero.
+// ---- Rows to columns of words and back, as many at a time as there are lanes ----
+
+// Turn rows into columns, which are `stride` apart; a row that is null is zero.
 template <class Number, class Word>
 void read_columns(Word *columns, int64_t stride, const Number *const (&rows)[LANES], int64_t width) {
     using Of = Attention<Number>;
     for (int64_t number = 0; number < width; number += LANES * Of::IN_WORD, columns += LANES * stride) {
-        PairVector block[LANES];
+        Words block[LANES];
         for (int64_t row = 0; row < LANES; ++row)
-            block[row] = rows[row] == nullptr ? PairVector{} : Of::load_words(rows[row] + number, width - number);
+            block[row] = rows[row] == nullptr ? Words{} : Of::load_words(rows[row] + number, width - number);
         transpose(block);
         for (int64_t word = 0; word < LANES && number + word * Of::IN_WORD < width; ++word)
-            _mm512_store_si512(columns + word * stride, block[word]);
+            store(columns + word * stride, block[word]);
     }
 }
 
-// Write columns, which are `stride` apart, times a factor for each lane, as the 16 rows from `start` on. Where a word
+// Write columns, which are `stride` apart, times a factor for each lane, as the rows from `start` on. Where a word
 // has two numbers, there is a column of zeros after an odd number of columns.
 template <class Number>
 void write_columns(const RowsOf<Number> &rows, int64_t start, const float *columns, int64_t stride, Vector factor) {
     using Of = Attention<Number>;
     for (int64_t number = 0; number < rows.width; number += LANES * Of::IN_WORD) {
-        PairVector block[LANES] = {};
+        Words block[LANES] = {};
         for (int64_t word = 0; word < LANES && number + word * Of::IN_WORD < rows.width; ++word) {
             const float *column = columns + (number + word * Of::IN_WORD) * stride;
-            Vector first = _mm512_mul_ps(_mm512_load_ps(column), factor);
+            Vector first = load(column) * factor;
             if constexpr (Of::IN_WORD == 1)
                 block[word] = Of::rounded_columns(first);
             else
-                block[word] = Of::rounded_columns(first, _mm512_mul_ps(_mm512_load_ps(column + stride), factor));
+                block[word] = Of::rounded_columns(first, load(column + stride) * factor);
         }
         transpose(block);
         for (int64_t row = 0; row < LANES && start + row < rows.length; ++row)
@@ -142,7 +156,7 @@ template <class Number> struct Head {
 
     const int64_t words; // of a key
     int64_t count = 0;
-    Buffer<Word> keys;   // [keys / 16, words, 16]
+    Buffer<Word> keys;   // [keys / LANES, words, LANES]
     Buffer<Word> values; // [keys / IN_WORD, width]
 };
 
@@ -166,23 +180,22 @@ template <class Number> class Block {
             read_columns(query_columns + lane, QUERIES, rows, sizes.width);
         }
         std::memset(sums, 0, (size_t)(columns * QUERIES) * sizeof(float));
-        largest = {all(NO_LOGIT), all(NO_LOGIT)}, total = {all(0), all(0)};
+        largest = all_of(NO_LOGIT), total = all_of(0);
         for (int64_t from = 0; from < packed.count; from += KEYS_AT_ONCE)
             add_keys(packed, from, std::min(KEYS_AT_ONCE, packed.count - from));
         for (int vector = 0; vector < VECTORS; ++vector) {
             // The largest logit has P = 1: where the sum is below it, all logits were -inf, and nothing is the largest.
-            __mmask16 none = _mm512_cmp_ps_mask(total.of[vector], all(0.5f), _CMP_LT_OQ);
-            Vector share = _mm512_mask_mov_ps(_mm512_div_ps(all(1), total.of[vector]), none, all(NAN));
+            Vector share = choose(is_below(total.of[vector], all(0.5f)), all(NAN), all(1) / total.of[vector]);
             write_columns(out, start + vector * LANES, sums + vector * LANES, QUERIES, share);
         }
     }
 
   private:
     void add_keys(const Head<Number> &packed, int64_t from, int64_t count) {
-        Pair before = largest, less;
+        Row before = largest, less;
         compute_logits(packed.keys + from * words, count);
         for (int vector = 0; vector < VECTORS; ++vector)
-            less.of[vector] = Of::power(_mm512_sub_ps(before.of[vector], largest.of[vector]), factor);
+            less.of[vector] = Of::power(before.of[vector] - largest.of[vector], factor);
         compute_probs(count, less);
         add_values(packed.values + from / IN_WORD * sizes.width, round_up(count, IN_WORD) / IN_WORD, less);
     }
@@ -193,59 +206,59 @@ template <class Number> class Block {
             const Word *rows = keys + key / LANES * LANES * words + key % LANES;
             Vector dots[ROWS][VECTORS] = {};
             for (int64_t word = 0; word < words; ++word) {
-                Pair query = load(query_columns + word * QUERIES);
+                Row query = load_row(query_columns + word * QUERIES);
                 for (int row = 0; row < ROWS; ++row)
                     for (int vector = 0; vector < VECTORS; ++vector)
                         dots[row][vector] = Of::add_product(dots[row][vector], query.of[vector], rows[word * LANES + row]);
             }
             for (int row = 0; row < ROWS; ++row)
                 for (int vector = 0; vector < VECTORS; ++vector) {
-                    _mm512_store_ps(logits + (key + row) * QUERIES + vector * LANES, dots[row][vector]);
-                    if (key + row < count) largest.of[vector] = _mm512_max_ps(largest.of[vector], dots[row][vector]);
+                    store(logits + (key + row) * QUERIES + vector * LANES, dots[row][vector]);
+                    if (key + row < count) largest.of[vector] = larger(largest.of[vector], dots[row][vector]);
                 }
         }
     }
 
     // P of `count` keys, in place of S, as words, not yet divided by its sum.
-    void compute_probs(int64_t count, const Pair &less) {
-        Pair sum = {all(0), all(0)};
+    void compute_probs(int64_t count, const Row &less) {
+        Row sum = all_of(0);
         for (int64_t key = 0; key < count; key += IN_WORD)
             for (int vector = 0; vector < VECTORS; ++vector) {
                 Vector p[IN_WORD];
                 for (int64_t i = 0; i < IN_WORD; ++i) {
-                    Vector logit = _mm512_load_ps(logits + (key + i) * QUERIES + vector * LANES);
-                    p[i] = Of::power(_mm512_sub_ps(logit, largest.of[vector]), factor);
+                    Vector logit = load(logits + (key + i) * QUERIES + vector * LANES);
+                    p[i] = Of::power(logit - largest.of[vector], factor);
                     if (key + i >= count) p[i] = all(0); // the second of a pair that has one key
-                    sum.of[vector] = _mm512_add_ps(sum.of[vector], p[i]);
+                    sum.of[vector] += p[i];
                 }
                 Of::store_probs(probs + key / IN_WORD * QUERIES + vector * LANES, p);
             }
         for (int vector = 0; vector < VECTORS; ++vector)
-            total.of[vector] = _mm512_fmadd_ps(total.of[vector], less.of[vector], sum.of[vector]);
+            total.of[vector] = multiply_add(total.of[vector], less.of[vector], sum.of[vector]);
     }
 
-    // sums [width, 32 queries] = sums * less + P^T V
-    void add_values(const Word *values, int64_t count, const Pair &less) {
+    // sums [width, queries] = sums * less + P^T V
+    void add_values(const Word *values, int64_t count, const Row &less) {
         int64_t column = 0;
-        for (; column + 8 <= sizes.width; column += 8) add_columns<8>(column, values, count, less);
-        if (sizes.width & 4) add_columns<4>(column, values, count, less), column += 4;
+        for (; column + ROWS <= sizes.width; column += ROWS) add_columns<ROWS>(column, values, count, less);
+        if (ROWS > 4 && sizes.width & 4) add_columns<4>(column, values, count, less), column += 4;
         if (sizes.width & 2) add_columns<2>(column, values, count, less), column += 2;
         if (sizes.width & 1) add_columns<1>(column, values, count, less);
     }
 
-    template <int COLUMNS> void add_columns(int64_t column, const Word *values, int64_t count, const Pair &less) {
-        Vector added[COLUMNS][VECTORS] = {};
+    template <int VALUES> void add_columns(int64_t column, const Word *values, int64_t count, const Row &less) {
+        Vector added[VALUES][VECTORS] = {};
         values += column;
         for (int64_t word = 0; word < count; ++word, values += sizes.width) {
-            Pair p = load(probs + word * QUERIES);
-            for (int c = 0; c < COLUMNS; ++c)
+            Row p = load_row(probs + word * QUERIES);
+            for (int c = 0; c < VALUES; ++c)
                 for (int vector = 0; vector < VECTORS; ++vector)
                     added[c][vector] = Of::add_product(added[c][vector], p.of[vector], values[c]);
         }
-        for (int c = 0; c < COLUMNS; ++c)
+        for (int c = 0; c < VALUES; ++c)
             for (int vector = 0; vector < VECTORS; ++vector) {
                 float *sum = sums + (column + c) * QUERIES + vector * LANES;
-                _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_load_ps(sum), less.of[vector], added[c][vector]));
+                store(sum, multiply_add(load(sum), less.of[vector], added[c][vector]));
             }
     }
 
@@ -256,7 +269,7 @@ template <class Number> class Block {
     Buffer<Word> query_columns{words * QUERIES};
     Buffer<float> sums{columns * QUERIES}, logits{KEYS_AT_ONCE * QUERIES};
     Word *const probs = (Word *)(float *)logits;
-    Pair largest, total;
+    Row largest, total;
 };
 
 // ---- All heads, by several threads ----
@@ -315,6 +328,8 @@ extern "C" int float_attention(const AttentionProblem<float> *problem, int threa
     return attend(*problem, threads, parallel);
 }
 
+#ifdef __AVX512BF16__
 extern "C" int bfloat16_attention(const AttentionProblem<uint16_t> *problem, int threads, Parallel parallel) {
     return attend(*problem, threads, parallel);
 }
+#endif

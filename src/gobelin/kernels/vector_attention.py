@@ -1,4 +1,4 @@
-"""Attention for inference by the vectors of AVX-512: ``vector_attention.cpp``, which has the equations.
+"""Attention for inference by vectors of AVX-512 or AVX2: ``vector_attention.cpp``, which has the equations.
 
 In float32, and in bfloat16 where the CPU multiplies pairs of it but has no tiles, as AMD's have.
 """
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from gobelin.kernels.hardware import has_instructions
+from gobelin.kernels.hardware import AVX512, FLOAT32_VECTORS, has_instructions
 from gobelin.kernels.operands import (
     KeyMask,
     Keys,
@@ -20,15 +20,9 @@ from gobelin.kernels.operands import (
 )
 from gobelin.kernels.operators import Kernel
 
-_KERNEL = Kernel(
-    "vector_attention.cpp",
-    "lanes.hpp",
-    "operands.hpp",
-    "precision.hpp",
-    "threads.hpp",
-    instructions=("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"),  # x86-64-v4
-)
-_WIDEST_FLOAT32 = 80  # of a head: with wider ones torch's kernel, of products by MKL, is as fast
+_KERNEL = Kernel("vector_attention.cpp", *FLOAT32_VECTORS)
+# Width of a head: with wider ones torch's kernel, of products by MKL, is as fast.
+_WIDEST_FLOAT32 = 80 if AVX512.is_here else 64
 _FEWEST_FLOAT32 = 64  # queries: with fewer, which leave lanes empty, and calls weigh, it is faster
 
 FloatQueries = Float32[Tensor, "batch heads queries width"]
@@ -36,16 +30,16 @@ FloatKeys = Float32[Tensor, "batch heads keys width"]
 
 
 def takes_float32(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> bool:
-    """Tell whether the kernel is to compute attention of these: float32 on a CPU with AVX-512, no mask but of keys.
+    """Tell whether the kernel is to compute attention of these: float32 on a CPU with vectors, no mask but of keys.
 
     It computes any width and any number of queries, but not always in less time than torch's.
     """
     return (
         attention_fits(query, key, value, torch.float32)
-        and query.shape[-1] <= _WIDEST_FLOAT32
         and query.shape[2] >= _FEWEST_FLOAT32
         and is_key_mask(mask, query, key)
         and VECTOR_LIBRARY is not None
+        and query.shape[-1] <= _WIDEST_FLOAT32
     )
 
 
