@@ -9,9 +9,10 @@ from gobelin.engines.phase_convolutions import phase_weights
 from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.layers import Upsample2D
 
-pytestmark = pytest.mark.skipif(
-    not has_fast_bfloat16(torch.device("cpu")), reason="needs a CPU that multiplies bfloat16"
-)
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+
+DTYPES = [torch.float32] + [torch.bfloat16] * has_fast_bfloat16(torch.device("cpu"))
+DTYPE = DTYPES[-1]
 
 
 def error(ours: Tensor, truth: Tensor) -> float:
@@ -26,7 +27,7 @@ def upsampled(block: Upsample2D, given: Tensor, *size: tuple[int, int]) -> Tenso
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "channels", "height", "width"), [(1, 8, 1, 1), (2, 5, 3, 7), (3, 48, 8, 5)])
 @pytest.mark.parametrize("last", [False, True])
 def test_it_computes_what_the_block_does(
@@ -46,7 +47,7 @@ def test_it_computes_what_the_block_does(
 
 @torch.no_grad()
 def test_another_size_is_the_blocks_own() -> None:
-    block, given = Upsample2D(6).bfloat16().requires_grad_(False), torch.randn(1, 6, 4, 5).bfloat16()
+    block, given = Upsample2D(6).to(DTYPE).requires_grad_(False), torch.randn(1, 6, 4, 5).to(DTYPE)
     assert error(upsampled(block, given, (7, 9)), block(given, (7, 9))) <= 0.01
     assert upsampled(block, given, (7, 9)).shape == (1, 6, 7, 9)
 
@@ -60,8 +61,8 @@ def test_every_weight_is_counted_once_in_each_phase() -> None:
 
 
 def test_a_convolution_that_is_listened_to_is_called() -> None:
-    block, heard = Upsample2D(4).bfloat16().requires_grad_(False), []
+    block, heard = Upsample2D(4).to(DTYPE).requires_grad_(False), []
     block.conv.register_forward_hook(lambda *_: heard.append(1))
     with torch.no_grad():
-        upsampled(block, torch.randn(1, 4, 3, 3).bfloat16())
+        upsampled(block, torch.randn(1, 4, 3, 3).to(DTYPE))
     assert heard == [1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gobelin.engines.forwards import is_replaced, other_forwards
+from gobelin.engines.packed_convolution import PackedConvolution
 from gobelin.engines.phase_convolutions import pack_upsampling
 from gobelin.engines.watched_weights import sum_of_bits
 from gobelin.kernels.hardware import has_fast_bfloat16, has_instructions, is_amds
@@ -115,7 +116,7 @@ def _pays_in(dtype: torch.dtype) -> bool:
     In float32 PyTorch computes linear layers by Intel's MKL, which on Intel's CPUs is as fast.
     """
     if dtype == torch.float32:
-        return is_amds() and has_instructions("avx512_f")
+        return is_amds() and has_instructions("avx2")
     return dtype == torch.bfloat16 and has_fast_bfloat16(torch.device("cpu"))
 
 
@@ -205,10 +206,5 @@ def _linear(layer: PackableLayer) -> LayerForward:
 
 def _convolution(layer: nn.Conv2d) -> LayerForward:
     sizes = layer.padding, layer.stride, layer.dilation, layer.groups
-    weight = layer.weight.detach().contiguous().to_mkldnn()
-    packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight, *sizes, None)
-
-    def convolve(hidden: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(hidden, packed, layer.bias, *sizes, "none", [], "")
-
-    return convolve
+    convolve = PackedConvolution(lambda: layer.weight.detach(), *sizes)
+    return lambda hidden: convolve(hidden, layer.bias)

@@ -11,20 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gobelin.engines.packed_convolution import PackedConvolution
 from gobelin.layers import Upsample2D
 
 
 def pack_upsampling(block: Upsample2D) -> Callable[[Tensor], Tensor]:
     """Pack an upsampling by two; what is returned computes one of a map, without gradients."""
-    sizes = (1, 1), (1, 1), (1, 1), 1  # padding, stride, dilation, groups
-    phases = phase_weights(block.conv.weight.detach()).contiguous()
-    packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(phases.to_mkldnn(), *sizes, None)
+    convolve = PackedConvolution(lambda: phase_weights(block.conv.weight.detach()), (1, 1), (1, 1), (1, 1), 1)
     channels = block.conv.out_channels
 
     def upsample(hidden: Tensor) -> Tensor:
         bias = None if block.conv.bias is None else block.conv.bias.repeat(4)
-        every = torch.ops.mkldnn._convolution_pointwise(hidden, packed, bias, *sizes, "none", [], "")
-        every = every.permute(0, 2, 3, 1).unflatten(-1, (2, 2, channels))
+        every = convolve(hidden, bias).permute(0, 2, 3, 1).unflatten(-1, (2, 2, channels))
         batch, height, width = len(hidden), *hidden.shape[2:]
         out = hidden.new_empty(batch, height, 2, width, 2, channels)
         for row in range(2):
