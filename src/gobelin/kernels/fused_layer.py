@@ -34,7 +34,7 @@ class _Call(ctypes.Structure):
 
 
 def computes_fused_layers(dtype: torch.dtype) -> bool:
-    """Tell whether the kernel computes in this precision here: on a CPU with vectors of it, of bfloat16 with products of pairs."""
+    """Tell whether the kernel computes in this precision here, by AVX-512 or AVX2, in bfloat16 by AVX512-BF16."""
     if dtype == torch.bfloat16 and not has_instructions("avx512_bf16"):
         return False
     return dtype in (torch.float32, torch.bfloat16) and _KERNEL.library is not None
@@ -156,7 +156,7 @@ def _in_vectors(numbers: Tensor) -> Tensor:
 def _packed(weight: Tensor, bias: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     """Lay out weights and bias as the kernel reads them; with a gate, vectors of hidden numbers and of gates alternate.
 
-    Weights lie by blocks of up to ``widest`` vectors of channels, within a block by pixel of the window and by word of it.
+    Weights lie by blocks of up to ``widest`` vectors of channels, in a block by pixel of the window and by word of it.
     """
     halves = 2 if gated else 1
     # [halves, channels of whole vectors, side², in]
