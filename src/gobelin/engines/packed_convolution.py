@@ -11,7 +11,7 @@ class PackedConvolution:
     """A convolution without gradients, whose weight lies as oneDNN reads it for maps of the last size that came in.
 
     That order depends on the size. A weight in another one is put in order at every call, which on a CPU with AVX2
-    takes up to fifty times as long as the convolution. To pack it anew from the layer's own takes as long as one or two.
+    takes up to fifty times as long as the convolution. To pack it anew from the layer's own takes as long as two.
 
     ``weight_of`` returns the layer's own weight, and ``sizes`` are padding, stride, dilation and groups.
     """
