@@ -29,6 +29,7 @@ CONVOLUTIONS = [
     nn.Conv2d(6, 9, 3, padding=1, groups=3),
     nn.Conv2d(6, 6, 3, stride=2),
 ]
+
 LINEARS = [nn.Linear(7, 5), nn.Linear(1, 9, bias=False), nn.Linear(64, 130)]
 
 
@@ -78,6 +79,14 @@ def test_a_convolution_computes_maps_of_any_size_one_after_the_other(dtype: torc
         with weights.in_use():
             ours = layer(given)
         assert error(ours, layer(given)) <= (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@torch.no_grad()
+def test_padding_that_is_named_goes_by_the_layer_itself() -> None:
+    layer = nn.Sequential(nn.Conv2d(6, 6, 3, padding="same"))
+    weights, given = packed(layer), torch.randn(1, 6, 5, 4, dtype=DTYPE)
+    with weights.in_use():
+        assert torch.equal(layer(given), layer[0](given))
 
 
 REORDERS = """

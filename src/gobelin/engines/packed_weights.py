@@ -131,7 +131,9 @@ def _has_room_for(network: nn.Module) -> bool:
 
 
 def _can_pack(layer: nn.Module) -> TypeGuard[PackableLayer]:
-    plain = type(layer) is nn.Linear or (type(layer) in (nn.Conv2d, Conv2d) and layer.padding_mode == "zeros")
+    plain = type(layer) is nn.Linear or (
+        type(layer) in (nn.Conv2d, Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
     return plain and layer.weight.dtype in (torch.bfloat16, torch.float32) and layer.weight.device.type == "cpu"
 
 
@@ -205,6 +207,7 @@ def _linear(layer: PackableLayer) -> LayerForward:
 
 
 def _convolution(layer: nn.Conv2d) -> LayerForward:
+    assert not isinstance(layer.padding, str)
     sizes = layer.padding, layer.stride, layer.dilation, layer.groups
     convolve = PackedConvolution(lambda: layer.weight.detach(), *sizes)
     return lambda hidden: convolve(hidden, layer.bias)
