@@ -32,8 +32,8 @@ class BenchRow:
 
     def measured_in(self, there: "Collection[BenchPrecision]") -> _Precisions:
         """List the row's precisions among those that are ``there``; of a growth curve's, the first."""
-        found = tuple(one for one in self.precisions if one in there)
-        return found[:1] if self.kind == "growth" else found
+        found: list[BenchPrecision] = [one for one in self.precisions if one in there]
+        return tuple(found[:1] if self.kind == "growth" else found)
 
 
 def _unet(name: str, side: int, batch: int, **more: Any) -> BenchRow:
@@ -100,6 +100,13 @@ _LISTED = (
         kind="trace",
         group="sd15",
         sizes={"model": "sd15", "side": 64},
+    ),
+    BenchRow(
+        name="tiny-trace",
+        text="guided U-Net pass of the model that ships, latents 16×16, with the maps of its words",
+        kind="trace",
+        group="tiny",
+        sizes={"model": "tiny", "side": 16},
     ),
     _train(
         *("train-tiny", "optimizer step of the U-Net of the model that ships, batch 64", "tiny"),
