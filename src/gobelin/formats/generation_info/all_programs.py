@@ -1,4 +1,4 @@
-"""Settings that programs stored in their images, read by one function; a program is one file, or an entry of one."""
+"""Read the settings that any of the programs stored in an image."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -13,7 +13,7 @@ from gobelin.formats.generation_info.comfyui import (
     parse_comfyui_graph,
 )
 from gobelin.formats.generation_info.draft import GOBELIN, GenerationInfo, in_words
-from gobelin.formats.generation_info.image_texts import MAX_TEXT, PARAMETERS, XMP_COMMENT, read_image_texts
+from gobelin.formats.generation_info.image_texts import GOBELIN_KEY, MAX_TEXT, PARAMETERS, XMP_COMMENT, read_image_texts
 from gobelin.formats.generation_info.other_programs import (
     parse_draw_things,
     parse_dream,
@@ -24,11 +24,6 @@ from gobelin.formats.generation_info.other_programs import (
     parse_swarmui,
 )
 from gobelin.images import readable_size
-
-__all__ = ["GOBELIN", "GOBELIN_KEY", "GenerationInfo", "read_generation_info"]
-
-GOBELIN_KEY = "gobelin"
-"""Keyword of Gobelin's own text chunk."""
 
 _NOVELAI = (
     "its text says that NovelAI made it, whose prompts and models Gobelin does not have: give a prompt of your own"
