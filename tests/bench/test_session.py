@@ -1,11 +1,14 @@
 """Rows, peers, a session within its budget, and the processes in which rows are measured."""
 
 import pytest
+from PIL import Image
 
 from gobelin.bench import session
+from gobelin.bench.bench_chart import write_bench_chart
 from gobelin.bench.growth import at_most, exponent, measure_growth
 from gobelin.bench.measure import Limits
 from gobelin.bench.peers import PEERS, Peer, find_peers
+from gobelin.bench.process_contenders import run_python
 from gobelin.bench.rows import ROWS, find_rows
 from gobelin.bench.session import BenchPlan, run_bench
 from gobelin.bench.workloads import refuse_unknown_contenders, workload_of
@@ -29,6 +32,15 @@ def test_rows_are_found_by_name_group_and_kind():
 def test_hidden_rows_are_found_by_their_own_name_alone():
     assert [row.name for row in find_rows(["unet-nano"])] == ["unet-nano"]
     assert all(not row.hidden for names in ([], ["unet"]) for row in find_rows(names))
+
+
+def test_a_growth_curve_is_measured_in_the_fastest_precision_that_there_is():
+    by_name = {name: ROWS[name].measured_in for name in ("growth-batch", "growth-processes", "train-full-32")}
+    assert by_name["growth-batch"](["float32", "bfloat16"]) == ("bfloat16",)
+    assert by_name["growth-batch"](["float32"]) == ("float32",)
+    assert by_name["growth-processes"](["bfloat16", "float32"]) == ("float32",)  # of a model that is painted in it
+    assert by_name["growth-processes"](["bfloat16"]) == ("bfloat16",)
+    assert by_name["train-full-32"](["bfloat16", "float32"]) == ("bfloat16", "float32")
 
 
 def test_every_row_has_a_workload_whose_first_contender_is_ours():
@@ -76,6 +88,15 @@ def test_a_row_whose_process_fails_does_not_end_the_others(monkeypatch):
     assert "unet-64 in float32: its process was killed" in said
 
 
+def test_a_process_that_finds_no_memory_says_so():
+    allowed = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32)); "
+    for code in ("import torch; torch.empty(2**40)", "bytearray(2**40)"):
+        with pytest.raises(RuntimeError, match=r"^this machine has not enough free memory for it$"):
+            run_python(allowed + code, [])
+    with pytest.raises(RuntimeError, match="its process ended with 1: ValueError: no"):
+        run_python("raise ValueError('no')", [])
+
+
 def test_growth_is_the_exponent_of_a_power_law():
     assert exponent([1, 2, 4, 8], [3 * value**1.5 for value in (1, 2, 4, 8)]) == pytest.approx(1.5)
     assert exponent([1], [3.0]) is None
@@ -83,9 +104,18 @@ def test_growth_is_the_exponent_of_a_power_law():
     assert at_most("side", [16, 32], 1) == [16, 32]
 
 
-def test_growth_measures_every_size():
+def test_growth_measures_every_size_and_draws_its_curve(tmp_path):
     sizes = {"model": "nano", "side": 16, "batch": 1}
     measured = measure_growth("batch", [1, 2], sizes, "float32", Limits(rounds=2), peers=(), peak_side=64)
     assert [(point["at"], point["samples"]) for point in measured["points"]] == [(1, 1), (2, 2)]
     assert measured["points"][1]["operations"] == 2 * measured["points"][0]["operations"]
     assert set(measured["growth"]) == {"gobelin"}
+    row = {"row": "growth-batch", "text": "a very small U-Net", "precision": "float32", **measured}
+    for name in ("growth.svg", "growth.png"):
+        write_bench_chart({"rows": [row]}, tmp_path / name)
+    svg = (tmp_path / "growth.svg").read_text()
+    assert "gobelin: ∝ n^" in svg
+    assert "ideal: ∝ operations" in svg
+    assert "stroke-dasharray" in svg
+    with Image.open(tmp_path / "growth.png") as image:
+        assert image.width > image.height > 100

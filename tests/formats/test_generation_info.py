@@ -12,7 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gobelin.errors import DataError
-from gobelin.formats.generation_info import GenerationInfo, read_generation_info
+from gobelin.formats.generation_info.all_programs import read_generation_info
+from gobelin.formats.generation_info.draft import GenerationInfo
 from gobelin.formats.generation_info.image_texts import MAX_TEXT
 from gobelin.samplers import SAMPLERS
 

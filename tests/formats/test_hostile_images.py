@@ -26,7 +26,8 @@ from tests.formats.test_generation_info import (
 from tests.trials import trials
 
 from gobelin.errors import DataError
-from gobelin.formats.generation_info import GenerationInfo, read_generation_info
+from gobelin.formats.generation_info.all_programs import read_generation_info
+from gobelin.formats.generation_info.draft import GenerationInfo
 from gobelin.samplers import SAMPLERS
 
 TRIALS = trials(100)

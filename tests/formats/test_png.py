@@ -9,8 +9,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gobelin.errors import DataError
-from gobelin.formats.generation_info import read_generation_info
 from gobelin.formats.generation_info.a1111 import format_a1111_parameters, parse_a1111_parameters
+from gobelin.formats.generation_info.all_programs import read_generation_info
 from gobelin.formats.png import (
     read_png_settings,
     write_png,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ _FORWARD = {
     ),
 }
 _TORCH = "import torch\n{peak}"
+_NO_MEMORY = ("Cannot allocate memory", "MemoryError", "bad_alloc")  # the system's word, Python's and C++'s
 
 
 def start_workload(precision: BenchPrecision) -> Workload:
@@ -83,11 +85,17 @@ def _weights(precision: BenchPrecision) -> tempfile.TemporaryDirectory:
     return folder
 
 
+@cache
+def _bytecode() -> tempfile.TemporaryDirectory:
+    """Make the folder for the bytecode of all contenders, which is there as long as this process."""
+    return tempfile.TemporaryDirectory(prefix="gobelin-bench-")
+
+
 def _process(code: str, *arguments: str) -> Call:
     """Make a call that runs Python code in a fresh process, with this number of threads."""
 
     def call() -> None:
-        _run(code, arguments)
+        run_python(code, arguments)
 
     return call
 
@@ -95,23 +103,29 @@ def _process(code: str, *arguments: str) -> Call:
 def _peak(code: str, precision: BenchPrecision) -> Call:
     """Make a call that returns the peak memory, in MB, that a fresh process prints."""
     folder = _weights(precision).name
-    return lambda: float(_run(code, [folder]).split()[-1])
+    return lambda: float(run_python(code, [folder]).split()[-1])
 
 
-def _run(code: str, arguments: Sequence[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=process_environment()
-    )
+def run_python(code: str, arguments: Sequence[str]) -> str:
+    """Run Python code in a fresh process with as many threads as this one; returns what it prints.
+
+    Raises :class:`RuntimeError` with the end of what it said, or that memory was short.
+    """
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=_environment())
+    if done.returncode == -signal.SIGKILL or any(one in done.stderr for one in _NO_MEMORY):
+        raise RuntimeError("this machine has not enough free memory for it")
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise RuntimeError(f"its process ended with {done.returncode}: {said[-1] if said else 'it said nothing'}")
     return done.stdout
 
 
-def process_environment() -> dict[str, str]:
-    """Make the environment of a process with as many threads as this one."""
+def _environment() -> dict[str, str]:
+    """Make the environment of a process: as many threads as this one, and bytecode of all that it imports."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
-    return {**os.environ, **threads}
+    # Where Python is told to keep no bytecode, programs that were installed with theirs would start sooner than others.
+    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": _bytecode().name}
+    return {**os.environ, **threads, **kept}
 
 
 _LOOP = """

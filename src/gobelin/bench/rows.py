@@ -1,20 +1,25 @@
 """The rows of a benchmark: what is measured, at which sizes, by name. Importing them imports no PyTorch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gobelin.validation import refuse_unknown
 
+if TYPE_CHECKING:
+    from gobelin.bench.workload import BenchPrecision
+
 RowKind = Literal["unet", "trace", "vae", "text", "picture", "train", "start", "memory", "growth"]
-_BOTH = ("bfloat16", "float32")
+_Precisions = tuple["BenchPrecision", ...]
+_BOTH: _Precisions = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
     """One thing that is measured: its kind, and the sizes that the kind needs.
 
-    A row is also chosen by the name of its group, or of its kind; one that is ``hidden`` by its own alone.
+    A row is also chosen by the name of its group, or of its kind; one that is ``hidden`` by its own alone. Its
+    ``precisions`` are in the order in which the model paints fastest, where the machine has them.
     """
 
     name: str
@@ -22,8 +27,13 @@ class BenchRow:
     kind: RowKind
     group: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
-    precisions: tuple[str, ...] = _BOTH
+    precisions: _Precisions = _BOTH
     hidden: bool = False
+
+    def measured_in(self, there: "Collection[BenchPrecision]") -> _Precisions:
+        """List the row's precisions among those that are ``there``; of a growth curve's, the first."""
+        found: list[BenchPrecision] = [one for one in self.precisions if one in there]
+        return tuple(found[:1] if self.kind == "growth" else found)
 
 
 def _unet(name: str, side: int, batch: int, **more: Any) -> BenchRow:
@@ -42,14 +52,17 @@ def _picture(name: str, text: str, model: str, batch: int) -> BenchRow:
     return BenchRow(name=name, text=text, kind="picture", group=model, sizes=sizes)
 
 
-def _train(name: str, text: str, group: str, precisions: tuple[str, ...] = _BOTH, **sizes: Any) -> BenchRow:
-    return BenchRow(name=name, text=text, kind="train", group=group, sizes=sizes, precisions=precisions)
+def _train(name: str, text: str, group: str, **sizes: Any) -> BenchRow:
+    return BenchRow(name=name, text=text, kind="train", group=group, sizes=sizes)
 
 
 def _growth(along: str, text: str, values: tuple[int, ...], model: str, side: int, batch: int) -> BenchRow:
+    precisions: _Precisions = (
+        ("float32", "bfloat16") if model == "tiny" else _BOTH
+    )  # as gobelin.checkpoint.fastest_dtype
     sizes = {"along": along, "values": values, "sizes": {"model": model, "side": side, "batch": batch}}
     return BenchRow(
-        name=f"growth-{along}", text=text, kind="growth", group="growth", sizes=sizes, precisions=("bfloat16",)
+        name=f"growth-{along}", text=text, kind="growth", group="growth", sizes=sizes, precisions=precisions
     )
 
 
@@ -88,6 +101,13 @@ _LISTED = (
         group="sd15",
         sizes={"model": "sd15", "side": 64},
     ),
+    BenchRow(
+        name="tiny-trace",
+        text="guided U-Net pass of the model that ships, latents 16×16, with the maps of its words",
+        kind="trace",
+        group="tiny",
+        sizes={"model": "tiny", "side": 16},
+    ),
     _train(
         *("train-tiny", "optimizer step of the U-Net of the model that ships, batch 64", "tiny"),
         model="tiny",
@@ -114,7 +134,6 @@ _LISTED = (
     ),
     _train(
         *("train-full-32", "optimizer step of Stable Diffusion 1.5's U-Net, latents 32×32, batch 1", "sd15"),
-        precisions=("bfloat16",),
         model="sd15",
         side=32,
         batch=1,

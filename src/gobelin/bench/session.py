@@ -37,7 +37,7 @@ class BenchPlan:
     @property
     def tasks(self) -> list[tuple[BenchRow, BenchPrecision]]:
         """Each row in each of its precisions."""
-        return [(row, one) for row in self.rows for one in self.precisions if one in row.precisions]
+        return [(row, one) for row in self.rows for one in row.measured_in(self.precisions)]
 
 
 def run_bench(plan: BenchPlan, say: Callable[[str], None]) -> dict[str, Any]:

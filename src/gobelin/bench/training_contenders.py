@@ -6,8 +6,6 @@ nothing, as ours does not here.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from gobelin.adapters.adapter_settings import AdapterConfig
 from gobelin.adapters.trainable import add_adapters_
 from gobelin.bench.machine import limit_memory
 from gobelin.bench.paired import timed
-from gobelin.bench.process_contenders import process_environment
+from gobelin.bench.process_contenders import run_python
 from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
 from gobelin.bench.training_loops import Loop, MadeStage, NoAverage, TakingTurns, make_batch, quiet_run
 from gobelin.bench.unet_contenders import BASE, UNetPass
@@ -260,12 +258,7 @@ def _apart(run: TrainingPass, name: str) -> Call:
     """Make a call that trains in a fresh process, and returns the seconds of a step."""
 
     def call() -> float:
-        command = [sys.executable, "-c", _APART, json.dumps({"run": asdict(run), "name": name})]
-        done = subprocess.run(command, capture_output=True, text=True, env=process_environment())
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            raise RuntimeError(f"its process ended with {done.returncode}: {said[-1] if said else 'it said nothing'}")
-        return float(done.stdout.split()[-1])
+        return float(run_python(_APART, [json.dumps({"run": asdict(run), "name": name})]).split()[-1])
 
     return call
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gobelin.errors import ModelError
 from gobelin.formats.files import is_there
 from gobelin.validation import shown
@@ -57,7 +55,7 @@ def read_schedule_hints(
         )
     ours = [(name, own[name], "its metadata under 'gobelin'") for name in _EITHER if name in own]
     said = [*ours, *_from_keys(keys), *_from_metadata(path, metadata)]
-    configuration = _read_yaml(path)
+    configuration = _yaml_beside(path)
     scaling_factor, heads = None, None
     if configuration is not None:
         file, params = configuration
@@ -109,28 +107,21 @@ def _from_metadata(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, A
     return said
 
 
-class _Loader(yaml.SafeLoader):
-    """A loader without aliases, by which a short text can stand for one of any length."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read")
-        return super().compose_node(parent, index)
-
-
-def _read_yaml(path: Path) -> tuple[Path, dict[str, Any]] | None:
+def _yaml_beside(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """Read the parameters of the ``.yaml`` of the same name, if there is one."""
     file = next((one for one in (path.with_suffix(".yaml"), path.with_suffix(".yml")) if is_there(one)), None)
     if file is None:
         return None
     if file.stat().st_size > _MAX_YAML:
         raise ModelError(f"{file} is larger than any configuration of Stable Diffusion: move it away if it is none")
+    from gobelin.formats.yaml_files import read_yaml  # with PyYAML, which few files need
+
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        content = read_yaml(file)
         params = content["model"]["params"]
         if not isinstance(params, dict):
             raise TypeError
-    except Exception as error:  # PyYAML's constructors raise many kinds
+    except Exception as error:  # of many kinds
         raise ModelError(
             f"{file} has no model.params, which a configuration of Stable Diffusion has: move it away if it is none"
         ) from error

@@ -37,7 +37,7 @@ class Bench(ReportFiles):
     list: bool = False
     """List the rows, and the other programs that are there, and exit."""
     precision: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
-    """The precisions to compute in."""
+    """The precisions to compute in; growth curves are measured in the fastest of them alone."""
     peers: tuple[str, ...] = ()
     """The other programs to compare with, by name, or none; without it, all that are installed."""
     only: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Bench(ReportFiles):
     budget: float = 60.0
     """Minutes for all rows together; each gets its share, and what has begun is not broken off."""
     plot: Path | None = None
-    """Draw the ratios into this file, SVG or PNG."""
+    """Draw the ratios and the growth curves into this file, SVG or PNG."""
 
 
 def run(arguments: Sequence[str]) -> None:

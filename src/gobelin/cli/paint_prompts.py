@@ -14,7 +14,7 @@ from gobelin.cli.open_and_paint import (
     settings_of_image,
 )
 from gobelin.errors import UsageError
-from gobelin.formats.generation_info import GOBELIN, read_generation_info
+from gobelin.formats.generation_info.draft import GOBELIN
 from gobelin.formats.png import write_png
 from gobelin.images import open_image, open_mask
 from gobelin.inpainting import digest
@@ -59,6 +59,8 @@ def _to_paint(options: Generate) -> tuple[Sequence[str], dict[str, Any], dict[st
             raise UsageError('no prompt given: put what to paint first, as in gobelin generate "a red circle"')
         prompts, tags = options.take_tags(options.prompts, given.get("weights"))
         return prompts, given, None, tags
+    from gobelin.formats.generation_info.all_programs import read_generation_info  # parsers that few paintings need
+
     found = read_generation_info(options.from_, SAMPLERS)
     ours = found.source == GOBELIN
     recorded = settings_of_image(found.settings, options.from_, options.model) if ours else dict(found.settings)

@@ -9,9 +9,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from gobelin.errors import DataError, ModelError
 from gobelin.formats.files import parse_json, replacing
-from gobelin.formats.generation_info import GOBELIN_KEY
 from gobelin.formats.generation_info.a1111 import format_a1111_parameters
-from gobelin.formats.generation_info.image_texts import PARAMETERS, read_image_texts
+from gobelin.formats.generation_info.image_texts import GOBELIN_KEY, PARAMETERS, read_image_texts
 
 
 def write_png(file: Path, image: Image.Image, settings: dict[str, Any] | None = None) -> None:

@@ -19,6 +19,8 @@ from PIL import Image
 from gobelin.errors import DataError
 from gobelin.images import UNREADABLE, readable_size
 
+GOBELIN_KEY = "gobelin"
+"""Keyword of Gobelin's own text chunk."""
 PARAMETERS = "parameters"
 """Keyword of AUTOMATIC1111's text; an EXIF UserComment and hidden text, which have none, are under it too."""
 XMP_COMMENT = "exif:UserComment"
