@@ -16,7 +16,8 @@ import torch
 
 from gobelin.look.heatmaps import sharp_trace
 from gobelin.pipeline import Pipeline
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from gobelin.guidance import (
 )
 from gobelin.schedule import NoiseSchedule, PredictionType, ScheduleConfig
 from gobelin.text_conditioning import TextConditioning
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 LATENTS = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 TEXT, NEGATIVE = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(1))

@@ -24,7 +24,8 @@ from gobelin.engines.watched_weights import WatchedWeights
 from gobelin.errors import UsageError
 from gobelin.pipeline import Pipeline
 from gobelin.shortcuts import DeepFeatures, Shortcuts
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino (gobelin[openvino])")

@@ -10,7 +10,8 @@ from torch import Tensor
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.shortcuts import Shortcuts
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 
