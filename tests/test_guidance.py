@@ -48,9 +48,9 @@ def unet() -> UNet:
 
 @pytest.fixture
 def rows(unet: UNet) -> list[int]:
-    """How many rows each run of the U-Net had, in order."""
+    """How many rows each run of the U-Net predicted, in order."""
     seen = []
-    unet.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    unet.register_forward_hook(lambda _, inputs, prediction: seen.append(len(prediction)))
     return seen
 
 

@@ -33,6 +33,7 @@ from gobelin.layers import (
     TimestepEmbedding,
     Timesteps,
     Upsample2D,
+    repeat_rows,
 )
 from gobelin.operations import Conv2d, GroupNorm, LayerNorm
 from gobelin.shortcuts import DeepFeatures, Shortcuts
@@ -52,7 +53,7 @@ class Conditioning(NamedTuple):
     the patches that are merged where the finest attend to each other.
     """
 
-    time_embedding: Float[Tensor, "batch time_width"]
+    time_embedding: Float[Tensor, "images time_width"]
     text_embeddings: Float[Tensor, "batch length text_width"]
     text_mask: Bool[Tensor, "batch length"] | None = None
     probe: Probe | None = None
@@ -74,13 +75,15 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "batch patches width"],
+        hidden: Float[Tensor, "rows patches width"],
         conditioning: Conditioning,
         height: int = 1,
     ) -> Float[Tensor, "batch patches width"]:
         """Attend to patches, which stand in ``height`` rows, and to words, and feed forward."""
         text_embeddings, text_mask, probe = conditioning.text_embeddings, conditioning.text_mask, conditioning.probe
-        hidden = hidden + self._attend_to_patches(hidden, conditioning, height)
+        attended = self._attend_to_patches(hidden, conditioning, height)
+        batch = text_embeddings.shape[0]  # from here on the texts of an image are told apart
+        hidden = repeat_rows(hidden, batch) + repeat_rows(attended, batch)
         hidden = hidden + self.attn2(self.norm2(hidden), text_embeddings, text_mask, probe)
         return hidden + self.ff(self.norm3(hidden))
 
@@ -92,7 +95,7 @@ class BasicTransformerBlock(nn.Module):
         patches = MergedPatches.of(hidden, height, conditioning.merge_tokens)
         attended = self.attn1(patches.merge(self.norm1(hidden)), probe=probe)
         if probe is not None and site in probe.maps:
-            probe.maps[site] = patches.spread(probe.maps[site], probe.rows)
+            probe.maps[site] = patches.spread(probe.maps[site], probe.rows_among(hidden.shape[0]))
         return patches.unmerge(attended)
 
 
@@ -108,7 +111,7 @@ class Transformer2DModel(nn.Module):
 
     def forward(
         self,
-        feature_map: Float[Tensor, "batch channels height width"],
+        feature_map: Float[Tensor, "rows channels height width"],
         conditioning: Conditioning,
     ) -> Float[Tensor, "batch channels height width"]:
         """Take the feature map apart into a row of patches, and put it together again after the blocks."""
@@ -116,7 +119,8 @@ class Transformer2DModel(nn.Module):
         patches = rearrange(self.proj_in(self.norm(feature_map)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             patches = block(patches, conditioning, height)
-        return feature_map + self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
+        change = self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
+        return repeat_rows(feature_map, change.shape[0]) + change
 
 
 class _Block(nn.Module):
@@ -179,7 +183,7 @@ class UNetMidBlock2DCrossAttn(_Block):
         super().__init__([(width, width)] * 2, 1, config)
 
     def forward(
-        self, hidden: Float[Tensor, "batch channels height width"], conditioning: Conditioning
+        self, hidden: Float[Tensor, "rows channels height width"], conditioning: Conditioning
     ) -> Float[Tensor, "batch channels height width"]:
         """Run the residual block with its transformer, and the other residual block."""
         return self.resnets[1](self.run_layer(0, hidden, conditioning), conditioning.time_embedding)
@@ -217,7 +221,7 @@ class UpBlock2D(_Block):
         for layer, skip in enumerate(reversed(skips), start=layers - len(skips)):
             if deep is not None and layer == layers - SHALLOW_LAYERS:
                 deep.hidden = hidden
-            hidden = self.run_layer(layer, torch.cat([hidden, skip], dim=1), conditioning)
+            hidden = self.run_layer(layer, torch.cat([hidden, repeat_rows(skip, hidden.shape[0])], dim=1), conditioning)
         return self.upsamplers[0](hidden, size) if hasattr(self, "upsamplers") else hidden
 
 
@@ -247,8 +251,8 @@ class UNet(Component[UNetConfig]):
 
     def forward(
         self,
-        noisy_latents: Float[Tensor, "batch in_channels height width"],
-        timesteps: Num[Tensor, " batch"],
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
@@ -257,14 +261,17 @@ class UNet(Component[UNetConfig]):
         ``timesteps`` are in 0 … 999 and may lie between two integers. ``text_mask`` is True where a token may be
         attended to; without one all are, the padding too, as in Stable Diffusion. Height and width are free:
         where a level has an odd size, the way up goes back to that size.
+
+        An image may have several texts, as guidance gives it: one of every image, then another of every image. What
+        comes before the first cross-attention is then computed once for all of them.
         """
         time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
         return self._predict(noisy_latents, Conditioning(time_embedding, text_embeddings, text_mask))
 
     def trace(
         self,
-        noisy_latents: Float[Tensor, "batch in_channels height width"],
-        timesteps: Num[Tensor, " batch"],
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
         sites: Sites = None,
@@ -292,6 +299,7 @@ class UNet(Component[UNetConfig]):
         probe = Probe(
             sites=choose_sites(self.attention_sites, sites),
             reduce=reduce,
+            batch=text_embeddings.shape[0],
             rows=slice(None) if rows is None else rows,
             changes=changes,
         )
@@ -306,6 +314,9 @@ class UNet(Component[UNetConfig]):
 
     def _predict(self, noisy_latents: Tensor, conditioning: Conditioning, deep: DeepFeatures | None = None) -> Tensor:
         """Predict, with all layers or, where there are ``deep`` features already, the shallow ones."""
+        images, texts = noisy_latents.shape[0], conditioning.text_embeddings.shape[0]
+        if texts != images and (0 in (images, texts) or texts % images):
+            raise UsageError(f"the U-Net is given {texts} texts for {images} images: give each image as many")
         hidden = self.conv_in(noisy_latents)
         if deep is None or deep.hidden is None:
             hidden = self._run_whole(hidden, conditioning, deep)
