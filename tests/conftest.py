@@ -238,7 +238,8 @@ def clip_model() -> Callable[..., Any]:
     from gobelin.checkpoint.clip_tokenizer import read_bpe_merges
     from gobelin.clip import TextEncoder, TextEncoderConfig
     from gobelin.schedule import NoiseSchedule
-    from gobelin.unet import UNet, UNetConfig
+    from gobelin.unet import UNet
+    from gobelin.unet_config import UNetConfig
     from gobelin.vae import VAE, VAEConfig
 
     found = find_spec("open_clip")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from gobelin.attention import attention, attention_probs, choose_sites
 from gobelin.errors import UsageError
 from gobelin.layers import Attention
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 
 class PlainAttention(nn.Module):

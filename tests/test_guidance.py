@@ -21,7 +21,8 @@ from gobelin.guidance import (
 )
 from gobelin.schedule import NoiseSchedule, PredictionType, ScheduleConfig
 from gobelin.text_conditioning import TextConditioning
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 LATENTS = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 TEXT, NEGATIVE = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(1))
@@ -47,9 +48,9 @@ def unet() -> UNet:
 
 @pytest.fixture
 def rows(unet: UNet) -> list[int]:
-    """How many rows each run of the U-Net had, in order."""
+    """How many rows each run of the U-Net predicted, in order."""
     seen = []
-    unet.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    unet.register_forward_hook(lambda _, inputs, prediction: seen.append(len(prediction)))
     return seen
 
 

@@ -18,7 +18,8 @@ from gobelin.guidance import classifier_free_guidance, guidance_interval, pertur
 from gobelin.pipeline import Pipeline
 from gobelin.settings import Settings
 from gobelin.shortcuts import DeepFeatures, ShortcutPlan, Shortcuts
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 PROMPT = "a red circle left of a blue square"
 CACHED = Settings(seed=3, steps=7, guidance=2.0, cache_interval=3)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from gobelin.layers import Attention
 from gobelin.token_merging import MergedPatches
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 GRIDS = [(4, 6), (5, 3), (1, 7), (2, 2), (1, 1)]
 

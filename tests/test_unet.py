@@ -20,7 +20,8 @@ from gobelin.attention import AttentionEdit, AttentionSite
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.weights import parameter_count
 from gobelin.layers import ResnetBlock2D
-from gobelin.unet import DownBlock2D, Transformer2DModel, UNet, UNetConfig, UpBlock2D
+from gobelin.unet import DownBlock2D, Transformer2DModel, UNet, UpBlock2D
+from gobelin.unet_config import UNetConfig
 
 SMALL = UNetConfig.of(
     *(8, 12),
@@ -190,7 +191,8 @@ def test_edits_change_the_rows_and_sites_that_they_concern() -> None:
 COMPILED = """
 import sys
 import torch
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 heads = {"cross_attention_dim": 6, "attention_head_dim": 2, "norm_num_groups": 4}
 unet = UNet(UNetConfig.of(8, 12, attention=(True, False), layers_per_block=1, **heads)).eval()

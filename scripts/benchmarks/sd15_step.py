@@ -38,7 +38,8 @@ from gobelin.schedule import NoiseSchedule
 from gobelin.training import trainer
 from gobelin.training.config import OptimConfig
 from gobelin.training.losses import UNetLoss
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 _TOKENS = 77
 

@@ -50,7 +50,8 @@ from gobelin.training.losses import UNetBatch, UNetLoss
 from gobelin.training.precision import autocast
 from gobelin.training.stages import UNetStage, encode_texts
 from gobelin.training.trainer import fit
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE
 
 PARTS = ("wait", "cache", "processes", "memory")

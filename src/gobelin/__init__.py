@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from gobelin.tokenizer import Tokenizer
     from gobelin.training import FineTuneConfig, TrainConfig
     from gobelin.training.train_model import train
-    from gobelin.unet import UNet, UNetConfig
+    from gobelin.unet import UNet
+    from gobelin.unet_config import UNetConfig
     from gobelin.vae import VAE, VAEConfig
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "TrainConfig": "training",
     "UNet": "unet",
-    "UNetConfig": "unet",
+    "UNetConfig": "unet_config",
     "VAE": "vae",
     "VAEConfig": "vae",
     "open_model": "checkpoint",

@@ -180,11 +180,13 @@ class Probe:
     """Record attention maps in one forward pass, and change them on the way.
 
     ``sites`` are recorded into ``maps``, as means over heads or, with ``reduce`` "none", head by head; ``changes``
-    replace a site's probabilities, one after the other. Both concern the ``rows`` of the batch alone.
+    replace a site's probabilities, one after the other. Both concern the ``rows`` of the ``batch`` alone. Where that
+    still repeats fewer rows, these alone attend, and all are returned only where a change makes them differ.
     """
 
     sites: Sequence[AttentionSite]
     reduce: Reduction
+    batch: int
     rows: slice
     changes: Mapping[AttentionSite, Sequence[AttentionChange]]
     maps: AttentionMaps = field(default_factory=dict)
@@ -194,18 +196,23 @@ class Probe:
         attended = attention(query, key, value, mask)
         if site not in self.sites and site not in self.changes:
             return attended
-        probs = seen = attention_probs(query[self.rows], key[self.rows], None if mask is None else mask[self.rows])
+        rows = self.rows_among(query.shape[0])
+        probs = seen = attention_probs(query[rows], key[rows], None if mask is None else mask[rows])
         for change in self.changes.get(site, ()):
             probs = change(site, probs.clone())
             if not isinstance(probs, Tensor) or probs.shape != seen.shape:
                 what = list(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
                 raise UsageError(f"a control returned {what} at {site.name}: expected probabilities {list(seen.shape)}")
         if probs is not seen and not torch.equal(probs, seen):
-            attended = attended.clone()
-            attended[self.rows] = probs.to(value.dtype) @ value[self.rows]
+            attended = torch.cat([attended] * (self.batch // attended.shape[0]))
+            attended[self.rows] = probs.to(value.dtype) @ value[rows]
         if site in self.sites:
             self.maps[site] = probs.mean(dim=1) if self.reduce == "heads" else probs
         return attended
+
+    def rows_among(self, count: int) -> slice | list[int]:
+        """Find the probe's rows among as many as the batch repeats."""
+        return self.rows if count == self.batch else [row % count for row in range(self.batch)[self.rows]]
 
 
 def _may_be_ours(*tensors: Tensor) -> bool:

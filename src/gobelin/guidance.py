@@ -1,7 +1,7 @@
 """Guidance: what becomes of a U-Net's predictions with the prompt and without it.
 
 A guidance is a function ``(predictions) -> prediction``. It asks for the :class:`Predictions` that it needs, and each
-costs a pass of the U-Net: :func:`classifier_free_guidance` asks for two, in one pass of twice the batch. Whoever
+costs a pass of the U-Net: :func:`classifier_free_guidance` asks for two, in one pass of twice as many texts. Whoever
 writes another one passes it as ``guidance=`` to the pipeline.
 """
 
@@ -111,7 +111,7 @@ class Predictions:
         return self.network.schedule.split(prediction, latents, self.alpha_cumprod)[0]
 
     def _traced(self, text: TextConditioning, halves: int) -> Tensor:
-        latents = self.network.inputs(self.noisy_latents).repeat(halves, 1, 1, 1)
+        latents = self.network.inputs(self.noisy_latents)
         timesteps = self._timesteps(len(latents))
         edits, trace = self.network.edits_at(self.timestep), self.network.trace_at(self.timestep)
         plan = self.network.shortcuts

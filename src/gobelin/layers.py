@@ -16,6 +16,12 @@ from gobelin.attention import AttentionSite, Probe, attention
 from gobelin.operations import Conv2d, GroupNorm, geglu
 
 
+def repeat_rows(tensor: Float[Tensor, "_ ..."], count: int) -> Float[Tensor, "_ ..."]:
+    """Repeat the rows of a batch, in their order, up to a ``count``; as many stay the same tensor."""
+    rows = tensor.shape[0]  # which may stay free in an exported graph, as len(tensor) may not
+    return tensor if rows == count else torch.cat([tensor] * (count // rows))
+
+
 class Timesteps(nn.Module):
     """Sinusoidal embedding of timesteps, cosines first (Ho et al. 2020, section 4; "Attention is all you need")."""
 
@@ -58,12 +64,12 @@ class ResnetBlock2D(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "batch in_channels height width"],
-        time: Float[Tensor, "batch time_width"] | None = None,
+        time: Float[Tensor, "images time_width"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
         hidden = self.conv1(self.norm1(hidden, silu=True))
         if time is not None:
-            hidden = hidden + self.time_emb_proj(F.silu(time))[:, :, None, None]
+            hidden = hidden + repeat_rows(self.time_emb_proj(F.silu(time)), hidden.shape[0])[:, :, None, None]
         return residual + self.conv2(self.norm2(hidden, silu=True))
 
 
@@ -117,9 +123,9 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "batch queries width"],
-        context: Float[Tensor, "batch keys context_width"] | None = None,
-        mask: Bool[Tensor, "batch keys"] | None = None,
+        hidden: Float[Tensor, "rows queries width"],
+        context: Float[Tensor, "rows keys context_width"] | None = None,
+        mask: Bool[Tensor, "rows keys"] | None = None,
         probe: Probe | None = None,
     ) -> Float[Tensor, "batch queries width"]:
         """Attend to ``context``, or to ``hidden`` itself without one; ``mask`` is True where a key may be seen."""

@@ -1,5 +1,6 @@
 """Token merging: patches that are alike attend to each other as one (Bolya and Hoffman 2023, arXiv 2303.17604)."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -57,7 +58,7 @@ class MergedPatches:
         return merged.flatten(0, 1)[self._rows].view(len(merged), -1, merged.shape[-1])
 
     def spread(
-        self, probs: Float[Tensor, "*batch merged merged"], rows: slice
+        self, probs: Float[Tensor, "*batch merged merged"], rows: slice | Sequence[int]
     ) -> Float[Tensor, "*batch patches patches"]:
         """Spread attention among merged patches: each of them has an equal part of what they were given together.
 

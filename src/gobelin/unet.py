@@ -5,11 +5,9 @@ latents attend to each other (``attn1``) and to the words (``attn2``).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from annotated_types import Interval
 from einops import rearrange
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
@@ -35,148 +33,16 @@ from gobelin.layers import (
     TimestepEmbedding,
     Timesteps,
     Upsample2D,
+    repeat_rows,
 )
 from gobelin.operations import Conv2d, GroupNorm, LayerNorm
 from gobelin.shortcuts import DeepFeatures, Shortcuts
 from gobelin.token_merging import MergedPatches
-from gobelin.validation import Count, PositiveNumber, validate_fields
+from gobelin.unet_config import UNetConfig
 
-_LARGEST_SAMPLE = 1024  # latents: 8192 pixels, of which one step takes minutes
 SHALLOW_LAYERS = 2
 """The last layers of the way up, which run in every pass where deep features are kept (docs/decisions.md)."""
 _TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks and the output have `norm_eps`
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """The configuration of a U-Net; fields as in a diffusers ``unet/config.json``.
-
-    ``attention_head_dim`` is the number of *heads*: the misnomer is the file format's.
-    ``sample_size`` is the latents' usual height and width; any other works too. Raises :class:`UsageError` for fields
-    that do not fit each other.
-    """
-
-    sample_size: Annotated[int, Interval(ge=1, le=_LARGEST_SAMPLE)] = 64
-    in_channels: Count = 4
-    out_channels: Count = 4
-    block_out_channels: tuple[Count, ...]
-    layers_per_block: Count = 2
-    down_block_types: tuple[str, ...]
-    up_block_types: tuple[str, ...]
-    cross_attention_dim: Count
-    attention_head_dim: Count = 8
-    norm_num_groups: Count = 32
-    norm_eps: PositiveNumber = 1e-5
-
-    # Other fields of a config file, with the only values that this architecture has.
-    fixed: ClassVar[dict[str, Any]] = {
-        "act_fn": "silu",
-        "attention_type": "default",
-        "center_input_sample": False,
-        "class_embed_type": None,
-        "addition_embed_type": None,
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "cross_attention_norm": None,
-        "downsample_padding": 1,
-        "dropout": 0.0,
-        "dual_cross_attention": False,
-        "encoder_hid_dim": None,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "mid_block_only_cross_attention": None,
-        "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "num_attention_heads": None,
-        "num_class_embeds": None,
-        "only_cross_attention": False,
-        "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False,
-        "resnet_time_scale_shift": "default",
-        "reverse_transformer_layers_per_block": None,
-        "time_cond_proj_dim": None,
-        "time_embedding_act_fn": None,
-        "time_embedding_dim": None,
-        "time_embedding_type": "positional",
-        "timestep_post_act": None,
-        "transformer_layers_per_block": 1,
-        "use_linear_projection": False,
-    }
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-        levels = len(self.block_out_channels)
-        if not levels or len(self.down_block_types) != levels or len(self.up_block_types) != levels:
-            raise UsageError(
-                f"block_out_channels has {levels} widths, but down_block_types names {len(self.down_block_types)} "
-                f"blocks and up_block_types {len(self.up_block_types)}: give one of each per width"
-            )
-        for name, known in (("down", _DOWN_BLOCKS), ("up", _UP_BLOCKS)):
-            for kind in getattr(self, f"{name}_block_types"):
-                if kind not in known:
-                    raise UsageError(f"{name}_block_types names {kind!r}: the choices are {', '.join(known)}")
-        if self.block_out_channels[0] % 2:
-            raise UsageError(f"the first width {self.block_out_channels[0]} must be even, for sines and cosines")
-        for width in self.block_out_channels:
-            if width % self.norm_num_groups or width % self.attention_head_dim:
-                raise UsageError(
-                    f"the width {width} must divide into {self.norm_num_groups} groups (norm_num_groups) "
-                    f"and {self.attention_head_dim} heads (attention_head_dim)"
-                )
-
-    @classmethod
-    def of(cls, *block_out_channels: int, attention: tuple[bool, ...], **others: Any) -> Self:
-        """Configure a symmetric U-Net; ``attention`` says, from the top down, if a level has transformer blocks."""
-        down = tuple(_DOWN_BLOCKS[not attends] for attends in attention)
-        up = tuple(_UP_BLOCKS[not attends] for attends in reversed(attention))
-        return cls(block_out_channels=block_out_channels, down_block_types=down, up_block_types=up, **others)
-
-    @classmethod
-    def sd15(cls) -> Self:
-        """Configure Stable Diffusion 1.5's U-Net: 859,520,964 parameters."""
-        return cls.of(320, 640, 1280, 1280, attention=(True, True, True, False), cross_attention_dim=768)
-
-    @classmethod
-    def nano(cls) -> Self:
-        """Configure 1.1 million parameters for 16×16 latents: it trains in minutes on two CPU cores."""
-        return cls.of(
-            *(32, 64),
-            attention=(True, True),
-            sample_size=16,
-            layers_per_block=1,
-            cross_attention_dim=96,
-            attention_head_dim=2,
-            norm_num_groups=8,
-        )
-
-    @classmethod
-    def tiny(cls) -> Self:
-        """Configure 5,060,548 parameters for 16×16 latents: the shipped model."""
-        return cls.of(
-            *(48, 96, 144),
-            attention=(True, True, False),
-            sample_size=16,
-            layers_per_block=1,
-            cross_attention_dim=192,
-            attention_head_dim=4,
-            norm_num_groups=16,
-        )
-
-    @classmethod
-    def small(cls) -> Self:
-        """Configure about 38 million parameters for 16×16 latents; training wants a GPU."""
-        return cls.of(
-            *(96, 192, 288),
-            attention=(True, True, True),
-            sample_size=16,
-            cross_attention_dim=256,
-            attention_head_dim=4,
-            norm_num_groups=32,
-        )
-
-
-_DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
-_UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
 class Conditioning(NamedTuple):
@@ -187,7 +53,7 @@ class Conditioning(NamedTuple):
     the patches that are merged where the finest attend to each other.
     """
 
-    time_embedding: Float[Tensor, "batch time_width"]
+    time_embedding: Float[Tensor, "images time_width"]
     text_embeddings: Float[Tensor, "batch length text_width"]
     text_mask: Bool[Tensor, "batch length"] | None = None
     probe: Probe | None = None
@@ -209,13 +75,15 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "batch patches width"],
+        hidden: Float[Tensor, "rows patches width"],
         conditioning: Conditioning,
         height: int = 1,
     ) -> Float[Tensor, "batch patches width"]:
         """Attend to patches, which stand in ``height`` rows, and to words, and feed forward."""
         text_embeddings, text_mask, probe = conditioning.text_embeddings, conditioning.text_mask, conditioning.probe
-        hidden = hidden + self._attend_to_patches(hidden, conditioning, height)
+        attended = self._attend_to_patches(hidden, conditioning, height)
+        batch = text_embeddings.shape[0]  # from here on the texts of an image are told apart
+        hidden = repeat_rows(hidden, batch) + repeat_rows(attended, batch)
         hidden = hidden + self.attn2(self.norm2(hidden), text_embeddings, text_mask, probe)
         return hidden + self.ff(self.norm3(hidden))
 
@@ -227,7 +95,7 @@ class BasicTransformerBlock(nn.Module):
         patches = MergedPatches.of(hidden, height, conditioning.merge_tokens)
         attended = self.attn1(patches.merge(self.norm1(hidden)), probe=probe)
         if probe is not None and site in probe.maps:
-            probe.maps[site] = patches.spread(probe.maps[site], probe.rows)
+            probe.maps[site] = patches.spread(probe.maps[site], probe.rows_among(hidden.shape[0]))
         return patches.unmerge(attended)
 
 
@@ -243,7 +111,7 @@ class Transformer2DModel(nn.Module):
 
     def forward(
         self,
-        feature_map: Float[Tensor, "batch channels height width"],
+        feature_map: Float[Tensor, "rows channels height width"],
         conditioning: Conditioning,
     ) -> Float[Tensor, "batch channels height width"]:
         """Take the feature map apart into a row of patches, and put it together again after the blocks."""
@@ -251,7 +119,8 @@ class Transformer2DModel(nn.Module):
         patches = rearrange(self.proj_in(self.norm(feature_map)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             patches = block(patches, conditioning, height)
-        return feature_map + self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
+        change = self.proj_out(rearrange(patches, "b (h w) c -> b c h w", h=height))
+        return repeat_rows(feature_map, change.shape[0]) + change
 
 
 class _Block(nn.Module):
@@ -314,7 +183,7 @@ class UNetMidBlock2DCrossAttn(_Block):
         super().__init__([(width, width)] * 2, 1, config)
 
     def forward(
-        self, hidden: Float[Tensor, "batch channels height width"], conditioning: Conditioning
+        self, hidden: Float[Tensor, "rows channels height width"], conditioning: Conditioning
     ) -> Float[Tensor, "batch channels height width"]:
         """Run the residual block with its transformer, and the other residual block."""
         return self.resnets[1](self.run_layer(0, hidden, conditioning), conditioning.time_embedding)
@@ -352,7 +221,7 @@ class UpBlock2D(_Block):
         for layer, skip in enumerate(reversed(skips), start=layers - len(skips)):
             if deep is not None and layer == layers - SHALLOW_LAYERS:
                 deep.hidden = hidden
-            hidden = self.run_layer(layer, torch.cat([hidden, skip], dim=1), conditioning)
+            hidden = self.run_layer(layer, torch.cat([hidden, repeat_rows(skip, hidden.shape[0])], dim=1), conditioning)
         return self.upsamplers[0](hidden, size) if hasattr(self, "upsamplers") else hidden
 
 
@@ -382,8 +251,8 @@ class UNet(Component[UNetConfig]):
 
     def forward(
         self,
-        noisy_latents: Float[Tensor, "batch in_channels height width"],
-        timesteps: Num[Tensor, " batch"],
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
@@ -392,14 +261,17 @@ class UNet(Component[UNetConfig]):
         ``timesteps`` are in 0 … 999 and may lie between two integers. ``text_mask`` is True where a token may be
         attended to; without one all are, the padding too, as in Stable Diffusion. Height and width are free:
         where a level has an odd size, the way up goes back to that size.
+
+        An image may have several texts, as guidance gives it: one of every image, then another of every image. What
+        comes before the first cross-attention is then computed once for all of them.
         """
         time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
         return self._predict(noisy_latents, Conditioning(time_embedding, text_embeddings, text_mask))
 
     def trace(
         self,
-        noisy_latents: Float[Tensor, "batch in_channels height width"],
-        timesteps: Num[Tensor, " batch"],
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
         sites: Sites = None,
@@ -427,6 +299,7 @@ class UNet(Component[UNetConfig]):
         probe = Probe(
             sites=choose_sites(self.attention_sites, sites),
             reduce=reduce,
+            batch=text_embeddings.shape[0],
             rows=slice(None) if rows is None else rows,
             changes=changes,
         )
@@ -441,6 +314,9 @@ class UNet(Component[UNetConfig]):
 
     def _predict(self, noisy_latents: Tensor, conditioning: Conditioning, deep: DeepFeatures | None = None) -> Tensor:
         """Predict, with all layers or, where there are ``deep`` features already, the shallow ones."""
+        images, texts = noisy_latents.shape[0], conditioning.text_embeddings.shape[0]
+        if texts != images and (0 in (images, texts) or texts % images):
+            raise UsageError(f"the U-Net is given {texts} texts for {images} images: give each image as many")
         hidden = self.conv_in(noisy_latents)
         if deep is None or deep.hidden is None:
             hidden = self._run_whole(hidden, conditioning, deep)

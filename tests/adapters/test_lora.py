@@ -262,7 +262,8 @@ def test_names_that_are_taken_or_not_there_are_said(full, oracle_folder, tmp_pat
 
 
 def test_no_two_layers_share_a_name():
-    from gobelin.unet import UNet, UNetConfig
+    from gobelin.unet import UNet
+    from gobelin.unet_config import UNetConfig
 
     with torch.device("meta"):
         unet = UNet(UNetConfig.sd15())

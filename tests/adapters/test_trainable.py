@@ -26,7 +26,8 @@ from gobelin.adapters.trainable import (
 )
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.errors import UsageError
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 KINDS = ("lora", "loha", "lokr")
 TARGETS = ("attention", "transformer", "all")

@@ -18,7 +18,8 @@ from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats import ldm
 from gobelin.pipeline import Pipeline
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

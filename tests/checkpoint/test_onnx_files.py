@@ -14,7 +14,8 @@ from gobelin.checkpoint.onnx_files import save_onnx
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.errors import ModelError, UsageError
 from gobelin.pipeline import Pipeline
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime (gobelin[onnx])")

@@ -22,7 +22,8 @@ from gobelin.control.batch import attach_controls
 from gobelin.errors import UsageError
 from gobelin.pipeline import Pipeline
 from gobelin.tokenizer import Tokenizer
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.words import Words
 
 LONG = "a red ring " * 15  # of three chunks of 18 tokens

@@ -16,7 +16,8 @@ from gobelin.schedule import NoiseSchedule
 from gobelin.text_conditioning import TextConditioning
 from gobelin.tokenizer import Tokenizer
 from gobelin.types import Latents
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 PATCHES = AttentionSite(name="up.attn1", kind="self", downscale=1, heads=2)
 

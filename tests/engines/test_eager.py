@@ -13,7 +13,8 @@ from gobelin.engines.eager import EagerEngine, PreparedDecoder, PreparedUNet, Un
 from gobelin.engines.packed_weights import PackedWeights
 from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.pipeline import Pipeline
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,8 @@ from gobelin.layers import ResnetBlock2D, Upsample2D
 from gobelin.operations import Conv2d
 from gobelin.pipeline import Pipeline
 from gobelin.shortcuts import DeepFeatures, Shortcuts
-from gobelin.unet import Transformer2DModel, UNet, UNetConfig
+from gobelin.unet import Transformer2DModel, UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 pytestmark = pytest.mark.skipif(

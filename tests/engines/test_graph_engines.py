@@ -24,7 +24,8 @@ from gobelin.engines.watched_weights import WatchedWeights
 from gobelin.errors import UsageError
 from gobelin.pipeline import Pipeline
 from gobelin.shortcuts import DeepFeatures, Shortcuts
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino (gobelin[openvino])")
@@ -94,6 +95,21 @@ def test_numbers_and_maps_are_those_of_eager(small: Small, name: EngineName, siz
         assert relative_error(maps[site], expected[site]) < 1e-5
     latents = given["noisy_latents"]
     assert relative_error(engine.vae.latents_to_images(latents), small.vae.latents_to_images(latents)) < 1e-5
+
+
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_several_texts_an_image_are_those_of_eager(small: Small, name: EngineName) -> None:
+    warnings.simplefilter("error", UserWarning)
+    unet, given = find_engine(name)(small).unet, inputs(4, 5, 3, 6)
+    given |= {"noisy_latents": given["noisy_latents"][:2], "timesteps": given["timesteps"][:2]}
+    plain = unet(**given)
+    assert relative_error(plain, small.unet(**given)) < 1e-5
+    prediction, maps = unet.trace(**given, sites="*", rows=slice(-2, None))
+    expected = small.unet.trace(**given, sites="*", rows=slice(-2, None))[1]
+    assert torch.equal(prediction, plain)
+    assert list(maps) == list(expected)
+    assert all(relative_error(maps[site], expected[site]) < 1e-5 for site in maps)
 
 
 @needs_openvino

@@ -17,7 +17,8 @@ from gobelin.engines.packed_weights import pack_as_it_is
 from gobelin.errors import UsageError
 from gobelin.kernels.quantize import quantize_samples
 from gobelin.pipeline import Pipeline
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 needs_int8 = pytest.mark.skipif(not can_multiply_int8(), reason="needs a CPU that multiplies int8 and bfloat16")

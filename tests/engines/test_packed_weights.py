@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gobelin.engines import packed_weights
 from gobelin.engines.packed_weights import PackedWeights, pays
 from gobelin.kernels.hardware import has_fast_bfloat16, has_instructions, is_amds
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")

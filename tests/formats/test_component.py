@@ -12,7 +12,7 @@ from gobelin.errors import ModelError
 from gobelin.formats.component import Component, config_from_json
 from gobelin.formats.files import read_json, write_json
 from gobelin.formats.weights import write_tensors
-from gobelin.unet import UNetConfig
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAEConfig
 from gobelin.validation import Count, validate_fields
 

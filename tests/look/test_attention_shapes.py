@@ -4,7 +4,8 @@ import torch
 
 from gobelin.layers import Attention
 from gobelin.look.attention_shapes import trace_shapes
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 
 def test_sd15_has_sixteen_of_each_at_the_published_sizes():

@@ -14,7 +14,8 @@ from gobelin.layers import ResnetBlock2D
 from gobelin.training import trainer
 from gobelin.training.config import OptimConfig
 from gobelin.training.run_folder import Run
-from gobelin.unet import BasicTransformerBlock, Conditioning, UNetConfig
+from gobelin.unet import BasicTransformerBlock, Conditioning
+from gobelin.unet_config import UNetConfig
 
 STEPS = 3
 

@@ -9,7 +9,8 @@ from torch import nn
 from gobelin.training import find_preset
 from gobelin.training.muon import Muon, muon_parameters, newton_schulz
 from gobelin.training.trainer import make_optimizers
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 80), (80, 16), (17, 33)])

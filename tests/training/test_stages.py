@@ -18,7 +18,8 @@ from gobelin.training import find_preset
 from gobelin.training.losses import SketchHead, UNetLoss, min_snr_weights
 from gobelin.training.run_folder import Run
 from gobelin.training.stages import TextStage, UNetStage, VAEStage, encode_texts, image_grid
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gobelin.clip import TextEncoder, TextEncoderConfig
 from gobelin.formats.component import Component
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 _Network = TypeVar("_Network", bound=Component)

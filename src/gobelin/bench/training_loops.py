@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gobelin.training.config import OptimConfig
 from gobelin.training.losses import UNetBatch
 from gobelin.training.run_folder import Run
-from gobelin.unet import UNetConfig
+from gobelin.unet_config import UNetConfig
 
 
 class Finished(Exception):

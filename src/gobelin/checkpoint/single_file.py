@@ -27,7 +27,8 @@ from gobelin.formats.files import parse_json
 from gobelin.formats.weights import TensorFile, and_more, load_into, open_tensors, write_tensors
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 _ComponentT = TypeVar("_ComponentT", bound=Component)

@@ -13,7 +13,8 @@ from gobelin.formats.files import read_json
 from gobelin.formats.weights import parameter_count
 from gobelin.look.attention_shapes import SiteShapes, trace_shapes
 from gobelin.pipeline import shipped_model
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAEConfig
 
 _PRESETS = {"nano": 32, "tiny": 32, "small": 32, "sd15": 77}  # and how many tokens their prompts have

@@ -22,7 +22,7 @@ from gobelin.types import Images, Latents, TextEmbeddings, TextMask
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
-NetworkInput = Float[Tensor, "batch in_channels h w"]
+NetworkInput = Float[Tensor, "images in_channels h w"]
 
 
 @runtime_checkable

@@ -10,7 +10,8 @@ from torch import Tensor
 from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.shortcuts import Shortcuts
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 
@@ -32,16 +33,16 @@ class NoisePredictor(Protocol):
 
     def __call__(
         self,
-        noisy_latents: Float[Tensor, "batch in_channels height width"],
-        timesteps: Num[Tensor, " batch"],
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]: ...
 
     def trace(
         self,
-        noisy_latents: Float[Tensor, "batch in_channels height width"],
-        timesteps: Num[Tensor, " batch"],
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
         sites: Sites = None,

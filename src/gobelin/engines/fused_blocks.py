@@ -19,12 +19,12 @@ from gobelin.attention import attention
 from gobelin.engines.forwards import is_replaced, other_forwards
 from gobelin.engines.packed_weights import Fingerprint, fingerprint_of, has_hooks, is_wide
 from gobelin.kernels.fused_layer import FusedLayer, computes_fused_layers
-from gobelin.layers import GEGLU, Attention, FeedForward, ResnetBlock2D, Upsample2D
+from gobelin.layers import GEGLU, Attention, FeedForward, ResnetBlock2D, Upsample2D, repeat_rows
 from gobelin.operations import Conv2d, GroupNorm, LayerNorm
 from gobelin.unet import BasicTransformerBlock, Conditioning, Transformer2DModel
 
-ChannelsFirst = Float[Tensor, "batch _channels _height _width"]
-ChannelsLast = Float[Tensor, "batch _height _width _channels"]
+ChannelsFirst = Float[Tensor, "_batch _channels _height _width"]
+ChannelsLast = Float[Tensor, "_batch _height _width _channels"]
 
 _PLAIN = {
     *(nn.Linear, Conv2d, GroupNorm, LayerNorm, nn.Dropout, nn.ModuleList),
@@ -128,9 +128,9 @@ def _residual_block(block: ResnetBlock2D) -> Callable[..., ChannelsFirst]:
     embedding = getattr(block, "time_emb_proj", None)  # the VAE's blocks have none
     shift_of = embedding and FusedLayer(embedding.weight, embedding.bias, silu=True)
 
-    def forward(hidden: ChannelsFirst, time: Float[Tensor, "batch time_width"] | None = None) -> ChannelsFirst:
+    def forward(hidden: ChannelsFirst, time: Float[Tensor, "images time_width"] | None = None) -> ChannelsFirst:
         x = _channels_last(hidden)
-        shift = None if time is None or shift_of is None else shift_of.rows(time, slot="shift")
+        shift = None if time is None or shift_of is None else repeat_rows(shift_of.rows(time, slot="shift"), len(x))
         residual = x if shortcut is None else shortcut.map(x, slot="shortcut")
         return _channels_first(second.map(first.map(x, shift=shift, slot="inside"), residual=residual))
 
@@ -163,7 +163,8 @@ def _transformer(model: Transformer2DModel) -> Callable[..., ChannelsFirst]:
         patches = to_patches.map(x, slot="patches").flatten(1, 2)
         for block in blocks:
             patches = block(patches, conditioning)
-        return _channels_first(to_map.map(patches.view(x.shape), residual=x))
+        maps = patches.view(len(patches), *x.shape[1:])
+        return _channels_first(to_map.map(maps, residual=repeat_rows(x, len(maps))))
 
     return forward
 
@@ -185,7 +186,8 @@ def _transformer_block(block: Any) -> Callable[[Tensor, Conditioning], Tensor]:
         # A residual is written over: every number of it is read before.
         query, key, value = self_projections.rows(patches, slot="projections").chunk(3, dim=-1)
         attended = _attend(attn1, query, key, value, None, conditioning)
-        patches = self_out.rows(attended, residual=patches, slot="patches")
+        patches = self_out.rows(attended, residual=repeat_rows(patches, len(attended)), slot="patches")
+        patches = repeat_rows(patches, len(conditioning.text_embeddings))
         query = query_of.rows(patches, slot="projections")
         key, value = text_projections.rows(conditioning.text_embeddings, slot="text").chunk(2, dim=-1)
         mask = None if conditioning.text_mask is None else conditioning.text_mask[:, None, None, :]

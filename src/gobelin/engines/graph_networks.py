@@ -142,8 +142,8 @@ class GraphUNet(UNetRunner):
 
     def __call__(
         self,
-        noisy_latents: Float[Tensor, "batch in_channels height width"],
-        timesteps: Num[Tensor, " batch"],
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
@@ -157,8 +157,8 @@ class GraphUNet(UNetRunner):
 
     def trace(
         self,
-        noisy_latents: Float[Tensor, "batch in_channels height width"],
-        timesteps: Num[Tensor, " batch"],
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
         text_embeddings: Float[Tensor, "batch length text_width"],
         text_mask: Bool[Tensor, "batch length"] | None = None,
         sites: Sites = None,
@@ -183,7 +183,7 @@ class GraphUNet(UNetRunner):
         elif not edits and not self._with_gradients(inputs):
             if not chosen:
                 return self(noisy_latents, timesteps, text_embeddings, text_mask), {}
-            start, stop, _ = (slice(None) if rows is None else rows).indices(len(noisy_latents))
+            start, stop, _ = (slice(None) if rows is None else rows).indices(len(text_embeddings))
             outputs = self._traced(TracedMaps(chosen, reduce, (start, stop)), inputs)
             if outputs is not None:
                 return outputs[0], dict(zip(chosen, outputs[1:], strict=True))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gobelin.layers import Attention
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 
 Shape = tuple[int, ...]
 

@@ -26,7 +26,8 @@ from gobelin.training.recipes.diffusion import Networks, make_unet_stage
 from gobelin.training.recipes.recipe import Recipe
 from gobelin.training.stages import TextStage, VAEStage
 from gobelin.training.trainer import fit
-from gobelin.unet import UNet, UNetConfig
+from gobelin.unet import UNet
+from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
 STAGES = ("tokenizer", "text_encoder", "vae", "unet")
