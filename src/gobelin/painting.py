@@ -311,12 +311,17 @@ class Painting:
 
 
 def file_stem(settings: dict[str, Any]) -> str:
-    """Name an image's file by its prompt, in letters and digits of any script, and its seed."""
-    text = unicodedata.normalize("NFC", settings["prompt"]).lower()
+    """Name an image's file by its prompt and its seed."""
+    return f"{file_slug(settings['prompt'])}-{settings['seed']}"
+
+
+def file_slug(text: str) -> str:
+    """Write a text in letters and digits of any script, and hyphens, as a part of a file's name."""
+    text = unicodedata.normalize("NFC", text).lower()
     slug = re.sub(r"[\W_]+", "-", text)[:_NAME_LENGTH].strip("-") or "image"
     while len(slug.encode()) > 180:  # file systems take 255 bytes
         slug = slug[:-1]
-    return f"{slug}-{settings['seed']}"
+    return slug
 
 
 def _free_path(folder: Path, stem: str) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from PIL import Image
@@ -14,6 +14,8 @@ from torch import nn
 
 from gobelin.adapters.learned_words import LearnedWords
 from gobelin.adapters.lora import Loras
+from gobelin.attention import Trace
+from gobelin.captioned_images import LOOK_TIMESTEPS, look_at_images
 from gobelin.checkpoint import Model, open_model
 from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.checkpoint.single_file import save_single_file
@@ -22,8 +24,9 @@ from gobelin.control import AnyControl, EditGuidance, FlowEdit, LocalBlend, prom
 from gobelin.engines import EngineName, find_engine
 from gobelin.errors import UsageError
 from gobelin.formats.textual_inversion import read_textual_inversion
-from gobelin.images import open_image, tensor_to_images
+from gobelin.images import ImageSource, open_image, tensor_to_images
 from gobelin.inpainting import InitImage
+from gobelin.look.heatmaps import HeatMaps
 from gobelin.painting import Painting, PaintingStep, Result
 from gobelin.plan import control_list, latent_size, make_plan
 from gobelin.prompt_weighting import PromptSyntax
@@ -154,6 +157,40 @@ class Pipeline:
             latents=result.latents,
             settings=[before.settings[0], result.settings[1]],
             traced=traced,
+        )
+
+    def look(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        captions: Prompts,
+        *,
+        timesteps: Sequence[int] = LOOK_TIMESTEPS,
+        trace: Literal["sharp", True] | Trace = "sharp",
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        weights: PromptSyntax = "a1111",
+        clip_skip: int = 0,
+    ) -> list[HeatMaps]:
+        """Look at images that anybody made: which word of its caption each pixel hears, in heat maps of every word.
+
+        ``pipe.look("photo.jpg", "a cat on a chair")[0]["cat"]``. One caption is for all images, or each has its own. An
+        image is resized to about as many pixels as the model paints, or to ``height`` and ``width``, noised to each
+        of the ``timesteps`` (0 to 999) by the ``seed``, and predicted there once; ``trace`` is as in painting, of
+        these timesteps. Raises :class:`UsageError` for what cannot be looked at, and :class:`DataError` for a file that
+        is no image.
+        """
+        return look_at_images(
+            self.model,
+            self._engine,
+            images,
+            captions,
+            timesteps=timesteps,
+            trace=trace,
+            seed=seed,
+            size=(height, width),
+            syntax=weights,
+            clip_skip=clip_skip,
         )
 
     def words(self, prompt: str, weights: PromptSyntax = "a1111") -> Words:

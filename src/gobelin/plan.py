@@ -86,7 +86,7 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
     assert asked.guidance is not None
     total = len(prompts) * asked.count
     syntax = asked.weights or "a1111"
-    clip_skip = _clip_skip(model, asked.clip_skip or 0)
+    clip_skip = check_clip_skip(model, asked.clip_skip or 0)
     init_images, masks = _images(asked, total)
     h, w = latent_size(model, asked.height, asked.width, init_images[0].size if init_images else None)
     factor = model.vae.config.factor
@@ -229,7 +229,8 @@ def _prompts(prompt: Prompts) -> list[str]:
     return list(prompts)
 
 
-def _clip_skip(model: Model, clip_skip: int) -> int:
+def check_clip_skip(model: Model, clip_skip: int) -> int:
+    """Return ``clip_skip``, or raise :class:`UsageError` where the text encoder has not so many layers to leave out."""
     layers = model.text_encoder.config.num_hidden_layers
     if clip_skip >= layers:
         raise UsageError(f"clip_skip is {clip_skip}: give a number from 0 to {layers - 1}")
@@ -284,9 +285,11 @@ def _seeds(seed: int | Sequence[int] | None, total: int) -> Iterable[int]:
     return seeds
 
 
-def _trace(model: Model, settings: Settings, size: tuple[int, int], levels: NoiseLevels) -> Trace | None:
-    """Choose the maps to keep; the last step's are always among them."""
-    trace: object = settings.trace
+def find_trace(model: Model, trace: object, size: tuple[int, int]) -> Trace | None:
+    """Find the trace that True, "sharp" or a :class:`Trace` stand for in latents of a size; None for False.
+
+    Raises :class:`UsageError` for anything else, and for sites that this U-Net does not have.
+    """
     if not isinstance(trace, bool | Trace) and not (isinstance(trace, str) and trace == "sharp"):
         raise UsageError(f'trace is {shown(trace)}: give True, False, "sharp" or a gobelin.attention.Trace')
     if not trace:
@@ -296,6 +299,14 @@ def _trace(model: Model, settings: Settings, size: tuple[int, int], levels: Nois
         asked = sharp_trace(model.unet.attention_sites, size)
     validated("the start of a trace", asked.start, Fraction)
     choose_sites(model.unet.attention_sites, asked.sites)
+    return asked
+
+
+def _trace(model: Model, settings: Settings, size: tuple[int, int], levels: NoiseLevels) -> Trace | None:
+    """Choose the maps to keep; the last step's are always among them."""
+    asked = find_trace(model, settings.trace, size)
+    if asked is None:
+        return None
     if asked.per_step and settings.cache_interval > 1:
         raise UsageError(
             f"cache_interval is {settings.cache_interval}, and the maps of every step are asked for, which not every "

@@ -96,3 +96,47 @@ def test_what_cannot_be_looked_at_is_said_in_one_sentence(refused, trained, tmp_
     assert status == 2
     assert message in sentence
     assert not list(tmp_path.iterdir())
+
+
+def test_look_at_an_image_that_nobody_painted(gobelin, trained, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(
+        tmp_path / "a cat.jpg"
+    )
+    out = tmp_path / "out"
+    given = ("look", tmp_path / "a cat.jpg", "--caption", "a red circle", "--model", trained, "--out", out)
+    status, printed, err = gobelin(
+        *(*given, "--masks", 0.4, "--per", "step", "--at", 3, 5, "--timesteps", 900, 40, "--seed", 3),
+        *("--json", tmp_path / "words.json", "--npz", tmp_path / "maps.npz"),
+    )
+    assert (status, err) == (0, "")
+    masks = [f"-mask-{number}-{word}.png" for number, word in enumerate(("a", "red", "circle"), start=1)]
+    for end in (".png", "-words.png", "-per-step.png", "-at-3-5.png", ".html", "-coco.json", *masks):
+        assert str(out / f"a cat-looked-at{end}") in printed
+        assert (out / f"a cat-looked-at{end}").is_file()
+    said = json.loads((tmp_path / "words.json").read_text())
+    assert [row["word"] for row in said["words"]] == ["a", "red", "circle"]
+    assert said["settings"] == {"caption": "a red circle", "timesteps": [900, 40], "seed": 3, "model": trained.name}
+    image = Image.open(out / "a cat-looked-at.png")
+    coco = json.loads((out / "a cat-looked-at-coco.json").read_text())
+    assert coco["images"][0]["file_name"] == "a cat-looked-at.png"
+    assert image.size == (coco["images"][0]["width"], coco["images"][0]["height"])
+    assert np.load(tmp_path / "maps.npz")["maps"].shape == (3, image.height, image.width)
+    assert sorted(tmp_path.glob("*.jpg")) == [tmp_path / "a cat.jpg"]
+
+
+def test_look_says_what_does_not_go_with_a_caption(refused, trained, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+    given = ("look", tmp_path / "photo.png", "--model", trained, "--out", tmp_path / "out")
+    for options, said in (
+        (("--caption", "a circle", "--steps", 3), "--steps is for painting"),
+        (("--caption", "a circle", "--negative-prompt", "x"), "--negative-prompt is for painting"),
+        (("--caption", "a circle", "--animation"), "leave out --animation"),
+        (("--caption", "a circle", "--timesteps", 1000), "whole numbers from 0 to 999"),
+        (("--caption", "a circle", "--words", "star"), "'star' is not in the prompt"),
+        (("--caption", " "), "no word to look at"),
+        (("--timesteps", 3), "--timesteps are for an image with a --caption"),
+        ((), "say what it shows by --caption"),
+    ):
+        assert said in refused(*given, *options)[1]
+    assert "there is no image at" in refused("look", "a circle", "--caption", "a circle", "--model", trained)[1]
+    assert not (tmp_path / "out").exists()

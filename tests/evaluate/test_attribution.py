@@ -66,7 +66,10 @@ def cases(tokenizer: Tokenizer) -> list[AttributionCase]:
         right = replace(heatmaps, maps={SEEING: heatmaps.maps[SEEING][:, 1:]})
         found.append(
             AttributionCase(
-                heatmaps=heatmaps, sharp=right, truths=word_truths(each, heatmaps, torch.from_numpy(each.masks))
+                heatmaps=heatmaps,
+                sharp=right,
+                looked=right,
+                truths=word_truths(each, heatmaps, torch.from_numpy(each.masks)),
             )
         )
     return found

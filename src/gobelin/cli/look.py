@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from gobelin.cli.options import Positional, parse
 from gobelin.cli.painting_options import PaintingOptions
@@ -11,7 +13,7 @@ from gobelin.cli.painting_options import PaintingOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Look(PaintingOptions):
-    """See which word painted which pixel: of a prompt, or of an image that Gobelin painted.
+    """See which word painted which pixel: of a prompt, of an image that Gobelin painted, or of any captioned image.
 
     Writes the image, a sheet with the heat map of every word, and an HTML page: point at a word to light up what it
     painted, or at the image to rank the words behind that patch. Heat maps are sharp: cross-attention of the decoder's
@@ -21,12 +23,18 @@ class Look(PaintingOptions):
     Some examples:
       gobelin look "a red circle left of a blue square" --seed 3
       gobelin look out/a-red-circle-7.png --words circle "red circle" --per step
+      gobelin look photo.jpg --caption "a cat on a chair" --words cat
       gobelin look "three green rings" --at 20 31 --animation
       gobelin look "a red circle" --sites "up_blocks.*" --json words.json --npz maps.npz
     """
 
     source: Positional[str]
-    """A prompt in quotes, or a PNG that Gobelin wrote, which is painted again from its settings."""
+    """A prompt in quotes; a PNG that Gobelin wrote, which is painted again from its settings; or any image, with
+    --caption."""
+    caption: str | None = None
+    """Text that says what is to be seen in the image: it is not painted again, but noised and predicted."""
+    timesteps: tuple[int, ...] = ()
+    """With --caption: timesteps, 0 to 999, to which the image is noised; without any, 100, 300 and 500."""
     words: tuple[str, ...] = ()
     """Words or phrases to look at; without any, every word."""
     per: Literal["step", "layer", "head"] | None = None
@@ -39,6 +47,9 @@ class Look(PaintingOptions):
     """Plain maps: the mean over all cross-attention and all steps."""
     animation: bool = False
     """Also write an animation over the steps (WebP)."""
+    masks: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    """Also write a mask of each word, where its map is above this share of its range, such as 0.4: PNGs, and all of
+    them in COCO's JSON."""
     json: Path | None = None
     """File for each word's mean and largest value and its place, and the shares of attention on BOS, text, EOS and
     padding."""

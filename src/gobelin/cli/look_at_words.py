@@ -1,9 +1,10 @@
 """The work of ``gobelin look``: painting with maps; sheets, pages and numbers of them."""
 
+import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gobelin.attention import AttentionSite, Trace, choose_sites
+from gobelin.captioned_images import LOOK_TIMESTEPS, fitted_size
 from gobelin.cli.look import Look
 from gobelin.cli.open_and_paint import (
     ADDED,
@@ -26,9 +28,12 @@ from gobelin.cli.options import write_report
 from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
 from gobelin.formats.png import read_png_settings, write_png
+from gobelin.images import open_image
 from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps, sharp_trace
+from gobelin.look.mask_files import coco_annotations, mask_image, word_masks
 from gobelin.look.page import word_map_page
 from gobelin.look.word_sheets import grid_sheet, save_animation, word_sheet
+from gobelin.painting import file_slug
 from gobelin.pipeline import Pipeline
 from gobelin.settings import Settings
 from gobelin.words import Word
@@ -37,8 +42,62 @@ MOST_COLUMNS = 12  # steps in a sheet: more are too small to see
 _OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 
 
+_FOR_CAPTIONED = ("seed", "height", "width", "weights", "clip_skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
+    """An image with its maps; ``stem`` is the path of what is written without its suffix.
+
+    ``previews`` are of each step, where an animation is made of them; ``steps`` name the steps that were kept apart.
+    """
+
+    heatmaps: HeatMaps
+    stem: Path
+    settings: dict[str, Any]
+    steps: list[str]
+    previews: list[Image.Image]
+
+
 def look_at_words(options: Look) -> None:
-    """Paint, and write the image, its sheets and its page; print where they are."""
+    """Paint, or look at an image, and write sheets and a page; print where they are."""
+    looked = _painted(options) if options.caption is None else _captioned(options, options.caption)
+    whole, stem = looked.heatmaps, looked.stem
+    heatmaps = whole.sharpened() if options.sharp else whole.select(sites="*attn2").without("bos")
+    words: list[Word] = list(options.words or range(len(heatmaps.words)))
+
+    sheets = {f"{stem}-words.png": word_sheet(heatmaps, words)}
+    if options.per is not None:
+        sheets[f"{stem}-per-{options.per}.png"] = _per_sheet(heatmaps, words, options.per, looked.steps)
+    if options.at is not None:
+        _print_words_at(heatmaps, *options.at)
+        sheets[f"{stem}-at-{options.at[0]}-{options.at[1]}.png"] = whole.patches_for(*options.at).overlay(512)
+    for file, sheet in sheets.items():
+        write_png(Path(file), sheet)
+        print(file)
+    write_text(Path(f"{stem}.html"), word_map_page(heatmaps))
+    print(f"{stem}.html")
+    if options.animation:
+        frames = [
+            word_sheet(replace(heatmaps.select(steps=[step]), image=preview), words)
+            for step, preview in enumerate(looked.previews)
+        ]
+        save_animation(Path(f"{stem}.webp"), frames)
+        print(f"{stem}.webp")
+    if options.masks is not None:
+        _write_masks(heatmaps, words, options.masks, stem)
+    where = {"shares": whole.shares(), "entropy": whole.entropy()}
+    write_report(options.json, {**_summary(heatmaps, words), **where, "settings": looked.settings})
+    if options.npz is not None:
+        _write_npz(options.npz, whole, words, heatmaps.stack_words(words))
+    for file in filter(None, (options.json, options.npz)):
+        print(file)
+
+
+def _painted(options: Look) -> _Looked:
+    """Paint a prompt, or an image of Gobelin's again."""
+    if options.timesteps:
+        raise UsageError("--timesteps are for an image with a --caption: give one, or leave them out")
     prompt, settings, needed = _to_paint(options)
     (prompt,), tags = options.take_tags([prompt], settings.get("weights"))
     pipeline = open_pipeline(options, tags)
@@ -58,47 +117,58 @@ def look_at_words(options: Look) -> None:
     )
     if _is_image(options.source):
         _say_what_differs(Path(options.source), result.images[0])
-    whole = result.heatmaps[0]
-    heatmaps = whole.sharpened() if options.sharp else whole.select(sites="*attn2").without("bos")
-    words: list[Word] = list(options.words or range(len(heatmaps.words)))
     if _is_image(options.source):  # which is there already
         stem = options.out / Path(options.source).stem
     else:
         (image,) = result.save(options.out)
         stem = image.with_suffix("")
         print(image)
+    return _Looked(
+        heatmaps=result.heatmaps[0],
+        stem=stem,
+        settings=result.settings[0],
+        steps=[f"step {step + 1}" for step in range(result.heatmaps[0].steps)],
+        previews=previews,
+    )
 
-    sheets = {f"{stem}-words.png": word_sheet(heatmaps, words)}
-    if options.per is not None:
-        sheets[f"{stem}-per-{options.per}.png"] = _per_sheet(heatmaps, words, options.per)
-    if options.at is not None:
-        _print_words_at(heatmaps, *options.at)
-        sheets[f"{stem}-at-{options.at[0]}-{options.at[1]}.png"] = whole.patches_for(*options.at).overlay(512)
-    for file, sheet in sheets.items():
-        write_png(Path(file), sheet)
-        print(file)
-    write_text(Path(f"{stem}.html"), word_map_page(heatmaps))
-    print(f"{stem}.html")
+
+def _captioned(options: Look, caption: str) -> _Looked:
+    """Look at an image that anybody made."""
+    if not Path(options.source).is_file():
+        raise UsageError(f"there is no image at {options.source}: --caption says what an image shows")
     if options.animation:
-        frames = [
-            word_sheet(replace(heatmaps.select(steps=[step]), image=preview), words)
-            for step, preview in enumerate(previews)
-        ]
-        save_animation(Path(f"{stem}.webp"), frames)
-        print(f"{stem}.webp")
-    where = {"shares": whole.shares(), "entropy": whole.entropy()}
-    write_report(options.json, {**_summary(heatmaps, words), **where, "settings": result.settings[0]})
-    if options.npz is not None:
-        _write_npz(options.npz, whole, words, heatmaps.stack_words(words))
-    for file in filter(None, (options.json, options.npz)):
-        print(file)
+        raise UsageError("an animation is of the steps of painting: leave out --animation, or --caption")
+    for name in options.settings:
+        if name not in _FOR_CAPTIONED:
+            raise UsageError(f"--{name.replace('_', '-')} is for painting, and this image is there: leave it out")
+    (text,), tags = options.take_tags([caption], options.settings.get("weights"))
+    pipeline = open_pipeline(options, tags)
+    image = open_image(options.source)
+    given = Settings(**options.settings)
+    height, width = fitted_size(pipeline.model, image.size, given.height, given.width)
+    size = pipeline.latent_size(height, width)
+    _refuse_what_cannot_be_shown(options, pipeline, text, given, size)
+    timesteps = options.timesteps or LOOK_TIMESTEPS
+    (heatmaps,) = pipeline.look(
+        image, text, timesteps=timesteps, trace=_trace(options, pipeline, size), **options.settings
+    )
+    stem = options.out / f"{Path(options.source).stem}-looked-at"  # which is no name of the image itself
+    write_png(stem.with_name(f"{stem.name}.png"), heatmaps.image)
+    print(f"{stem}.png")
+    return _Looked(
+        heatmaps=heatmaps,
+        stem=stem,
+        settings={"caption": text, "timesteps": list(timesteps), **options.settings, "model": pipeline.name},
+        steps=[f"timestep {timestep}" for timestep in timesteps],
+        previews=[],
+    )
 
 
 def _is_image(source: str) -> bool:
     """Tell a file from a prompt; raises :class:`UsageError` for an image that is no PNG."""
     suffix = Path(source).suffix.lower()
     if suffix in _OTHER_IMAGES and " " not in Path(source).name.strip():
-        raise UsageError(f"{source} is no PNG that Gobelin painted: give one, or a prompt in quotes")
+        raise UsageError(f"{source} is no PNG that Gobelin painted: say what it shows by --caption")
     return suffix == ".png"
 
 
@@ -115,7 +185,11 @@ def _to_paint(options: Look) -> tuple[str, dict[str, Any], dict[str, Any] | None
         raise UsageError(f"there is no image at {file}: give a PNG that Gobelin painted, or a prompt")
     if given:
         raise UsageError(f"{file} says itself how it was painted: leave out --{next(iter(given)).replace('_', '-')}")
-    settings = settings_of_image(read_png_settings(file), file, options.model)
+    try:
+        recorded = read_png_settings(file)
+    except DataError as error:
+        raise DataError(f"{error}, or say what it shows by --caption") from error
+    settings = settings_of_image(recorded, file, options.model)
     if "init_image" in settings:
         raise UsageError(f"{file} was painted over another image, which it does not hold: look at a plain one")
     if lost := [name for name in ("prompt", "seed", "steps", "sampler", "guidance") if name not in settings]:
@@ -175,12 +249,12 @@ def _print_words_at(heatmaps: HeatMaps, x: int, y: int) -> None:
     Console().print(table)
 
 
-def _per_sheet(heatmaps: HeatMaps, words: Sequence[Word], per: str) -> Image.Image:
+def _per_sheet(heatmaps: HeatMaps, words: Sequence[Word], per: str, steps: Sequence[str]) -> Image.Image:
     """A row a word, a column a step, a layer or a head."""
     parts: list[tuple[str, HeatMaps]] = []
     if per == "step":
         chosen = np.linspace(0, heatmaps.steps - 1, min(MOST_COLUMNS, heatmaps.steps)).round().astype(int).tolist()
-        parts = [(f"step {step + 1}", heatmaps.select(steps=[step])) for step in chosen]
+        parts = [(steps[int(step)], heatmaps.select(steps=[step])) for step in chosen]
     elif per == "layer":
         cross = [site for site in heatmaps.maps if site.kind == "cross"]
         parts = [(_short(site), heatmaps.select(sites=[site])) for site in cross]
@@ -209,6 +283,17 @@ def _summary(heatmaps: HeatMaps, words: Sequence[Word]) -> dict[str, Any]:
             }
         )
     return {"prompt": heatmaps.words.text, "words": rows}
+
+
+def _write_masks(heatmaps: HeatMaps, words: Sequence[Word], threshold: float, stem: Path) -> None:
+    """Write a PNG for each word's mask, and COCO's JSON of all."""
+    for number, (label, mask) in enumerate(word_masks(heatmaps, words, threshold)):
+        file = Path(f"{stem}-mask-{number + 1}-{file_slug(label)}.png")
+        write_png(file, mask_image(mask))
+        print(file)
+    file = Path(f"{stem}-coco.json")
+    write_text(file, json.dumps(coco_annotations(heatmaps, words, threshold, f"{stem.name}.png"), ensure_ascii=False))
+    print(file)
 
 
 def _write_npz(file: Path, heatmaps: HeatMaps, words: Sequence[Word], maps: Tensor) -> None:

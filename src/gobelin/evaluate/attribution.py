@@ -13,14 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gobelin.attention import AttentionSite, Trace
 from gobelin.control import suppress
 from gobelin.evaluate.intervals import Mean
 from gobelin.evaluate.measurement_report import Report, ReportTable, as_json, mean_cell
-from gobelin.images import images_to_tensor, tensor_to_images
-from gobelin.look.heatmaps import Collector, HeatMap, HeatMaps, sharp_trace
+from gobelin.look.heatmaps import HeatMap, HeatMaps
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import Detection, Sample, World, grade, sample
 from gobelin.scenes.captions import NOUN_WORDS, NUMBERS, Phrasing
@@ -47,11 +46,13 @@ class WordTruth:
 class AttributionCase:
     """One image with its heat maps, complete with heads apart and sharp ones, and the truth about its words.
 
+    ``looked`` are those of the finished image (:meth:`gobelin.pipeline.Pipeline.look`); of a true render all are.
     ``settings`` generate an image of the model's own again.
     """
 
     heatmaps: HeatMaps
     sharp: HeatMaps
+    looked: HeatMaps
     truths: tuple[WordTruth, ...]
     settings: dict | None = None
 
@@ -170,40 +171,21 @@ def own_samples(pipeline: Pipeline, world: World, count: int) -> Iterator[Attrib
             continue
         captions, seeds = [each.caption for each, *_ in right], [settings["seed"] for *_, settings in right]
         sharp = pipeline(captions, seed=seeds, trace="sharp").heatmaps  # the same images, whatever is traced
-        for (each, heatmaps, masks, settings), pointing in zip(right, sharp, strict=True):
+        looked = pipeline.look([heatmaps.image for _, heatmaps, *_ in right], captions)
+        for (each, heatmaps, masks, settings), pointing, seen in zip(right, sharp, looked, strict=True):
             found = word_truths(each, heatmaps, masks)
-            yield AttributionCase(heatmaps=heatmaps, sharp=pointing, truths=found, settings=settings)
+            yield AttributionCase(heatmaps=heatmaps, sharp=pointing, looked=seen, truths=found, settings=settings)
 
 
-@torch.no_grad()
 def renders(pipeline: Pipeline, world: World, count: int) -> Iterator[AttributionCase]:
-    """Render ``count`` true scenes and trace one U-Net pass at each of several timesteps."""
+    """Render ``count`` true scenes and look at them."""
     for indices in _batches(count):
         samples = [sample(ATTRIBUTION_SEED, index, world, "test") for index in indices]
-        images = images_to_tensor(np.stack([each.image for each in samples]))
-        vae, unet = pipeline.vae, pipeline.unet
-        latents = vae.images_to_latents(images.to(vae.device, vae.dtype)).float().cpu()
-        text = pipeline.encode_text([each.caption for each in samples])
-        noise = torch.randn(latents.shape, generator=Generator().manual_seed(ATTRIBUTION_SEED + indices[0]))
-        size = (latents.shape[2], latents.shape[3])
-        best = sharp_trace(unet.attention_sites, size)
-        plain, sharp = Collector(Trace(per_head=True)), Collector(best)
-        for timestep in _TIMESTEPS:
-            timesteps = torch.full((len(samples),), timestep)
-            noisy_latents = pipeline.schedule.add_noise(latents, noise, timesteps).to(unet.device, unet.dtype)
-            _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text.embeddings, reduce="none")
-            plain.add(maps)
-            if pipeline.schedule.progress(timestep) >= best.start:
-                _, maps = unet.trace(noisy_latents, timesteps.to(unet.device), text.embeddings, sites=best.sites)
-                sharp.add(maps)
-        for place, (each, image) in enumerate(zip(samples, tensor_to_images(images), strict=True)):
-            words = pipeline.words(each.caption)
-            heatmaps = HeatMaps(words=words, maps=plain.maps(place), latent_size=size, image=image)
-            pointing = HeatMaps(words=words, maps=sharp.maps(place), latent_size=size, image=image)
-            masks = torch.from_numpy(each.masks)
-            yield AttributionCase(
-                heatmaps=heatmaps, sharp=pointing.sharpened(), truths=word_truths(each, heatmaps, masks)
-            )
+        captions, images = [each.caption for each in samples], [Image.fromarray(each.image) for each in samples]
+        plain = pipeline.look(images, captions, timesteps=_TIMESTEPS, trace=Trace(per_head=True))
+        for each, heatmaps, sharp in zip(samples, plain, pipeline.look(images, captions), strict=True):
+            found = word_truths(each, heatmaps, torch.from_numpy(each.masks))
+            yield AttributionCase(heatmaps=heatmaps, sharp=sharp, looked=sharp, truths=found)
 
 
 def found_masks(phrasing: Phrasing, detections: Sequence[Detection]) -> Tensor | None:
@@ -260,7 +242,12 @@ def sharpened(case: AttributionCase, number: int) -> HeatMap:
     return case.sharp[number]
 
 
-PROTOCOLS: dict[str, MapProtocol] = {"DAAM": daam, "sharp": sharpened}
+def looked_at(case: AttributionCase, number: int) -> HeatMap:
+    """Take a word's sharp map of the finished image."""
+    return case.looked[number]
+
+
+PROTOCOLS: dict[str, MapProtocol] = {"DAAM": daam, "sharp": sharpened, "looked at": looked_at}
 
 
 def intersections(cases: Sequence[AttributionCase], protocol: MapProtocol) -> dict[tuple[str, float], Mean]:

@@ -1,0 +1,164 @@
+"""Looking at any image with a caption, against passes of the U-Net by hand, and with what people bring."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from gobelin.attention import Trace
+from gobelin.captioned_images import LOOK_TIMESTEPS, caption_list, fitted_size
+from gobelin.errors import DataError, UsageError
+from gobelin.images import images_to_tensor
+from gobelin.pipeline import Pipeline
+
+PLAIN = Trace(per_head=True, per_step=True)
+
+
+@pytest.fixture(scope="module")
+def pipe(trained: Path) -> Pipeline:
+    return Pipeline.from_pretrained(trained)
+
+
+def noise_image(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def own_side(pipe: Pipeline) -> int:
+    return pipe.unet.config.sample_size * pipe.vae.config.factor
+
+
+@torch.no_grad()
+def test_maps_are_those_of_a_pass_at_each_timestep(pipe: Pipeline) -> None:
+    side, image, timesteps = own_side(pipe), noise_image(), (40, 700)
+    (heatmaps,) = pipe.look(image, "a red circle", timesteps=timesteps, trace=PLAIN, seed=9)
+    resized = image.resize((side, side), Image.Resampling.LANCZOS)
+    latents = pipe.vae.config.scaling_factor * pipe.vae.encode(images_to_tensor([resized])).mean
+    text = pipe.encode_text("a red circle")
+    generator = torch.Generator().manual_seed(9)
+    for index, timestep in enumerate(timesteps):
+        noise = torch.randn(latents.shape[1:], generator=generator)[None]
+        alpha = pipe.schedule.alphas_cumprod[timestep]
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        _, maps = pipe.unet.trace(noisy, torch.tensor([timestep]), text.embeddings, text.mask, reduce="none")
+        assert list(heatmaps.maps) == list(maps)
+        for site, probs in maps.items():
+            assert torch.allclose(heatmaps.maps[site][index], probs[0], atol=1e-5), site.name
+    assert heatmaps.image.size == (side, side)
+    assert heatmaps.steps == 2
+    assert [span.word for span in heatmaps.words.spans] == ["a", "red", "circle"]
+
+
+def test_an_image_is_looked_at_alike_beside_others_of_other_sizes_and_captions(pipe: Pipeline) -> None:
+    side = own_side(pipe)
+    images = [noise_image(side, side, 1), noise_image(3 * side, side, 2), noise_image(side, side, 3)]
+    captions = ["a circle", "a blue square left of a red circle", "two stars"]
+    together = pipe.look(images, captions, trace=True)
+    for image, caption, heatmaps in zip(images, captions, together, strict=True):
+        (alone,) = pipe.look([image], [caption], trace=True)
+        assert heatmaps.image.size == alone.image.size
+        assert heatmaps.latent_size == alone.latent_size
+        for word in range(len(alone.words)):
+            assert torch.allclose(heatmaps[word].raw, alone[word].raw, atol=1e-5)
+    assert together[0].latent_size == together[2].latent_size != together[1].latent_size
+
+
+def test_every_form_of_an_image_is_looked_at_alike(pipe: Pipeline, tmp_path: Path) -> None:
+    side = own_side(pipe)
+    image = noise_image(side, side)
+    image.save(tmp_path / "photo.png")
+    forms: list[Any] = [image, tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image)]
+    forms.append(images_to_tensor([image])[0])
+    maps = [pipe.look(form, "a red circle")[0]["circle"].raw for form in forms]
+    assert all(torch.equal(maps[0], one) for one in maps)
+    assert torch.equal(pipe.look(image, ["a red circle"])[0]["circle"].raw, maps[0])
+    assert not torch.equal(pipe.look(image, "a red circle", seed=1)[0]["circle"].raw, maps[0])
+    assert not torch.equal(pipe.look(image, "a red circle", timesteps=[900])[0]["circle"].raw, maps[0])
+
+
+def test_maps_are_sharp_unless_plain_ones_are_asked_for(pipe: Pipeline) -> None:
+    sharp, plain = (pipe.look(noise_image(), "a red circle", trace=trace)[0] for trace in ("sharp", True))
+    assert sharp.sharp
+    assert {site.kind for site in sharp.maps} == {"self", "cross"}
+    assert not plain.sharp
+    assert {site.kind for site in plain.maps} == {"cross"}
+    assert sum(plain.shares().values()) == pytest.approx(1)
+
+
+def test_sizes_that_are_given_are_kept(pipe: Pipeline) -> None:
+    side, factor = own_side(pipe), pipe.vae.config.factor
+    image = noise_image(2 * side, side)
+    assert pipe.look(image, "a circle", height=side)[0].image.size == (2 * side, side)
+    assert pipe.look(image, "a circle", height=side, width=side + factor)[0].image.size == (side + factor, side)
+    with pytest.raises(UsageError, match="multiples of"):
+        pipe.look(image, "a circle", height=side + 1)
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000))
+def test_an_image_is_fitted_to_about_the_models_pixels(pipe: Pipeline, width: int, height: int) -> None:
+    high, wide = fitted_size(pipe.model, (width, height))
+    factor, own = pipe.vae.config.factor, own_side(pipe)
+    assert high % factor == wide % factor == 0 < min(high, wide)
+    if 1 / 4 <= width / height <= 4:
+        assert abs(math.log(high * wide / own**2)) < 0.4
+        assert abs(math.log((wide / high) / (width / height))) < 0.4
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no caption": ({"captions": " "}, "the caption is empty"),
+    "captions that are none": ({"captions": [3]}, "give text, or a list of texts"),
+    "too many captions": ({"captions": ["a", "b"]}, "2 captions given for 1 images"),
+    "a timestep too late": ({"timesteps": [1000]}, "timesteps"),
+    "a timestep below 0": ({"timesteps": [-1]}, "timesteps"),
+    "half a timestep": ({"timesteps": [1.5]}, "timesteps"),
+    "no timestep": ({"timesteps": []}, "timesteps"),
+    "one timestep": ({"timesteps": 100}, "timesteps"),
+    "no trace": ({"trace": False}, "trace is False"),
+    "another trace": ({"trace": "blunt"}, "trace is 'blunt'"),
+    "sites that are not there": ({"trace": Trace(sites="attn9")}, "matches no attention"),
+    "a seed below 0": ({"seed": -1}, "the seed"),
+    "no seed": ({"seed": None}, "the seed"),
+    "another syntax": ({"weights": "novelai"}, "weights"),
+    "too many layers": ({"clip_skip": 99}, "clip_skip is 99"),
+    "half a pixel": ({"height": 0.5}, "height"),
+    "an image that is none": ({"images": 3}, "give a path"),
+    "no images": ({"images": []}, "no image"),
+    "latents": ({"images": torch.zeros(4, 8, 8)}, "the image"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_looked_at_is_refused(pipe: Pipeline, case: str) -> None:
+    changes, said = REFUSED[case]
+    with pytest.raises(UsageError, match=said):
+        pipe.look(**{"images": noise_image(), "captions": "a circle", **changes})
+
+
+def test_a_file_that_is_no_image_is_named(pipe: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"photo\.jpg"):
+        pipe.look(tmp_path / "photo.jpg", "a circle")
+    with pytest.raises(DataError, match=r"there is no image at .*none\.png"):
+        pipe.look(tmp_path / "none.png", "a circle")
+
+
+def test_captions_are_one_for_all_or_one_each() -> None:
+    assert caption_list("a", 3) == ["a", "a", "a"]
+    assert caption_list(("a", "b"), 2) == ["a", "b"]
+
+
+def test_models_that_inpaint_and_captions_of_several_chunks_are_looked_at(clip_model: Any) -> None:
+    for channels in (4, 9):
+        pipe = Pipeline(clip_model(channels))
+        (heatmaps,) = pipe.look(noise_image(), " ".join(["red"] * 90), trace=True)
+        assert heatmaps.words.length == 154
+        assert all(probs.isfinite().all() for probs in heatmaps.maps.values())
+
+
+def test_default_timesteps_are_whole_numbers_on_the_way() -> None:
+    assert all(isinstance(timestep, int) and 0 <= timestep < 1000 for timestep in LOOK_TIMESTEPS)
