@@ -129,7 +129,7 @@ def test_attribution_compares_words_with_objects(gobelin, trained, tmp_path):
     assert (found["world"], found["captions"]) == ("nano", 3)
     assert found["renders"]["images"] == 3
     assert 0 < found["renders"]["whole_image"]["value"] < 0.3
-    assert found["renders"]["protocols"].keys() == {"DAAM", "sharp"}
+    assert found["renders"]["protocols"].keys() == {"DAAM", "sharp", "looked at"}
     assert "true scenes, noised" in out
     assert "a perfect map reaches" in report.read_text()
 
