@@ -1,5 +1,6 @@
 """Looking at any image with a caption, against passes of the U-Net by hand, and with what people bring."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,23 @@ def test_models_that_inpaint_and_captions_of_several_chunks_are_looked_at(clip_m
         (heatmaps,) = pipe.look(noise_image(), " ".join(["red"] * 90), trace=True)
         assert heatmaps.words.length == 154
         assert all(probs.isfinite().all() for probs in heatmaps.maps.values())
+
+
+def test_a_caption_that_is_cut_is_said_to_be(pipe: Pipeline) -> None:
+    with pytest.warns(UserWarning, match="its end is left out") as caught:
+        pipe.look(noise_image(), " ".join(["red circle"] * 40))
+    assert caught[0].filename == __file__
+
+
+def test_what_goes_unsaid_is_what_the_model_recommends(trained: Path) -> None:
+    pipe = Pipeline.from_pretrained(trained)
+    layers = pipe.text_encoder.config.num_hidden_layers
+    whole, cut = (pipe.look(noise_image(), "a red circle", clip_skip=skip)[0]["red"].raw for skip in (0, layers - 1))
+    assert not torch.equal(whole, cut)
+    assert torch.equal(pipe.look(noise_image(), "a red circle")[0]["red"].raw, whole)
+    recommended = dataclasses.replace(pipe.recommended, clip_skip=layers - 1)
+    other = Pipeline(dataclasses.replace(pipe.model, recommended=recommended))
+    assert torch.equal(other.look(noise_image(), "a red circle")[0]["red"].raw, cut)
 
 
 def test_default_timesteps_are_whole_numbers_on_the_way() -> None:

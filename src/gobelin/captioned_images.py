@@ -21,16 +21,17 @@ from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet, Predictions
 from gobelin.images import ImageSource, images_to_tensor, open_image, tensor_to_images
 from gobelin.look.heatmaps import Collector, HeatMaps
-from gobelin.plan import check_clip_skip, find_trace, inpaints, latent_size
+from gobelin.plan import check_clip_skip, chunk_prompts, find_trace, inpaints, latent_size
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.settings import Prompts, Seed
-from gobelin.text_conditioning import Chunks, TextConditioning, batch_texts, chunk_prompt, encode_chunks
+from gobelin.text_conditioning import Chunks, TextConditioning, batch_texts, encode_chunks
 from gobelin.types import Images, Latents
 from gobelin.validation import shown, validated
 
 LOOK_TIMESTEPS = (100, 300, 500)
 """From the last step of painting, where little is undecided, to the middle, where words still say what comes."""
 _Side = Annotated[int, Ge(1)] | None
+_Count = Annotated[int, Ge(0)] | None
 MAX_TRACED_PIXELS = 2**20  # at once: four images of 512×512 pixels
 
 
@@ -81,8 +82,8 @@ def look_at_images(
     trace: Literal["sharp", True] | Trace,
     seed: int,
     size: tuple[int | None, int | None],
-    syntax: PromptSyntax,
-    clip_skip: int,
+    syntax: PromptSyntax | None,
+    clip_skip: int | None,
 ) -> list[HeatMaps]:
     """Do as :meth:`gobelin.pipeline.Pipeline.look`; images of one size are traced together."""
     sources = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
@@ -94,14 +95,17 @@ def look_at_images(
     for name, value, kind in (
         ("timesteps", timesteps, Annotated[Sequence[whole], Len(1), f"whole numbers from 0 to {last}"]),
         ("the seed", seed, Seed),
-        ("weights", syntax, PromptSyntax),
-        ("clip_skip", clip_skip, Annotated[int, Ge(0)]),
+        ("weights", syntax, PromptSyntax | None),
+        ("clip_skip", clip_skip, _Count),
         ("height", size[0], _Side),
         ("width", size[1], _Side),
     ):
         validated(name, value, kind)
-    check_clip_skip(model, clip_skip)
-    chunks = [chunk_prompt(model.tokenizer, text, syntax) for text in caption_list(captions, len(opened))]
+    syntax = syntax or model.recommended.weights or "a1111"
+    skipped = check_clip_skip(model, (model.recommended.clip_skip or 0) if clip_skip is None else clip_skip)
+    texts = caption_list(captions, len(opened))
+    distinct = chunk_prompts(model, texts, syntax, stacklevel=4)
+    chunks = [distinct[text] for text in texts]
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(opened):
         by_size.setdefault(latent_size(model, *fitted_size(model, image.size, *size)), []).append(index)
@@ -117,7 +121,7 @@ def look_at_images(
             timesteps=timesteps,
             seed=seed,
             syntax=syntax,
-            clip_skip=clip_skip,
+            clip_skip=skipped,
         )
         traced = tracer.heatmaps([opened[index] for index in indices], [chunks[index] for index in indices], one_size)
         looked |= zip(indices, traced, strict=True)
@@ -192,7 +196,7 @@ class ImageTracer:
     def _encode_images(self, images: Images) -> Latents:
         """Encode images to the means of their posteriors."""
         vae = self.model.vae
-        return vae.config.scaling_factor * vae.encode(images.to(vae.device, vae.dtype)).mean.float()
+        return vae.images_to_latents(images.to(vae.device, vae.dtype)).float()
 
     def _encode_texts(self, captions: Sequence[Chunks]) -> TextConditioning:
         model = self.model

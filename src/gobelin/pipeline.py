@@ -169,16 +169,16 @@ class Pipeline:
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
-        weights: PromptSyntax = "a1111",
-        clip_skip: int = 0,
+        weights: PromptSyntax | None = None,
+        clip_skip: int | None = None,
     ) -> list[HeatMaps]:
         """Look at images that anybody made: which word of its caption each pixel hears, in heat maps of every word.
 
         ``pipe.look("photo.jpg", "a cat on a chair")[0]["cat"]``. One caption is for all images, or each has its own. An
         image is resized to about as many pixels as the model paints, or to ``height`` and ``width``, noised to each
         of the ``timesteps`` (0 to 999) by the ``seed``, and predicted there once; ``trace`` is as in painting, of
-        these timesteps. Raises :class:`UsageError` for what cannot be looked at, and :class:`DataError` for a file that
-        is no image.
+        these timesteps. ``weights`` and ``clip_skip`` are the model's own unless given. Raises :class:`UsageError` for
+        what cannot be looked at, and :class:`DataError` for a file that is no image.
         """
         return look_at_images(
             self.model,

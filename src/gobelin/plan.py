@@ -98,14 +98,7 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
         warnings.warn("nothing in the mask is white, so nothing is painted: white is inpainted", stacklevel=5)
     latents = _latents(asked, (total, *shape))
 
-    distinct = {text: chunk_prompt(model.tokenizer, text, syntax) for text in (*prompts, asked.negative_prompt or "")}
-    for chunks in distinct.values():
-        if chunks.cut:
-            warnings.warn(
-                f"the prompt is longer than this model's {model.tokenizer.max_length} tokens, so its end is left out: "
-                f"{chunks.cut!r}",
-                stacklevel=5,
-            )
+    distinct = chunk_prompts(model, (*prompts, asked.negative_prompt or ""), syntax, stacklevel=6)
     texts = [distinct[text] for text in prompts for _ in range(asked.count)]
     length = max(chunks.token_ids.numel() for chunks in distinct.values())
     batch = Batch(
@@ -171,6 +164,19 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
         sharpen=asked.trace == "sharp",
         attached=attached,
     )
+
+
+def chunk_prompts(model: Model, prompts: Iterable[str], syntax: PromptSyntax, stacklevel: int) -> dict[str, Chunks]:
+    """Split each distinct prompt into chunks; warns of one that is cut, at the line ``stacklevel`` calls above."""
+    distinct = {text: chunk_prompt(model.tokenizer, text, syntax) for text in prompts}
+    for chunks in distinct.values():
+        if chunks.cut:
+            warnings.warn(
+                f"the prompt is longer than this model's {model.tokenizer.max_length} tokens, so its end is left out: "
+                f"{chunks.cut!r}",
+                stacklevel=stacklevel,
+            )
+    return distinct
 
 
 def _name_guidance(guidance: Guidance) -> str:

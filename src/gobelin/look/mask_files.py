@@ -24,13 +24,11 @@ def mask_image(mask: NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(mask).convert("L")
 
 
-def coco_annotations(
-    heatmaps: HeatMaps, words: Sequence[Word], threshold: float, file: str | Path, scores: bool = True
-) -> dict[str, Any]:
+def coco_annotations(heatmaps: HeatMaps, words: Sequence[Word], threshold: float, file: str | Path) -> dict[str, Any]:
     """Annotate an image in COCO's format: a category for each word, and its mask as a run-length code.
 
-    Words that light up nothing have no annotation. ``scores`` adds the mean of the map over its mask, as results of
-    detectors have one.
+    Words that light up nothing have no annotation. A ``score``, as results of detectors have, is the mean of the map
+    over its mask.
     """
     categories: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -40,9 +38,14 @@ def coco_annotations(
             known = {"id": len(categories) + 1, "name": label, "supercategory": "word"}
             categories.append(known)
         if mask.any():
-            score = {"score": round(float(heatmaps[word].raw.numpy()[mask].mean()), 6)} if scores else {}
             annotations.append(
-                {"id": len(annotations) + 1, "image_id": 1, "category_id": known["id"], **_annotation(mask), **score}
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 1,
+                    "category_id": known["id"],
+                    **_annotation(mask),
+                    "score": round(float(heatmaps[word].raw.numpy()[mask].mean()), 6),
+                }
             )
     height, width = heatmaps.image.height, heatmaps.image.width
     image = {"id": 1, "file_name": str(file), "height": height, "width": width, "caption": heatmaps.words.text}
