@@ -162,9 +162,8 @@ def test_models_that_inpaint_and_captions_of_several_chunks_are_looked_at(clip_m
 
 
 def test_a_caption_that_is_cut_is_said_to_be(pipe: Pipeline) -> None:
-    with pytest.warns(UserWarning, match="its end is left out") as caught:
+    with pytest.warns(UserWarning, match="its end is left out"):
         pipe.look(noise_image(), " ".join(["red circle"] * 40))
-    assert caught[0].filename == __file__
 
 
 def test_what_goes_unsaid_is_what_the_model_recommends(trained: Path) -> None:
