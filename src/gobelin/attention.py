@@ -8,7 +8,7 @@ asks for them.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +156,24 @@ class Trace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionEdit:
+class _PartOfPainting:
+    """Where and when attention is changed: some ``sites`` (:func:`choose_sites`), for a part of the way.
+
+    It holds from the share ``start`` of the way from noise to image, measured in timesteps, until the share ``end``:
+    0 is never, 1 until the image is done.
+    """
+
+    sites: Sites = None
+    start: float = 0.0
+    end: float = 1.0
+
+    def holds(self, progress: float) -> bool:
+        """Tell whether it holds at this share of the way."""
+        return self.start <= progress and (progress < self.end or self.end >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionEdit(_PartOfPainting):
     """Change attention probabilities at some ``sites`` (:func:`choose_sites`), for a part of the way.
 
     It holds from the share ``start`` of the way from noise to image, measured in timesteps, until the share ``end``:
@@ -165,47 +182,78 @@ class AttentionEdit:
     """
 
     change: AttentionChange
-    sites: Sites = None
-    start: float = 0.0
-    end: float = 1.0
     observes: bool = False
 
-    def holds(self, progress: float) -> bool:
-        """Tell whether the edit holds at this share of the way."""
-        return self.start <= progress and (progress < self.end or self.end >= 1)
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPatch(_PartOfPainting):
+    """Activation patching: at some ``sites``, image ``target`` of the batch gets what image ``source`` has there.
+
+    ``part`` "text" takes keys and values of the other prompt's words, mask included, at cross-attention: what this site
+    is told. "output" takes what the heads return: what this site says. ``heads`` None are all of them. Both images
+    are painted in one batch; sites and part of the way are as in :class:`AttentionEdit`.
+    """
+
+    source: int
+    target: int
+    part: Literal["text", "output"] = "text"
+    heads: Sequence[int] | None = None
+
+    observes: ClassVar[bool] = False
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Copy the source's heads of [rows, heads, …] into the target's place; other rows and heads stay."""
+        heads = list(range(rows.shape[1])) if self.heads is None else list(self.heads)
+        patched = rows.clone()
+        patched[self.target, heads] = rows[self.source, heads]
+        return patched
+
+
+AnyAttentionEdit = AttentionEdit | AttentionPatch
+"""What changes attention: its probabilities, or what one image takes from another."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Record attention maps in one forward pass, and change them on the way.
+    """Record attention maps in one forward pass, and change attention on the way.
 
-    ``sites`` are recorded into ``maps``, as means over heads or, with ``reduce`` "none", head by head; ``changes``
-    replace a site's probabilities, one after the other. Both concern the ``rows`` of the ``batch`` alone. Where that
-    still repeats fewer rows, these alone attend, and all are returned only where a change makes them differ.
+    ``sites`` are recorded into ``maps``, as means over heads or, with ``reduce`` "none", head by head; ``edits`` change
+    a site's attention, one after the other. Both concern the ``rows`` of the ``batch`` alone. Where that still repeats
+    fewer rows, these alone attend, and all are returned only where an edit makes them differ.
     """
 
     sites: Sequence[AttentionSite]
     reduce: Reduction
     batch: int
     rows: slice
-    changes: Mapping[AttentionSite, Sequence[AttentionChange]]
+    edits: Mapping[AttentionSite, Sequence[AnyAttentionEdit]]
     maps: AttentionMaps = field(default_factory=dict)
 
     def attend(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend as :func:`attention` does, by the same kernel wherever no probability changes, and record the maps."""
+        edits = self.edits.get(site, ())
+        for patch in _patches(edits, "text"):
+            key, value = (self._patched(operand, patch) for operand in (key, value))
+            # A mask is the same for all heads, until some take another prompt's.
+            mask = None if mask is None else self._patched(mask.expand(-1, query.shape[1], -1, -1), patch)
         attended = attention(query, key, value, mask)
-        if site not in self.sites and site not in self.changes:
+        if site not in self.sites and not edits:
             return attended
         rows = self.rows_among(query.shape[0])
         probs = seen = attention_probs(query[rows], key[rows], None if mask is None else mask[rows])
-        for change in self.changes.get(site, ()):
-            probs = change(site, probs.clone())
-            if not isinstance(probs, Tensor) or probs.shape != seen.shape:
-                what = list(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
-                raise UsageError(f"a control returned {what} at {site.name}: expected probabilities {list(seen.shape)}")
+        for edit in edits:
+            if isinstance(edit, AttentionEdit):
+                probs = edit.change(site, probs.clone())
+                if not isinstance(probs, Tensor) or probs.shape != seen.shape:
+                    what = list(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
+                    raise UsageError(
+                        f"a control returned {what} at {site.name}: expected probabilities {list(seen.shape)}"
+                    )
         if probs is not seen and not torch.equal(probs, seen):
-            attended = torch.cat([attended] * (self.batch // attended.shape[0]))
+            attended = self._repeated(attended)
             attended[self.rows] = probs.to(value.dtype) @ value[rows]
+        for patch in _patches(edits, "output"):
+            attended = self._patched(self._repeated(attended), patch)
         if site in self.sites:
             self.maps[site] = probs.mean(dim=1) if self.reduce == "heads" else probs
         return attended
@@ -213,6 +261,20 @@ class Probe:
     def rows_among(self, count: int) -> slice | list[int]:
         """Find the probe's rows among as many as the batch repeats."""
         return self.rows if count == self.batch else [row % count for row in range(self.batch)[self.rows]]
+
+    def _repeated(self, rows: Tensor) -> Tensor:
+        """Repeat rows to the whole batch, in a tensor of their own."""
+        return torch.cat([rows] * (self.batch // rows.shape[0]))
+
+    def _patched(self, operand: Tensor, patch: AttentionPatch) -> Tensor:
+        """Patch the probe's rows of an operand or an output, which has those of the whole batch."""
+        patched = operand.clone()
+        patched[self.rows] = patch.apply(operand[self.rows])
+        return patched
+
+
+def _patches(edits: Sequence[AnyAttentionEdit], part: str) -> list[AttentionPatch]:
+    return [edit for edit in edits if isinstance(edit, AttentionPatch) and edit.part == part]
 
 
 def _may_be_ours(*tensors: Tensor) -> bool:

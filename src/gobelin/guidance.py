@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Trace
+from gobelin.attention import AnyAttentionEdit, AttentionEdit, AttentionMaps, AttentionSite, Trace
 from gobelin.engines import NoisePredictor
 from gobelin.errors import UsageError
 from gobelin.schedule import NoiseSchedule
@@ -37,7 +37,7 @@ class ConditionedUNet:
     schedule: NoiseSchedule
     positive: TextConditioning
     negative: TextConditioning
-    edits: tuple[AttentionEdit, ...] = ()
+    edits: tuple[AnyAttentionEdit, ...] = ()
     trace: Trace | None = None
     extra_channels: Latents | None = None
     shortcuts: ShortcutPlan | None = None
@@ -49,7 +49,7 @@ class ConditionedUNet:
             noisy_latents = torch.cat([noisy_latents, extra], dim=1)
         return noisy_latents.to(self.unet.dtype)
 
-    def edits_at(self, timestep: float, observers: bool = True) -> list[AttentionEdit]:
+    def edits_at(self, timestep: float, observers: bool = True) -> list[AnyAttentionEdit]:
         """List the attention edits that hold at a timestep, with those that only observe or without them."""
         progress = self.schedule.progress(timestep)
         return [edit for edit in self.edits if edit.holds(progress) and (observers or not edit.observes)]
@@ -96,7 +96,7 @@ class Predictions:
         return self._negative, self._positive
 
     def predict(
-        self, text: TextConditioning, rows: slice = slice(None), edits: Sequence[AttentionEdit] = ()
+        self, text: TextConditioning, rows: slice = slice(None), edits: Sequence[AnyAttentionEdit] = ()
     ) -> Latents:
         """Predict some rows with any text, and with attention edits of its own."""
         latents = self.network.inputs(self.noisy_latents[rows], rows)

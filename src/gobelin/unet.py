@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gobelin.attention import (
-    AttentionChange,
-    AttentionEdit,
+    AnyAttentionEdit,
     AttentionMaps,
     AttentionSite,
     Probe,
@@ -277,31 +276,31 @@ class UNet(Component[UNetConfig]):
         sites: Sites = None,
         reduce: Reduction = "heads",
         rows: slice | None = None,
-        edits: Sequence[AttentionEdit] = (),
+        edits: Sequence[AnyAttentionEdit] = (),
         shortcuts: Shortcuts | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
         """Predict, bit for bit as a plain call, and return the attention maps of this call beside the prediction.
 
         ``sites`` chooses among ``attention_sites``: None for all cross-attention, a pattern of names
         (``"up_blocks.*attn2"``), a function of a site, or the sites themselves. ``reduce`` "heads" gives means over
-        heads [B, patches, keys], "none" every head [B, heads, patches, keys], float32. ``edits`` change attention
-        probabilities, one after the other, at every timestep, and then the maps and the prediction are those of the
-        changed ones. ``rows`` limits maps and edits to a part of the batch. With ``shortcuts`` the prediction is an
-        approximate one, the same traced or not, and sites that did not run have no maps. Raises :class:`UsageError`,
-        with a list of the sites, for a choice that matches none, and for edits of a pass with shortcuts.
+        heads [B, patches, keys], "none" every head [B, heads, patches, keys], float32. ``edits`` change attention,
+        one after the other, at every timestep, and then the maps and the prediction are those of the changed one.
+        ``rows`` limits maps and edits to a part of the batch. With ``shortcuts`` the prediction is an approximate one,
+        the same traced or not, and sites that did not run have no maps. Raises :class:`UsageError`, with a list of the
+        sites, for a choice that matches none, and for edits of a pass with shortcuts.
         """
         if edits and shortcuts is not None:
             raise UsageError("attention edits need a whole pass: leave out the shortcuts, or the edits")
-        changes: dict[AttentionSite, list[AttentionChange]] = {}
+        edits_by_site: dict[AttentionSite, list[AnyAttentionEdit]] = {}
         for edit in edits:
             for site in choose_sites(self.attention_sites, edit.sites):
-                changes.setdefault(site, []).append(edit.change)
+                edits_by_site.setdefault(site, []).append(edit)
         probe = Probe(
             sites=choose_sites(self.attention_sites, sites),
             reduce=reduce,
             batch=text_embeddings.shape[0],
             rows=slice(None) if rows is None else rows,
-            changes=changes,
+            edits=edits_by_site,
         )
         time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
         taken = shortcuts or Shortcuts()

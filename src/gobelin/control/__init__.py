@@ -5,7 +5,7 @@ plain function ``(site, probs) -> probs`` of attention probabilities is a contro
 method ``attach(batch)`` (:mod:`gobelin.control.batch`).
 """
 
-from gobelin.attention import AttentionEdit
+from gobelin.attention import AttentionEdit, AttentionPatch
 from gobelin.control.attention_control import Region, prompt_to_prompt, regional_attention, reweight, suppress
 from gobelin.control.attention_guidance import AttentionGuidance, attend_and_excite, box_guidance
 from gobelin.control.batch import AnyControl, Attached, Batch, Control
@@ -17,6 +17,7 @@ __all__ = [
     "Attached",
     "AttentionEdit",
     "AttentionGuidance",
+    "AttentionPatch",
     "Batch",
     "Control",
     "EditGuidance",

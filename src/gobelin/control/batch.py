@@ -7,12 +7,19 @@ people write them; each image's own prompt is searched for them.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from annotated_types import Len
 from torch import Tensor
 
-from gobelin.attention import AttentionChange, AttentionEdit, AttentionSite, choose_sites
+from gobelin.attention import (
+    AnyAttentionEdit,
+    AttentionChange,
+    AttentionEdit,
+    AttentionPatch,
+    AttentionSite,
+    choose_sites,
+)
 from gobelin.denoiser import ComposableDenoiser
 from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet, Guidance
@@ -94,7 +101,7 @@ def _unchanged(denoise: ComposableDenoiser, network: ConditionedUNet) -> Composa
 class Attached:
     """A control's attachments to a painting: attention edits, and functions that wrap guidance and denoiser."""
 
-    edits: tuple[AttentionEdit, ...] = ()
+    edits: tuple[AnyAttentionEdit, ...] = ()
     guide: Callable[[Guidance], Guidance] = lambda guidance: guidance
     around: Callable[[ComposableDenoiser, ConditionedUNet], ComposableDenoiser] = _unchanged
     sampling: Sampling | None = None
@@ -107,8 +114,8 @@ class Control(Protocol):
     def attach(self, batch: Batch) -> Attached: ...
 
 
-AnyControl = Control | AttentionEdit | AttentionChange
-"""A control, an attention edit, or a plain function ``(site, probs) -> probs``."""
+AnyControl = Control | AnyAttentionEdit | AttentionChange
+"""A control, an attention edit or patch, or a plain function ``(site, probs) -> probs``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +177,33 @@ def _attached(control: AnyControl, batch: Batch) -> Attached:
         return control.attach(batch)
     if callable(control) and not isinstance(control, type):
         control = AttentionEdit(change=control)
+    if isinstance(control, AttentionPatch):
+        _refuse_patch(control, batch)
+        return Attached(edits=(control,))
     if not isinstance(control, AttentionEdit):
         raise UsageError(
             f"control is {shown(control)}: give one of gobelin.control, a function (site, probs) -> probs, or several"
         )
     if not callable(control.change):
         raise UsageError(f"the change of an attention edit is {shown(control.change)}: give a function (site, probs)")
-    for name, share in (("start", control.start), ("end", control.end)):
-        validated(f"the {name} of an attention edit", share, Fraction)
-    choose_sites(batch.sites, control.sites)
+    _chosen_sites(control, batch, "an attention edit")
     return Attached(edits=(control,))
+
+
+def _chosen_sites(edit: AnyAttentionEdit, batch: Batch, what: str) -> tuple[AttentionSite, ...]:
+    """Choose an edit's sites, once its part of the way is known to be one."""
+    for name, share in (("start", edit.start), ("end", edit.end)):
+        validated(f"the {name} of {what}", share, Fraction)
+    return choose_sites(batch.sites, edit.sites)
+
+
+def _refuse_patch(patch: AttentionPatch, batch: Batch) -> None:
+    """Raise :class:`UsageError` for a patch of images, sites or heads that this batch or U-Net does not have."""
+    sites = _chosen_sites(patch, batch, "an attention patch")
+    batch.rows(validated("source and target of an attention patch", (patch.source, patch.target), RowPair))
+    validated("the part of an attention patch", patch.part, Literal["text", "output"])
+    if patch.part == "text" and (others := [site.name for site in sites if site.kind != "cross"]):
+        raise UsageError(f"{others[0]} attends to no text: patch its output, or choose sites of cross-attention")
+    for head in validated("the heads of an attention patch", patch.heads, Rows) or ():
+        if few := [site for site in sites if not 0 <= head < site.heads]:
+            raise UsageError(f"{few[0].name} has no head {head}: its {few[0].heads} heads count from 0")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.attention import AttentionEdit, AttentionMaps, Reduction, Sites
+from gobelin.attention import AnyAttentionEdit, AttentionMaps, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.engines.engine import DecoderRunner, LatentDecoder, NoisePredictor, PaintingNetworks, UNetRunner
 from gobelin.engines.forwards import other_forwards
@@ -110,7 +110,7 @@ class _OtherLayersUNet(UNetRunner, ABC):
         sites: Sites = None,
         reduce: Reduction = "heads",
         rows: slice | None = None,
-        edits: Sequence[AttentionEdit] = (),
+        edits: Sequence[AnyAttentionEdit] = (),
         shortcuts: Shortcuts | None = None,
     ) -> tuple[Latents, AttentionMaps]:
         """Predict and record attention maps, as :meth:`UNet.trace` does."""

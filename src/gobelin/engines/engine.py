@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
-from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
+from gobelin.attention import AnyAttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.shortcuts import Shortcuts
 from gobelin.unet import UNet
@@ -48,7 +48,7 @@ class NoisePredictor(Protocol):
         sites: Sites = None,
         reduce: Reduction = "heads",
         rows: slice | None = None,
-        edits: Sequence[AttentionEdit] = (),
+        edits: Sequence[AnyAttentionEdit] = (),
         shortcuts: Shortcuts | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]: ...
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
-from gobelin.attention import AttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites, choose_sites
+from gobelin.attention import AnyAttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites, choose_sites
 from gobelin.engines.engine import DecoderRunner, UNetRunner
 from gobelin.engines.watched_weights import WatchedWeights
 from gobelin.shortcuts import Shortcuts
@@ -164,7 +164,7 @@ class GraphUNet(UNetRunner):
         sites: Sites = None,
         reduce: Reduction = "heads",
         rows: slice | None = None,
-        edits: Sequence[AttentionEdit] = (),
+        edits: Sequence[AnyAttentionEdit] = (),
         shortcuts: Shortcuts | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
         """Predict, bit for bit as a plain call of this engine, and return attention maps, as :meth:`UNet.trace` does.
