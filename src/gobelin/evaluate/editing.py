@@ -1,12 +1,14 @@
-"""Editing: change one colour word of a caption, and measure whether its object changes and nothing else.
+"""Editing: change one word of a caption, and measure whether what it is about changes and nothing else.
 
-Captions of the test list whose image the grader finds right get another colour word. Afterwards the image should
-answer to the new caption, every object should keep its place and shape, and the pixels outside the changed object
-should stay. Three methods are compared: an edit by its defaults, prompt-to-prompt alone, and generating anew.
+Captions of the test list whose image the grader finds right get another colour, shape, number or relation. Afterwards
+the image should answer to the new caption, the objects should keep what was not changed, and the pixels outside of
+those that the word is about should stay. Three methods are compared: an edit by its defaults, prompt-to-prompt alone,
+and generating anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,15 +20,17 @@ from gobelin.errors import UsageError
 from gobelin.evaluate.attribution import found_masks
 from gobelin.evaluate.intervals import Mean, Share
 from gobelin.evaluate.measurement_report import Report, ReportTable, as_json, mean_cell, share_cell
+from gobelin.evaluate.word_changes import WORD_KINDS, WordChange, WordKind, change_word
 from gobelin.pipeline import Pipeline
-from gobelin.scenes import Detection, Sample, World, grade, sample
-from gobelin.scenes.captions import Mention, Phrasing
-from gobelin.scenes.relations import Wanted, answers
+from gobelin.scenes import Detection, World, grade, sample
+from gobelin.scenes.captions import Mention
+from gobelin.scenes.relations import answers
 
 EDITING_SEED = 78  # of the scenes, apart from training's and attribution's
 TRIES_PER_EDIT = 16  # captions tried for each edit that is wanted
 _BATCH_SIZE = 16
 _SAME_PLACE = 0.5  # intersection over union with an object's former mask
+_SAME_BOX = 0.25  # of the boxes around an object of another shape: the masks of a ring and of a star share little
 _RIM = 4  # pixels around the changed object that may change: one latent pixel of the models of these scenes
 _MOVED = 16  # levels of 255: far above the pixels' noise, whose σ is 1 to 3 levels
 _MOST_OUTSIDE = 0.05  # share of the pixels outside that may move
@@ -42,22 +46,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "painted anew": {**_ALONE, "cross_replace": 0.0, "self_replace": 0.0},
 }
 """Options of :meth:`gobelin.pipeline.Pipeline.edit`; all begin with the noise of the first image."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recolouring:
-    """A caption, and the same with another colour at the ``mention`` of that number."""
-
-    before: Phrasing
-    after: Phrasing
-    mention: int
+_KEPT: dict[str, str] = {
+    "colour": "every object overlaps by half (intersection over union) with its former mask and has its shape and, if "
+    "the word was not about it, its colour.",
+    "shape": "every object has its colour, overlaps by half with its former mask and has its shape; if the word was "
+    "about it, only the boxes overlap, by a quarter.",
+    "number": "the objects that are in both images overlap by half with their former masks, in their shape and colour.",
+    "relation": "the objects are the same by shape and colour, wherever they are.",
+}
+_NOTE = (
+    f"Moved outside: the mean share of pixels that changed by more than {_MOVED} of 255 levels in a channel, outside "
+    f"the masks of what the word is about, before and after, dilated by {_RIM} pixels. Edit: `Pipeline.edit` by its "
+    "defaults. Prompt-to-prompt alone: the paper's method. Painted anew: the new caption from the same noise."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodScore:
     """The outcomes of one method's edits.
 
-    ``answers``: the image shows what the new caption asks for. ``keeps``: every object keeps its place and shape.
+    ``answers``: the image shows what the new caption asks for. ``keeps``: :func:`keeps_objects`.
     ``both``: both of these. ``outside`` is the mean of :func:`moved_outside`, and ``outside_kept`` the share of edits
     where that is .05 or less. ``all``: both, and outside kept.
     """
@@ -71,13 +79,20 @@ class MethodScore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KindScore:
+    """The outcomes of the edits of one kind of word, by method."""
+
+    edits: int
+    methods: dict[str, MethodScore]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Editing:
-    """Edits of one model's images, by method."""
+    """Edits of one model's images, by the kind of word that changes."""
 
     model: str
     world: str
-    edits: int
-    methods: dict[str, MethodScore]
+    kinds: dict[WordKind, KindScore]
 
     def to_json(self) -> dict[str, Any]:
         """Convert to dicts, lists, strings and numbers."""
@@ -88,7 +103,7 @@ class Editing:
 class _RightImage:
     """An image with this ``seed`` that is right for its caption, and the grader's detections in it."""
 
-    change: Recolouring
+    change: WordChange
     seed: int
     image: Image.Image
     detections: list[Detection]
@@ -104,63 +119,61 @@ class _Outcome:
 
 
 def measure_editing(
-    pipeline: Pipeline, world: World, count: int, advance: Callable[[], None] = lambda: None
+    pipeline: Pipeline,
+    world: World,
+    count: int,
+    kinds: Sequence[WordKind] = WORD_KINDS,
+    advance: Callable[[], None] = lambda: None,
 ) -> Editing:
     """Edit the images of the first ``count`` captions that are right, or as many as there are, by every method.
 
     ``advance`` is called after each edited caption. Raises :class:`UsageError` where no caption's image is right.
     """
-    outcomes: dict[str, list[_Outcome]] = {name: [] for name in METHODS}
-    for right in _right_images(pipeline, world, count):
-        before, after = right.change.before, right.change.after
-        for name, options in METHODS.items():
-            image = pipeline.edit(before.text, after.text, seed=right.seed, **options).images[1]
-            outcomes[name].append(_outcome(right, image, world))
-        advance()
-    edits = len(next(iter(outcomes.values())))
-    if not edits:
+    scores: dict[WordKind, KindScore] = {kind: _measure_kind(pipeline, world, count, kind, advance) for kind in kinds}
+    if not any(score.edits for score in scores.values()):
         raise UsageError(
             f"none of {TRIES_PER_EDIT * count:,} captions has a right image by this model: there is nothing to edit"
         )
-    return Editing(
-        model=pipeline.name,
-        world=world.name,
-        edits=edits,
-        methods={name: _method_score(found) for name, found in outcomes.items()},
-    )
+    return Editing(model=pipeline.name, world=world.name, kinds=scores)
 
 
-def recoloured(each: Sample, world: World, seed: int) -> Recolouring | None:
-    """Change one colour word of a caption to one that no object has; None where it names none, or none is left."""
-    rng = np.random.default_rng(seed)
-    phrasing = each.phrasing
-    coloured = [number for number, mention in enumerate(phrasing.mentions) if mention.colour]
-    if not coloured:
-        return None
-    number = int(rng.choice(coloured))
-    mention = phrasing.mentions[number]
-    shape = each.scene.objects[mention.things[0]].shape
-    there = {thing.colour for thing in each.scene.objects}
-    free = [one for one in world.colours if one not in there and (shape, one) not in world.held_out_pairs]
-    if not free:
-        return None
-    mentions = list(phrasing.mentions)
-    mentions[number] = replace(mention, colour=str(rng.choice(free)))
-    return Recolouring(before=phrasing, after=replace(phrasing, mentions=tuple(mentions)), mention=number)
+def keeps_objects(change: WordChange, before: Sequence[Detection], after: Sequence[Detection]) -> bool:
+    """Return True where the objects kept what the change of a word is not about.
 
+    Objects have their shape and colour, and overlap by half with their former selves; of one whose shape changes, the
+    boxes do by a quarter. If a number changed, those that are in both images are still there. If a relation did, the
+    objects are the same by shape and colour, wherever they are.
+    """
+    if change.kind == "relation":
+        return sorted((thing.shape, thing.colour) for thing in before) == sorted(
+            (thing.shape, thing.colour) for thing in after
+        )
+    changed = [change.before.mentions[number].wanted for number in change.mentions]
 
-def keeps_objects(changed: Wanted, before: Sequence[Detection], after: Sequence[Detection]) -> bool:
-    """Return True where every object keeps its place, its shape and, unless it answers to ``changed``, its colour."""
-
-    def still(thing: Detection) -> bool:
+    def still(thing: Detection, others: Sequence[Detection]) -> bool:
+        may_change = any(answers(wanted, thing) for wanted in changed)
+        if may_change and change.kind == "shape":
+            return any(thing.colour == other.colour and _box_overlap(thing, other) >= _SAME_BOX for other in others)
         return any(
             thing.shape == other.shape
-            and (thing.colour == other.colour or answers(changed, thing))
+            and (thing.colour == other.colour or (may_change and change.kind == "colour"))
             and (thing.mask & other.mask).sum() >= _SAME_PLACE * (thing.mask | other.mask).sum()
-            for other in after
+            for other in others
         )
 
-    return len(before) == len(after) and all(map(still, before))
+    if change.kind == "number":
+        fewer, more = sorted((before, after), key=len)
+        return all(still(thing, more) for thing in fewer)
+    return len(before) == len(after) and all(still(thing, after) for thing in before)
+
+
+def _box_overlap(one: Detection, other: Detection) -> float:
+    """Compute the intersection over union of two boxes (left, top, right, bottom)."""
+    left, top = (max(one.box[side], other.box[side]) for side in (0, 1))
+    right, bottom = (min(one.box[side], other.box[side]) for side in (2, 3))
+    both = max(0, right - left) * max(0, bottom - top)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one.box, other.box))
+    return both / (areas - both)
 
 
 def moved_outside(
@@ -179,51 +192,63 @@ def moved_outside(
 
 def editing_report(content: dict[str, Any]) -> Report:
     """Lay out an :class:`Editing` from JSON."""
-    rows = [
-        (
-            name,
-            *(share_cell(score[outcome]) for outcome in ("answers", "keeps", "both")),
-            mean_cell(score["outside"]),
-            *(share_cell(score[outcome]) for outcome in ("outside_kept", "all")),
+    tables = [
+        ReportTable(
+            title=f"Editing: one {kind} changed, in {score['edits']:,} images",
+            columns=(
+                "method",
+                "answers to the new caption",
+                "keeps the rest",
+                "both",
+                "moved outside",
+                f"outside ≤ {_MOST_OUTSIDE:g}",
+                f"both, and outside ≤ {_MOST_OUTSIDE:g}",
+            ),
+            rows=[
+                (
+                    name,
+                    *(share_cell(method[outcome]) for outcome in ("answers", "keeps", "both")),
+                    mean_cell(method["outside"]),
+                    *(share_cell(method[outcome]) for outcome in ("outside_kept", "all")),
+                )
+                for name, method in score["methods"].items()
+            ],
+            note=f"Keeps: {_KEPT[kind]}" if place < len(content["kinds"]) - 1 else f"Keeps: {_KEPT[kind]} {_NOTE}",
         )
-        for name, score in content["methods"].items()
+        for place, (kind, score) in enumerate(content["kinds"].items())
     ]
-    table = ReportTable(
-        title="Editing: one colour word changed",
-        columns=(
-            "method",
-            "answers to the new caption",
-            "keeps every object's place and shape",
-            "both",
-            "moved outside",
-            f"outside ≤ {_MOST_OUTSIDE:g}",
-            f"both, and outside ≤ {_MOST_OUTSIDE:g}",
-        ),
-        rows=rows,
-        note=(
-            "Of images that the grader found right. Keeps: every object overlaps by half (intersection over union) "
-            "with its former mask, has its shape and, if the word was not about it, its colour. Moved outside: the "
-            f"mean share of pixels that changed by more than {_MOVED} of 255 levels in a channel, outside the changed "
-            f"object's masks before and after, both dilated by {_RIM} pixels. Edit: `Pipeline.edit` by its defaults. "
-            "Prompt-to-prompt alone: the paper's method. Painted anew: the new caption from the same noise."
-        ),
-    )
     return Report(
         title=f"Edits with {content['model']}",
-        description=f"World {content['world']}, {content['edits']:,} captions of the test list whose image is right.",
-        tables=[table],
+        description=f"World {content['world']}, captions of the test list whose image the grader found right.",
+        tables=tables,
     )
 
 
-def _right_images(pipeline: Pipeline, world: World, count: int) -> Iterator[_RightImage]:
+def _measure_kind(
+    pipeline: Pipeline, world: World, count: int, kind: WordKind, advance: Callable[[], None]
+) -> KindScore:
+    """Edit images by words of one kind."""
+    outcomes: dict[str, list[_Outcome]] = {name: [] for name in METHODS}
+    for right in _right_images(pipeline, world, count, kind):
+        before, after = right.change.before, right.change.after
+        for name, options in METHODS.items():
+            image = pipeline.edit(before.text, after.text, seed=right.seed, **options).images[1]
+            outcomes[name].append(_outcome(right, image, world))
+        advance()
+    return KindScore(
+        edits=len(outcomes["edit"]), methods={name: _method_score(found) for name, found in outcomes.items()}
+    )
+
+
+def _right_images(pipeline: Pipeline, world: World, count: int, kind: WordKind) -> Iterator[_RightImage]:
     """Generate images of the captions in batches; yield the first ``count`` that are right."""
     found = 0
-    for start in range(0, TRIES_PER_EDIT * count, _BATCH_SIZE):
-        indices = range(start, start + _BATCH_SIZE)
-        changes = [(index, recoloured(sample(EDITING_SEED, index, world, "test"), world, index)) for index in indices]
-        wanted = [(EDITING_SEED + index, change) for index, change in changes if change is not None]
-        if not wanted:
-            continue
+    drawn = (
+        (EDITING_SEED + index, change)
+        for index in range(TRIES_PER_EDIT * count)
+        if (change := change_word(sample(EDITING_SEED, index, world, "test"), world, kind, index)) is not None
+    )
+    while wanted := list(islice(drawn, _BATCH_SIZE)):
         images = pipeline([change.before.text for _, change in wanted], seed=[seed for seed, _ in wanted]).images
         for (seed, change), image in zip(wanted, images, strict=True):
             if found == count:
@@ -237,12 +262,16 @@ def _right_images(pipeline: Pipeline, world: World, count: int) -> Iterator[_Rig
 def _outcome(right: _RightImage, image: Image.Image, world: World) -> _Outcome:
     """Grade an edited image and compare it with the right one that it was made of."""
     detections = grade(image, world)
-    old, new = (phrasing.mentions[right.change.mention] for phrasing in (right.change.before, right.change.after))
-    mask_before = _mask_of(old, right.detections, np.ones((image.height, image.width), np.bool_))
-    mask_after = _mask_of(new, detections, mask_before)
+    change = right.change
+    mask_before = mask_after = np.zeros((image.height, image.width), np.bool_)
+    for number in change.mentions:
+        everywhere = np.ones_like(mask_before)
+        former = _mask_of(change.before.mentions[number], right.detections, everywhere)
+        mask_before = mask_before | former
+        mask_after = mask_after | _mask_of(change.after.mentions[number], detections, former)
     return _Outcome(
-        answers=found_masks(right.change.after, detections) is not None,
-        keeps=keeps_objects(old.wanted, right.detections, detections),
+        answers=found_masks(change.after, detections) is not None,
+        keeps=keeps_objects(change, right.detections, detections),
         outside=moved_outside(np.asarray(right.image), np.asarray(image), mask_before, mask_after),
     )
 
