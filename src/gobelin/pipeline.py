@@ -20,6 +20,7 @@ from gobelin.checkpoint import Model, open_model
 from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.clip import TextEncoder
+from gobelin.concept_erasure import erase_words
 from gobelin.control import AnyControl, EditGuidance, FlowEdit, LocalBlend, prompt_to_prompt, reweight
 from gobelin.engines import EngineName, find_engine
 from gobelin.errors import UsageError
@@ -192,6 +193,29 @@ class Pipeline:
             syntax=weights,
             clip_skip=clip_skip,
         )
+
+    def erase(
+        self,
+        words: str | Sequence[str],
+        instead: str = "",
+        *,
+        prompts: Sequence[str] = (),
+        preserve: Sequence[str] = (),
+        ridge: float = 1e-3,
+    ) -> Self:
+        """Erase words from what the U-Net hears, in closed form: it reads each as it reads ``instead``; returns self.
+
+        ``pipe.erase("star", "shape", preserve=["a circle", "a ring"])``. The weights of cross-attention's keys and
+        values change for good, and are saved with the model; what else breaks, :mod:`gobelin.evaluate.erasure`
+        measures. ``prompts`` are texts in which the words occur, beside a few that are there. ``preserve`` are texts to
+        be read as before. ``ridge`` above 0 holds the other directions: more of it erases less and breaks less. Raises
+        :class:`UsageError` where LoRAs are loaded, whose weights would hide the change.
+        """
+        if self.loras.weights:
+            raise UsageError("LoRAs are loaded: remove them, erase, and load them again")
+        erase_words(self.model, [words] if isinstance(words, str) else words, instead, prompts, preserve, ridge)
+        self.use(self.engine)  # whose copies of the weights are older
+        return self
 
     def words(self, prompt: str, weights: PromptSyntax = "a1111") -> Words:
         """Find the words of a prompt, without its weights, and the tokens of each, through all its chunks."""

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-MEASUREMENTS = ("scenes", "images", "prompts", "attribution", "editing", "fidelity")
+MEASUREMENTS = ("scenes", "images", "prompts", "attribution", "editing", "patching", "erasure", "fidelity")
 
 
 def is_one_sentence(text):
@@ -32,6 +32,8 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
         "prompts": {"splits", "out"},
         "attribution": {"json", "report", "dtype"},
         "editing": {"json", "report", "dtype"},
+        "patching": {"json", "report", "dtype"},
+        "erasure": {"json", "report", "dtype"},
         "fidelity": {"json", "report", "sampler", "dtype", "out"},
     }[name]
 
@@ -44,7 +46,8 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
         (
             ["zebra"],
             2,
-            "unknown measurement 'zebra': the choices are scenes, images, prompts, attribution, editing, fidelity",
+            "unknown measurement 'zebra': the choices are scenes, images, prompts, attribution, editing, patching, "
+            "erasure, fidelity",
         ),
         (["--limit", "2"], 2, "unknown measurement '--limit'"),
         (["attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),
@@ -140,13 +143,14 @@ def test_editing_compares_three_methods(gobelin, trained, tmp_path):
     status, out, err = gobelin("evaluate", "editing", trained, *options)  # it paints all green: a green square
     assert status == 0, err
     found = json.loads(file.read_text())
-    methods = found["methods"]
-    assert methods.keys() == {"edit", "prompt-to-prompt alone", "painted anew"}
-    assert 1 <= found["edits"] <= 2
-    for score in methods.values():
-        assert {score[outcome]["n"] for outcome in score} == {found["edits"]}
+    assert found["kinds"].keys() == {"colour", "shape", "number", "relation"}
+    measured = found["kinds"]["colour"]
+    assert measured["methods"].keys() == {"edit", "prompt-to-prompt alone", "painted anew"}
+    assert 1 <= measured["edits"] <= 2
+    for score in measured["methods"].values():
+        assert {score[outcome]["n"] for outcome in score} == {measured["edits"]}
         assert 0 <= score["outside"]["value"] <= 1
-    assert "one colour word changed" in out
+    assert "one colour changed" in out
     assert "painted anew" in report.read_text()
 
 

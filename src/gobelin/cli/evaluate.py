@@ -12,6 +12,7 @@ from gobelin.cli.report_files import ReportFiles, progress_bar, publish
 from gobelin.engine_names import EngineName
 from gobelin.errors import UsageError
 from gobelin.evaluate.image_list import ALL_TASKS, MAX_PROMPTS, requested_images
+from gobelin.evaluate.word_changes import WORD_KINDS, WordKind
 from gobelin.formats.files import replacing
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ measurements:
   images       score a folder of images that another program generated
   prompts      write the list of prompts and seeds for another program
   attribution  compare the heat map of each word with the object that it speaks of
-  editing      change one colour word, and see whether its object changes and nothing else
+  editing      change one word, and see whether what it is about changes and nothing else
+  patching     give some attention another caption's text, and see whether colour, shape, number or place follow
+  erasure      erase a colour or a shape, and see whether it is gone and what else broke
   fidelity     compare images painted from captions with the true ones: FID, KID, CLIP score
 
   gobelin evaluate MEASUREMENT --help   options and examples
@@ -40,6 +43,7 @@ examples:
   gobelin evaluate images elsewhere
   gobelin evaluate attribution --limit 64
   gobelin evaluate editing --limit 50
+  gobelin evaluate patching --limit 30
   gobelin evaluate fidelity my-images --model runs/mine --features model
 """
 
@@ -155,15 +159,54 @@ class EvaluateAttribution(ReportFiles, _ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateEditing(ReportFiles, _ModelOptions):
-    """Change one colour word of captions, and measure whether its object changes and nothing else.
+    """Change one word of captions, and measure whether what it is about changes and nothing else.
 
     Some examples:
       gobelin evaluate editing --limit 50
-      gobelin evaluate editing runs/mine --limit 25 --json editing.json --report editing.md
+      gobelin evaluate editing runs/mine --kinds colour --limit 25 --json editing.json --report editing.md
     """
 
+    kinds: tuple[WordKind, ...] = WORD_KINDS
+    """The kinds of words that change."""
     limit: int = 100
-    """The number of edits, 2 or more; fewer are made where the model gets few captions right."""
+    """The number of edits of each kind, 2 or more; fewer are made where the model gets few captions right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatePatching(ReportFiles, _ModelOptions):
+    """Paint captions with some attention given another caption's text, and measure what of the image follows.
+
+    Captions differ in one word, a colour, a shape, a number or a relation, and are painted from the same noise. Each
+    site of cross-attention is patched alone, and all but it (activation patching).
+
+    Some examples:
+      gobelin evaluate patching --limit 30
+      gobelin evaluate patching runs/mine --kinds colour --json patching.json --report patching.md
+    """
+
+    kinds: tuple[WordKind, ...] = WORD_KINDS
+    """The kinds of words that differ."""
+    limit: int = 30
+    """The number of pairs of captions of each kind, 2 or more; fewer where the model gets few of them right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateErasure(ReportFiles, _ModelOptions):
+    """Erase a colour or a shape from a copy of a model, and measure whether it is gone and what else broke.
+
+    Some examples:
+      gobelin evaluate erasure --word star --instead circle
+      gobelin evaluate erasure runs/mine --word red --instead "" --limit 20 --json erasure.json
+    """
+
+    word: str
+    """What is erased: a shape or a colour of the world."""
+    instead: str = ""
+    """What it is read as; without it, as nothing."""
+    ridge: float = 1e-3
+    """How strongly the weights are held, above 0: more of it erases less and breaks less."""
+    limit: int = 50
+    """The number of prompts of each task, 2 or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,8 +338,34 @@ def _editing(options: EvaluateEditing) -> None:
     _require_captions(options.limit)
     pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
     with progress_bar("editing") as advance:
-        content = measure_editing(pipeline, world, options.limit, lambda: advance(1)).to_json()
+        content = measure_editing(pipeline, world, options.limit, options.kinds, lambda: advance(1)).to_json()
     publish(options, content, editing_report(content))
+
+
+def _patching(options: EvaluatePatching) -> None:
+    """Measure patches of attention."""
+    from gobelin.evaluate.patching import measure_patching, patching_report
+    from gobelin.evaluate.scene_models import open_scene_model
+
+    _require_captions(options.limit)
+    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    with progress_bar("patching") as advance:
+        content = measure_patching(pipeline, world, options.limit, options.kinds, lambda: advance(1)).to_json()
+    publish(options, content, patching_report(content))
+
+
+def _erasure(options: EvaluateErasure) -> None:
+    """Measure an erasure."""
+    from gobelin.evaluate.erasure import erasure_report, measure_erasure
+    from gobelin.evaluate.scene_models import open_scene_model
+
+    _require_captions(options.limit)
+    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    with progress_bar("painting") as advance:
+        content = measure_erasure(
+            pipeline, world, options.word, options.instead, options.limit, options.ridge, advance
+        ).to_json()
+    publish(options, content, erasure_report(content))
 
 
 def _fidelity(options: EvaluateFidelity) -> None:
@@ -312,6 +381,8 @@ _MEASUREMENTS: dict[str, Callable[[Sequence[str]], None]] = {
     "prompts": lambda rest: _prompts(parse(EvaluatePrompts, "evaluate prompts", rest)),
     "attribution": lambda rest: _attribution(parse(EvaluateAttribution, "evaluate attribution", rest)),
     "editing": lambda rest: _editing(parse(EvaluateEditing, "evaluate editing", rest)),
+    "patching": lambda rest: _patching(parse(EvaluatePatching, "evaluate patching", rest)),
+    "erasure": lambda rest: _erasure(parse(EvaluateErasure, "evaluate erasure", rest)),
     "fidelity": lambda rest: _fidelity(parse(EvaluateFidelity, "evaluate fidelity", rest)),
 }
 
