@@ -32,7 +32,7 @@ _WRITTEN_BY_PEOPLE = re.compile(
     r"|open_image|open_mask|_opened|attach_controls|_attached|Batch\.rows|Words\.(find|has|tokens|part)|HeatMaps\.part|parse_weights"
     r"|reweight|suppress|regional_attention|listed_regions|Region\.box|prompt_to_prompt|attend_and_excite|box_guidance"
     r"|classifier_free_guidance|guidance_interval|adaptive_projected_guidance|cfg_zero_star"
-    r"|perturbed_attention_guidance|_adapter"
+    r"|perturbed_attention_guidance|ablate|silence_site|_adapter"
 )
 
 
@@ -56,6 +56,8 @@ _REPEATS = (
     *("test_loading.py", "test_hostile_models.py", "test_opens_in_diffusers.py", "test_pipeline_edit.py"),
     *("test_generate.py", "test_evaluate.py", "test_edit.py", "test_look.py", "test_cli.py", "test_models.py"),
     *("test_graph_engines.py", "test_onnx_files.py"),
+    *("test_jobs_api.py", "test_queue.py", "test_requests.py", "test_security.py", "test_other_apis.py"),
+    *("test_api_fuzz.py", "test_serve.py"),
 )
 
 

@@ -17,9 +17,11 @@ from gobelin.attention import (
     AnyAttentionEdit,
     AttentionMaps,
     AttentionSite,
+    AttentionTensors,
     Probe,
     Reduction,
     Sites,
+    TensorProbe,
     choose_sites,
 )
 from gobelin.errors import UsageError
@@ -291,21 +293,49 @@ class UNet(Component[UNetConfig]):
         """
         if edits and shortcuts is not None:
             raise UsageError("attention edits need a whole pass: leave out the shortcuts, or the edits")
-        edits_by_site: dict[AttentionSite, list[AnyAttentionEdit]] = {}
-        for edit in edits:
-            for site in choose_sites(self.attention_sites, edit.sites):
-                edits_by_site.setdefault(site, []).append(edit)
         probe = Probe(
             sites=choose_sites(self.attention_sites, sites),
             reduce=reduce,
             batch=text_embeddings.shape[0],
             rows=slice(None) if rows is None else rows,
-            edits=edits_by_site,
+            edits=self._edits_by_site(edits),
         )
         time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
         taken = shortcuts or Shortcuts()
         conditioning = Conditioning(time_embedding, text_embeddings, text_mask, probe, taken.merge_tokens)
         return self._predict(noisy_latents, conditioning, taken.deep), probe.maps
+
+    def attention_tensors(
+        self,
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
+        text_embeddings: Float[Tensor, "images length text_width"],
+        text_mask: Bool[Tensor, "images length"] | None = None,
+        sites: Sites = None,
+        edits: Sequence[AnyAttentionEdit] = (),
+    ) -> dict[AttentionSite, AttentionTensors]:
+        """Predict, and return queries, keys, values, probabilities and outputs at ``sites``, with ``edits`` applied.
+
+        ``sites`` and ``edits`` are as in :meth:`trace`, and so are the probabilities.
+        """
+        probe = TensorProbe(
+            sites=choose_sites(self.attention_sites, sites),
+            reduce="none",
+            batch=text_embeddings.shape[0],
+            rows=slice(None),
+            edits=self._edits_by_site(edits),
+        )
+        time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
+        self._predict(noisy_latents, Conditioning(time_embedding, text_embeddings, text_mask, probe))
+        return probe.tensors
+
+    def _edits_by_site(self, edits: Sequence[AnyAttentionEdit]) -> dict[AttentionSite, list[AnyAttentionEdit]]:
+        """List the edits of each site, in their order."""
+        by_site: dict[AttentionSite, list[AnyAttentionEdit]] = {}
+        for edit in edits:
+            for site in choose_sites(self.attention_sites, edit.sites):
+                by_site.setdefault(site, []).append(edit)
+        return by_site
 
     def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed timesteps: sinusoids, then two linear layers in ``dtype``."""
