@@ -27,7 +27,7 @@ from gobelin.look.page import word_map_element
 from gobelin.plan import Plan, inpaints
 from gobelin.samplers import NoiseSource, Step, sample_latents
 from gobelin.shortcuts import ShortcutPlan
-from gobelin.text_conditioning import TextConditioning, batch_texts, encode_chunks
+from gobelin.text_conditioning import TextConditioning, batch_texts, beside_words, encode_chunks, encode_words
 from gobelin.types import Images, Latents, Mask
 
 MAX_DECODED_PIXELS = 2**22  # at once: the VAE of Stable Diffusion takes some 7 GB for them
@@ -135,7 +135,7 @@ class Painting:
 
     def __post_init__(self) -> None:
         self._steps = self._sample()
-        self._collector = Collector(self.plan.trace or Trace())
+        self._collector = Collector(self.plan.trace or Trace(), images=len(self.plan))
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -193,6 +193,9 @@ class Painting:
             negative=negative,
             edits=plan.attached.edits,
             trace=plan.trace,
+            also=encode_words(
+                *(model.text_encoder, model.tokenizer, plan.also, plan.syntax, plan.clip_skip, model.unet.dtype)
+            ),
             extra_channels=start.extra_channels,
             shortcuts=self._shortcuts(),
         )
@@ -298,16 +301,18 @@ class Painting:
         return [image for part in decoded for image in tensor_to_images(part)]
 
     def _heatmaps(self, images: Sequence[Image.Image]) -> list[HeatMaps]:
-        found = [
-            HeatMaps(
-                words=chunks.words.at_length(self.plan.length),
-                maps=self._collector.maps(index),
-                latent_size=self.plan.latent_size,
-                image=image,
+        plan = self.plan
+        return [
+            self._collector.heatmaps(
+                index,
+                chunks.words.at_length(plan.length),
+                image,
+                plan.latent_size,
+                also=beside_words(plan.also),
+                negative=plan.negative.words.at_length(plan.length),
             )
-            for index, (chunks, image) in enumerate(zip(self.plan.texts, images, strict=True))
+            for index, (chunks, image) in enumerate(zip(plan.texts, images, strict=True))
         ]
-        return [heatmaps.sharpened() for heatmaps in found] if self.plan.sharpen else found
 
 
 def file_stem(settings: dict[str, Any]) -> str:
