@@ -5,7 +5,7 @@ import torch
 from tests.conftest import fill_, relative_error
 from torch import Tensor, nn
 
-from gobelin.attention import attention, attention_probs, choose_sites
+from gobelin.attention import attention, attention_probs, choose_layers, choose_sites, extra_shares
 from gobelin.errors import UsageError
 from gobelin.layers import Attention
 from gobelin.unet import UNet
@@ -109,6 +109,35 @@ def test_probabilities_are_float32_whatever_the_precision() -> None:
     probs = attention_probs(query.bfloat16(), key.bfloat16())
     assert probs.dtype == torch.float32
     assert torch.equal(probs, attention_probs(query.bfloat16().float(), key.bfloat16().float()))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_extra_word_takes_what_it_would_take_beside_all_keys(masked: bool) -> None:
+    query, key = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
+    mask = (torch.rand(2, 1, 1, 7) > 0.4) if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    words = torch.randn(3, 6, 4)
+    found = extra_shares(query, key, mask, words, (1, 3, 2)).split((1, 3, 2), dim=-1)
+    for share, word in zip(found, words.split((1, 3, 2), dim=1), strict=True):
+        beside = torch.cat([key, word.expand(2, -1, -1, -1)], dim=2)
+        shown = None if mask is None else torch.cat([mask, torch.ones(2, 1, 1, word.shape[1], dtype=torch.bool)], dim=3)
+        assert torch.allclose(share, attention_probs(query, beside, shown)[..., 7:], atol=1e-6)
+
+
+def test_extra_words_that_are_far_off_or_near_are_shares_all_the_same() -> None:
+    query, key = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4)
+    for scale, share in ((1e4, 1.0), (-1e4, 0.0)):
+        word = scale * query[0].mean(dim=1, keepdim=True).sign()
+        found = extra_shares(query.abs(), key, None, word.abs() * scale, (1,))
+        assert torch.allclose(found, torch.full_like(found, share))
+
+
+@pytest.mark.parametrize("layers", ["nowhere", ["*", "nowhere"], 3, [], [3]], ids=str)
+def test_layers_that_are_none_are_said(layers) -> None:
+    with pytest.raises(UsageError, match=r"layers is|matches no layer of this U-Net, which has down"):
+        choose_layers(("down", "up"), layers)
+    assert choose_layers(("down.0", "down.1", "up"), ["up", "down.*"]) == ("down.0", "down.1", "up")
 
 
 def test_sites_are_chosen_by_pattern_by_question_and_by_name() -> None:

@@ -179,3 +179,75 @@ def test_what_goes_unsaid_is_what_the_model_recommends(trained: Path) -> None:
 
 def test_default_timesteps_are_whole_numbers_on_the_way() -> None:
     assert all(isinstance(timestep, int) and 0 <= timestep < 1000 for timestep in LOOK_TIMESTEPS)
+
+
+@torch.no_grad()
+def test_features_are_what_layers_return_in_the_mean_over_noises(pipe: Pipeline) -> None:
+    """By hooks on the layers, which features do without."""
+    side, image = own_side(pipe), noise_image()
+    name, other = pipe.unet.layer_names[-2:]
+    features = pipe.features(image, "a red circle", timestep=200, layers=name, noises=3, seed=9)
+    resized = image.resize((side, side), Image.Resampling.LANCZOS)
+    latents = pipe.vae.config.scaling_factor * pipe.vae.encode(images_to_tensor([resized])).mean
+    text = pipe.encode_text("a red circle")
+    generator = torch.Generator().manual_seed(9)
+    seen: list[torch.Tensor] = []
+    handle = pipe.unet.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output))
+    alpha = pipe.schedule.alphas_cumprod[200]
+    for _ in range(3):
+        noise = torch.randn(latents.shape[1:], generator=generator)[None]
+        pipe.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, torch.tensor([200]), text.embeddings, text.mask)
+    handle.remove()
+    assert torch.allclose(features.values, torch.stack(seen).mean(dim=0), atol=1e-5)
+    assert features.layers == (name,)
+    assert features.images[0].size == (side, side)
+    both = pipe.features([image, noise_image(seed=1)], layers=[other, name], noises=1)
+    assert len(both) == 2
+    assert both.layers == (name, other)
+    finest = max(pipe.unet.attention_sites, key=lambda site: -site.downscale).grid(*pipe.latent_size())
+    assert both.values.shape[2:] == finest
+
+
+def test_every_layer_has_features_of_its_grid(pipe: Pipeline) -> None:
+    for name in pipe.unet.layer_names:
+        pipe.unet.get_submodule(name)
+        features = pipe.features(noise_image(), layers=name, noises=1)
+        assert features.values.shape[0] == 1
+        assert features.values.isfinite().all()
+    assert {name.split(".")[0] for name in pipe.unet.layer_names} == {"down_blocks", "mid_block", "up_blocks"}
+
+
+def test_features_do_not_depend_on_neighbours(pipe: Pipeline) -> None:
+    images = [noise_image(seed=seed) for seed in range(3)]
+    together = pipe.features(images, ["a circle", "two blue stars", "red"], noises=2)
+    for number, caption in enumerate(("a circle", "two blue stars", "red")):
+        alone = pipe.features(images[number], caption, noises=2)
+        assert torch.allclose(together[number].values, alone.values, atol=1e-4)
+
+
+NO_FEATURES: dict[str, tuple[dict[str, Any], str]] = {
+    "a timestep too late": ({"timestep": 1000}, "timestep is 1000: give a whole number from 0 to 999"),
+    "several timesteps": ({"timestep": [100]}, "timestep is"),
+    "no noise": ({"noises": 0}, "noises is 0"),
+    "layers that are not there": ({"layers": "attn9"}, "'attn9' matches no layer of this U-Net, which has down_blocks"),
+    "layers that are none": ({"layers": 3}, "layers is 3"),
+    "a seed below 0": ({"seed": -1}, "the seed"),
+    "no images": ({"images": []}, "no image"),
+    "an image that is none": ({"images": 3}, "give a path"),
+    "several shapes": ({"images": [noise_image(), noise_image(160)]}, "give the height and width for all"),
+    "an empty caption among others": ({"images": [noise_image()] * 2, "captions": ["a", ""]}, "the caption is empty"),
+    "half a pixel": ({"width": 0.5}, "width"),
+}
+
+
+@pytest.mark.parametrize("case", NO_FEATURES)
+def test_features_that_cannot_be_are_refused(pipe: Pipeline, case: str) -> None:
+    changes, said = NO_FEATURES[case]
+    with pytest.raises(UsageError, match=said):
+        pipe.features(**{"images": noise_image(), **changes})
+
+
+def test_models_that_inpaint_and_long_captions_have_features(clip_model: Any) -> None:
+    for channels in (4, 9):
+        features = Pipeline(clip_model(channels)).features(noise_image(), " ".join(["red"] * 90), noises=1)
+        assert features.values.isfinite().all()

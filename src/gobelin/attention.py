@@ -5,10 +5,10 @@ kernel, which never returns its probabilities. :func:`attention_probs` computes 
 asks for them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,43 @@ def attention_probs(
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtraWords:
+    """Words beside a text, as what patches would attend to if one of them stood there too.
+
+    ``embeddings`` are the text embeddings of their tokens, a word's after the other's, and ``lengths`` say how many
+    tokens each has.
+    """
+
+    embeddings: Float[Tensor, "extra text_width"]
+    lengths: tuple[int, ...]
+
+
+def extra_shares(
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch heads keys width"],
+    mask: Bool[Tensor, "#batch #heads #queries keys"] | None,
+    extra: Float[Tensor, "heads extra width"],
+    lengths: Sequence[int],
+) -> Float[Tensor, "batch heads queries extra"]:
+    """Shares of attention that extra words would take, each if it alone stood beside all keys: float32.
+
+    A word of the tokens W takes Σ_W exp(l) / (Σ_keys exp(l) + Σ_W exp(l)), l being query · key / √width, and its tokens
+    share that out. So a word's share depends on no other extra word, and one that says little to a patch is small
+    beside what the keys say. The keys' own probabilities stay as they are.
+    """
+    query = query.float() * query.shape[-1] ** -0.5
+    logits = query @ key.float().transpose(-1, -2)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    beside = query @ extra.float().transpose(-1, -2) - logits.logsumexp(dim=-1, keepdim=True)
+    shares = []
+    for word in beside.split(list(lengths), dim=-1):
+        odds = word.logsumexp(dim=-1, keepdim=True)
+        shares.append((word - odds).exp() * odds.sigmoid())
+    return torch.cat(shares, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSite:
     """Name one attention of a U-Net.
 
@@ -103,7 +140,10 @@ class AttentionSite:
 
 
 AttentionMaps = dict[AttentionSite, Tensor]
-"""Probabilities by site: [B, patches, keys], a mean over heads, or [B, heads, patches, keys]."""
+"""Probabilities by site: [B, patches, keys], a mean over heads, or [B, heads, patches, keys].
+
+Where extra words are looked for, their tokens' shares (:func:`extra_shares`) follow the keys of cross-attention.
+"""
 
 AttentionChange = Callable[[AttentionSite, Tensor], Tensor]
 """``change(site, probs) -> probs``, both [B, heads, patches, keys]; returning equal ones changes no bit."""
@@ -138,21 +178,44 @@ def choose_sites(there: Sequence[AttentionSite], choice: Sites = None) -> tuple[
     return chosen
 
 
+def choose_layers(there: Sequence[str], layers: str | Sequence[str]) -> tuple[str, ...]:
+    """Choose layers by their names, or by patterns of them as in :func:`choose_sites`, keeping their order.
+
+    Raises :class:`UsageError`, with a list of the layers, for a name or a pattern that matches none.
+    """
+    patterns = [layers] if isinstance(layers, str) else layers
+    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(one, str) for one in patterns):
+        raise UsageError(f"layers is {shown(layers)}: give a name, as in 'up_blocks.1.attentions.0', or several")
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in there):
+            raise UsageError(f"{pattern!r} matches no layer of this U-Net, which has {', '.join(there)}")
+    return tuple(name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """Choose which attention maps to keep while sampling: of which ``sites`` (:func:`choose_sites`), heads and steps.
 
     Maps are means over heads and steps, unless ``per_head`` or ``per_step`` keeps each apart. Only steps from the share
     ``start`` (0 to 1) of the way from noise to image on are kept, measured in timesteps, and always the last one.
+    ``sharp`` chooses sites and start itself, for maps that point best. ``also`` are words or phrases that the prompt
+    need not have: their maps are computed beside (:func:`extra_shares`), and change nothing. ``negative`` keeps the
+    maps of the negative prompt too.
     """
 
     sites: Sites = None
     per_head: bool = False
     per_step: bool = False
     start: Fraction = 0.0
+    sharp: bool = False
+    also: Annotated[Sequence[str], "words or phrases, as in ('dog', 'a shadow')"] = ()
+    negative: bool = False
 
     def __post_init__(self) -> None:
         validate_fields(self, but=("sites",))
+        if not all(word.strip() for word in self.also):
+            raise UsageError("also has an empty word: leave it out")
+        object.__setattr__(self, "also", tuple(dict.fromkeys(word.strip() for word in self.also)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +281,10 @@ class Probe:
     """Record attention maps in one forward pass, and change attention on the way.
 
     ``sites`` are recorded into ``maps``, as means over heads or, with ``reduce`` "none", head by head; ``edits`` change
-    a site's attention, one after the other. Both concern the ``rows`` of the ``batch`` alone. Where that still repeats
-    fewer rows, these alone attend, and all are returned only where an edit makes them differ.
+    a site's attention, one after the other. Both concern the ``rows`` of the ``batch`` alone, and edits not the first
+    ``unedited`` of these. Where that still repeats fewer rows, these alone attend, and all are returned only where an
+    edit makes them differ. Shares of ``also`` are recorded behind those of the text. What the ``layers`` of those names
+    return is kept as ``features``.
     """
 
     sites: Sequence[AttentionSite]
@@ -227,10 +292,25 @@ class Probe:
     batch: int
     rows: slice
     edits: Mapping[AttentionSite, Sequence[AnyAttentionEdit]]
+    unedited: int = 0
+    also: ExtraWords | None = None
+    layers: Collection[str] = ()
     maps: AttentionMaps = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
 
-    def attend(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend as :func:`attention` does, by the same kernel wherever no probability changes, and record the maps."""
+    def attend(
+        self,
+        site: AttentionSite,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        key_of: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Attend as :func:`attention` does, by the same kernel wherever no probability changes, and record the maps.
+
+        ``key_of`` is the site's projection of text embeddings [tokens, D] to keys.
+        """
         edits = self.edits.get(site, ())
         for patch in _patches(edits, "text"):
             key, value = (self._patched(operand, patch) for operand in (key, value))
@@ -240,23 +320,38 @@ class Probe:
         if site not in self.sites and not edits:
             return attended
         rows = self.rows_among(query.shape[0])
-        probs = seen = attention_probs(query[rows], key[rows], None if mask is None else mask[rows])
+        mask = None if mask is None else mask[rows]
+        probs = attention_probs(query[rows], key[rows], mask)
+        changed = seen = probs[self.unedited :]
         for edit in edits:
             if isinstance(edit, AttentionEdit):
-                probs = edit.change(site, probs.clone())
-                if not isinstance(probs, Tensor) or probs.shape != seen.shape:
-                    what = list(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
+                changed = edit.change(site, changed.clone())
+                if not isinstance(changed, Tensor) or changed.shape != seen.shape:
+                    what = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
                     raise UsageError(
                         f"a control returned {what} at {site.name}: expected probabilities {list(seen.shape)}"
                     )
-        if probs is not seen and not torch.equal(probs, seen):
+        if changed is not seen and not torch.equal(changed, seen):
             attended = self._repeated(attended)
-            attended[self.rows] = probs.to(value.dtype) @ value[rows]
+            attended[self.rows][self.unedited :] = changed.to(value.dtype) @ value[rows][self.unedited :]
+            probs = torch.cat([probs[: self.unedited], changed])
         for patch in _patches(edits, "output"):
             attended = self._patched(self._repeated(attended), patch)
         if site in self.sites:
-            self.maps[site] = probs.mean(dim=1) if self.reduce == "heads" else probs
+            self.maps[site] = self._reduced(probs)
+            if self.also is not None and site.kind == "cross":
+                extra = key_of(self.also.embeddings).unflatten(-1, (site.heads, -1)).transpose(0, 1)
+                beside = extra_shares(query[rows], key[rows], mask, extra, self.also.lengths)
+                self.maps[site] = torch.cat([self.maps[site], self._reduced(beside)], dim=-1)
         return attended
+
+    def keep(self, layer: str, features: Tensor) -> None:
+        """Keep what a layer returns, where it is one of the layers."""
+        if layer in self.layers:
+            self.features[layer] = features
+
+    def _reduced(self, probs: Tensor) -> Tensor:
+        return probs.mean(dim=1) if self.reduce == "heads" else probs
 
     def rows_among(self, count: int) -> slice | list[int]:
         """Find the probe's rows among as many as the batch repeats."""
@@ -269,7 +364,7 @@ class Probe:
     def _patched(self, operand: Tensor, patch: AttentionPatch) -> Tensor:
         """Patch the probe's rows of an operand or an output, which has those of the whole batch."""
         patched = operand.clone()
-        patched[self.rows] = patch.apply(operand[self.rows])
+        patched[self.rows][self.unedited :] = patch.apply(operand[self.rows][self.unedited :])
         return patched
 
 
@@ -298,9 +393,17 @@ class TensorProbe(Probe):
 
     tensors: dict[AttentionSite, AttentionTensors] = field(default_factory=dict)
 
-    def attend(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        site: AttentionSite,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        key_of: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         """Attend as :class:`Probe` does, and keep the tensors."""
-        attended = super().attend(site, query, key, value, mask)
+        attended = super().attend(site, query, key, value, mask, key_of)
         if site in self.sites:
             self.tensors[site] = AttentionTensors(
                 query=query, key=key, value=value, probs=self.maps[site], output=attended

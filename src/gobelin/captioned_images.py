@@ -1,37 +1,48 @@
-"""Attention maps of any image with a caption, whoever made it: noised, and predicted once at each of some timesteps.
+"""Attention maps and features of any image, whoever made it: noised, and predicted at chosen timesteps.
 
 What a U-Net attends to while it denoises an image does not depend on who painted it. The image is encoded, noise is
-added as training adds it (Ho et al. 2020, equation 4), and a pass with the caption says which words each patch hears.
+added as training adds it (Ho et al. 2020, equation 4), and a pass with a caption says which words each patch hears, and
+what the U-Net's layers make of it.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from annotated_types import Ge, Interval, Len
 from PIL import Image
 from torch import Generator, Tensor
 
-from gobelin.attention import Trace
+from gobelin.attention import Trace, choose_layers
 from gobelin.checkpoint import Model
-from gobelin.engines import Engine
+from gobelin.engines import Engine, NoisePredictor
 from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet, Predictions
 from gobelin.images import ImageSource, images_to_tensor, open_image, tensor_to_images
 from gobelin.look.heatmaps import Collector, HeatMaps
-from gobelin.plan import check_clip_skip, chunk_prompts, find_trace, inpaints, latent_size
+from gobelin.look.patch_features import PatchFeatures, join_layers
+from gobelin.plan import check_clip_skip, chunk_prompts, chunk_words, find_trace, inpaints, latent_size
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.settings import Prompts, Seed
-from gobelin.text_conditioning import Chunks, TextConditioning, batch_texts, encode_chunks
+from gobelin.text_conditioning import (
+    Chunks,
+    TextConditioning,
+    batch_texts,
+    beside_words,
+    encode_chunks,
+    encode_words,
+)
 from gobelin.types import Images, Latents
-from gobelin.validation import shown, validated
+from gobelin.unet import UNet
+from gobelin.validation import Count, shown, validated
 
 LOOK_TIMESTEPS = (100, 300, 500)
 """From the last step of painting, where little is undecided, to the middle, where words still say what comes."""
+FEATURE_TIMESTEP, FEATURE_NOISES = 100, 8
 _Side = Annotated[int, Ge(1)] | None
-_Count = Annotated[int, Ge(0)] | None
+_Skip = Annotated[int, Ge(0)] | None
 MAX_TRACED_PIXELS = 2**20  # at once: four images of 512×512 pixels
 
 
@@ -72,6 +83,43 @@ def caption_list(captions: Prompts, count: int) -> list[str]:
     return list(texts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LookOptions:
+    """Options of looking at images: the noise's seed, height and width to look at, and how captions are read."""
+
+    seed: int
+    size: tuple[int | None, int | None]
+    syntax: PromptSyntax
+    clip_skip: int
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        *,
+        seed: int,
+        size: tuple[int | None, int | None],
+        weights: PromptSyntax | None,
+        clip_skip: int | None,
+    ) -> Self:
+        """Check options that people gave, and fill in what the model recommends; raises :class:`UsageError`."""
+        for name, value, kind in (
+            ("the seed", seed, Seed),
+            ("weights", weights, PromptSyntax | None),
+            ("clip_skip", clip_skip, _Skip),
+            ("height", size[0], _Side),
+            ("width", size[1], _Side),
+        ):
+            validated(name, value, kind)
+        skipped = (model.recommended.clip_skip or 0) if clip_skip is None else clip_skip
+        syntax = weights or model.recommended.weights or "a1111"
+        return cls(seed=seed, size=size, syntax=syntax, clip_skip=check_clip_skip(model, skipped))
+
+    def latent_size(self, model: Model, image: Image.Image) -> tuple[int, int]:
+        """Choose height and width of an image's latents."""
+        return latent_size(model, *fitted_size(model, image.size, *self.size))
+
+
 def look_at_images(
     model: Model,
     engine: Engine,
@@ -80,138 +128,206 @@ def look_at_images(
     *,
     timesteps: Sequence[int],
     trace: Literal["sharp", True] | Trace,
-    seed: int,
-    size: tuple[int | None, int | None],
-    syntax: PromptSyntax | None,
-    clip_skip: int | None,
+    also: Sequence[str],
+    options: LookOptions,
 ) -> list[HeatMaps]:
     """Do as :meth:`gobelin.pipeline.Pipeline.look`; images of one size are traced together."""
-    sources = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
-    opened = [open_image(image) for image in sources]
-    if not opened:
-        raise UsageError("there is no image to look at: give one, or several")
+    opened = _open_images(images)
     last = model.schedule.config.num_train_timesteps - 1
     whole = Annotated[int, Interval(ge=0, le=last)]
-    for name, value, kind in (
-        ("timesteps", timesteps, Annotated[Sequence[whole], Len(1), f"whole numbers from 0 to {last}"]),
-        ("the seed", seed, Seed),
-        ("weights", syntax, PromptSyntax | None),
-        ("clip_skip", clip_skip, _Count),
-        ("height", size[0], _Side),
-        ("width", size[1], _Side),
-    ):
-        validated(name, value, kind)
-    syntax = syntax or model.recommended.weights or "a1111"
-    skipped = check_clip_skip(model, (model.recommended.clip_skip or 0) if clip_skip is None else clip_skip)
+    validated("timesteps", timesteps, Annotated[Sequence[whole], Len(1), f"whole numbers from 0 to {last}"])
     texts = caption_list(captions, len(opened))
-    distinct = chunk_prompts(model, texts, syntax, stacklevel=4)
-    chunks = [distinct[text] for text in texts]
+    distinct = chunk_prompts(model, texts, options.syntax, stacklevel=4)
+    beside = Trace(also=also).also
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(opened):
-        by_size.setdefault(latent_size(model, *fitted_size(model, image.size, *size)), []).append(index)
+        by_size.setdefault(options.latent_size(model, image), []).append(index)
     looked: dict[int, HeatMaps] = {}
-    for one_size, indices in by_size.items():
-        found = find_trace(model, trace, one_size)
+    for size, indices in by_size.items():
+        found = find_trace(model, trace, size)
         if found is None:
             raise UsageError('trace is False, and maps are all that there is to see: give True, "sharp" or a Trace')
+        if found.negative:
+            raise UsageError("an image that is looked at has no negative prompt: look for its words by also=")
+        found = replace(found, start=0.0, also=(*found.also, *beside))  # the timesteps say where
         tracer = ImageTracer(
             model=model,
             engine=engine,
-            trace=replace(found, start=0.0),  # the timesteps say where
+            trace=found,
+            also=chunk_words(model, found.also, options.syntax, stacklevel=4),
             timesteps=timesteps,
-            seed=seed,
-            syntax=syntax,
-            clip_skip=skipped,
+            options=options,
         )
-        traced = tracer.heatmaps([opened[index] for index in indices], [chunks[index] for index in indices], one_size)
-        looked |= zip(indices, traced, strict=True)
-    ordered = [looked[index] for index in range(len(opened))]
-    return [heatmaps.sharpened() for heatmaps in ordered] if trace == "sharp" else ordered
+        chunks = [distinct[texts[index]] for index in indices]
+        looked |= zip(indices, tracer.heatmaps([opened[index] for index in indices], chunks, size), strict=True)
+    return [looked[index] for index in range(len(opened))]
+
+
+def features_of_images(
+    model: Model,
+    images: ImageSource | Sequence[ImageSource],
+    captions: Prompts,
+    *,
+    timestep: int,
+    layers: str | Sequence[str] | None,
+    noises: int,
+    options: LookOptions,
+) -> PatchFeatures:
+    """Do as :meth:`gobelin.pipeline.Pipeline.features`."""
+    opened = _open_images(images)
+    last = model.schedule.config.num_train_timesteps - 1
+    validated("timestep", timestep, Annotated[int, Interval(ge=0, le=last)])
+    validated("noises", noises, Count)
+    chosen = choose_layers(model.unet.layer_names, feature_layer(model.unet) if layers is None else layers)
+    texts = [""] * len(opened) if captions == "" else caption_list(captions, len(opened))
+    distinct = chunk_prompts(model, texts, options.syntax, stacklevel=4)
+    size, *others = {options.latent_size(model, image): None for image in opened}
+    if others:
+        raise UsageError("the images are of several shapes, and features of one: give the height and width for all")
+    resized, values = [], []
+    for part in _parts(model, len(opened), size):
+        pixels = _resized(model, opened[part], size)
+        text = _encode_captions(model, [distinct[caption] for caption in texts[part]], options)
+        values.append(_mean_features(NoisedImages(model, pixels, options.seed), text, timestep, chosen, noises))
+        resized += tensor_to_images(pixels)
+    return PatchFeatures(values=torch.cat(values), images=resized, layers=chosen)
+
+
+def feature_layer(unet: UNet) -> str:
+    """Choose the layer whose features correspond best."""
+    return unet.layer_names[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTracer:
-    """Trace attention to captions in images of one size: at ``timesteps``, under noise that ``seed`` draws.
+    """Trace attention to captions in images of one size: at ``timesteps``, under noise.
 
-    Every image has noise of its own generator, so that its maps do not depend on its neighbours.
+    Every image has noise of its own generator, so that its maps do not depend on its neighbours. ``also`` are the words
+    that are looked for beside the captions.
     """
 
     model: Model
     engine: Engine
     trace: Trace
+    also: Sequence[Chunks]
     timesteps: Sequence[int]
-    seed: int
-    syntax: PromptSyntax
-    clip_skip: int
+    options: LookOptions
 
     def heatmaps(
         self, images: Sequence[Image.Image], captions: Sequence[Chunks], latent_size: tuple[int, int]
     ) -> Iterator[HeatMaps]:
         """Trace images, resized to the latents' size, each with its caption; yields heat maps in their order."""
-        factor = self.model.vae.config.factor
-        height, width = (side * factor for side in latent_size)
-        at_once = max(1, MAX_TRACED_PIXELS // (height * width))
-        for start in range(0, len(images), at_once):
-            part = slice(start, start + at_once)
-            resized = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images[part]]
-            yield from self._traced(images_to_tensor(resized), captions[part])
+        for part in _parts(self.model, len(images), latent_size):
+            yield from self._traced(_resized(self.model, images[part], latent_size), captions[part])
 
     @torch.no_grad()
     def _traced(self, images: Images, captions: Sequence[Chunks]) -> list[HeatMaps]:
-        latents, text = self._encode_images(images), self._encode_texts(captions)
-        network = ConditionedUNet(
-            unet=self.engine.unet,
-            schedule=self.model.schedule,
-            positive=text,
-            negative=text,
-            trace=self.trace,
-            extra_channels=self._extra_channels(images),
+        model, options = self.model, self.options
+        noised = NoisedImages(model, images, options.seed)
+        text = _encode_captions(model, captions, options)
+        also = encode_words(
+            *(model.text_encoder, model.tokenizer, self.also, options.syntax, options.clip_skip, model.unet.dtype)
         )
-        generators = [Generator().manual_seed(self.seed) for _ in captions]
+        network = replace(noised.network(self.engine.unet, text), trace=self.trace, also=also)
         collector = Collector(self.trace)
         for timestep in self.timesteps:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=each) for each in generators])
-            noisy_latents = self.model.schedule.add_noise(
-                latents, noise.to(latents.device), torch.full((len(captions),), timestep)
-            )
             predictions = Predictions(
                 network=network,
-                noisy_latents=noisy_latents,
+                noisy_latents=noised.at(timestep),
                 timestep=timestep,
-                alpha_cumprod=self.model.schedule.alphas_cumprod[timestep].item(),
+                alpha_cumprod=model.schedule.alphas_cumprod[timestep].item(),
             )
             predictions.positive()
             collector.add(predictions.maps)
-        length = text.embeddings.shape[1]
+        length, size = text.embeddings.shape[1], (noised.latents.shape[2], noised.latents.shape[3])
         return [
-            HeatMaps(
-                words=caption.words.at_length(length),
-                maps=collector.maps(index),
-                latent_size=(latents.shape[2], latents.shape[3]),
-                image=image,
-            )
+            collector.heatmaps(index, caption.words.at_length(length), image, size, also=beside_words(self.also))
             for index, (caption, image) in enumerate(zip(captions, tensor_to_images(images), strict=True))
         ]
 
-    def _encode_images(self, images: Images) -> Latents:
-        """Encode images to the means of their posteriors."""
-        vae = self.model.vae
-        return vae.images_to_latents(images.to(vae.device, vae.dtype)).float()
 
-    def _encode_texts(self, captions: Sequence[Chunks]) -> TextConditioning:
-        model = self.model
-        return batch_texts(
-            [
-                encode_chunks(model.text_encoder, model.tokenizer, caption, self.syntax, self.clip_skip).to(
-                    model.unet.dtype
-                )
-                for caption in captions
-            ]
+class NoisedImages:
+    """Images' latents under noise, which a generator of its own draws for each, from one seed."""
+
+    @torch.no_grad()
+    def __init__(self, model: Model, images: Images, seed: int):
+        self.model = model
+        self.latents = _encode_images(model, images)
+        self._generators = [Generator().manual_seed(seed) for _ in images]
+        self._extra_channels = _extra_channels(model, images)
+
+    def at(self, timestep: int) -> Latents:
+        """Add the next noise to the latents, as much as there is at a timestep."""
+        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=each) for each in self._generators])
+        timesteps = torch.full((len(self.latents),), timestep)
+        return self.model.schedule.add_noise(self.latents, noise.to(self.latents.device), timesteps)
+
+    def network(self, unet: NoisePredictor, text: TextConditioning) -> ConditionedUNet:
+        """Condition a U-Net on a text for each image."""
+        return ConditionedUNet(
+            unet=unet,
+            schedule=self.model.schedule,
+            positive=text,
+            negative=text,
+            extra_channels=self._extra_channels,
         )
 
-    def _extra_channels(self, images: Images) -> Tensor | None:
-        """Make what a U-Net that inpaints sees: a mask of the whole image, and nothing around it."""
-        if not inpaints(self.model.unet):
-            return None
-        masked = self._encode_images(torch.zeros_like(images))
-        return torch.cat([torch.ones_like(masked[:, :1]), masked], dim=1)
+
+@torch.no_grad()
+def _mean_features(
+    noised: NoisedImages, text: TextConditioning, timestep: int, layers: Sequence[str], noises: int
+) -> Tensor:
+    """Average the layers' features over several noises, and join them: [B, C, rows, columns]."""
+    unet = noised.model.unet
+    network = noised.network(unet, text)
+    timesteps = torch.full((len(noised.latents),), timestep, dtype=torch.float32, device=unet.device)
+    sums: dict[str, Tensor] = {}
+    for _ in range(noises):
+        inputs = network.inputs(noised.at(timestep))
+        for name, found in unet.features(inputs, timesteps, text.embeddings, text.mask, layers).items():
+            sums[name] = sums[name] + found.float() if name in sums else found.float()
+    return join_layers([sums[name] / noises for name in layers])
+
+
+def _open_images(images: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
+    sources = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    if not sources:
+        raise UsageError("there is no image to look at: give one, or several")
+    return [open_image(image) for image in sources]
+
+
+def _parts(model: Model, count: int, size: tuple[int, int]) -> Iterator[slice]:
+    """Split so many images, whose latents are of a size, into as many at a time as memory is meant for."""
+    at_once = max(1, MAX_TRACED_PIXELS // (size[0] * size[1] * model.vae.config.factor**2))
+    return (slice(start, start + at_once) for start in range(0, count, at_once))
+
+
+def _resized(model: Model, images: Sequence[Image.Image], size: tuple[int, int]) -> Images:
+    """Resize images to those of latents of a size."""
+    height, width = (side * model.vae.config.factor for side in size)
+    return images_to_tensor([image.resize((width, height), Image.Resampling.LANCZOS) for image in images])
+
+
+def _encode_images(model: Model, images: Images) -> Latents:
+    """Encode images to the means of their posteriors."""
+    vae = model.vae
+    return vae.images_to_latents(images.to(vae.device, vae.dtype)).float()
+
+
+def _encode_captions(model: Model, captions: Sequence[Chunks], options: LookOptions) -> TextConditioning:
+    return batch_texts(
+        [
+            encode_chunks(model.text_encoder, model.tokenizer, caption, options.syntax, options.clip_skip).to(
+                model.unet.dtype
+            )
+            for caption in captions
+        ]
+    )
+
+
+def _extra_channels(model: Model, images: Images) -> Tensor | None:
+    """Make what a U-Net that inpaints sees: a mask of the whole image, and nothing around it."""
+    if not inpaints(model.unet):
+        return None
+    masked = _encode_images(model, torch.zeros_like(images))
+    return torch.cat([torch.ones_like(masked[:, :1]), masked], dim=1)

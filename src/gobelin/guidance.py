@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.attention import AnyAttentionEdit, AttentionEdit, AttentionMaps, AttentionSite, Trace
+from gobelin.attention import AnyAttentionEdit, AttentionEdit, AttentionMaps, AttentionSite, ExtraWords, Trace
 from gobelin.engines import NoisePredictor
 from gobelin.errors import UsageError
 from gobelin.schedule import NoiseSchedule
@@ -28,7 +28,8 @@ from gobelin.validation import shown, validated
 class ConditionedUNet:
     """A U-Net with the texts of a batch: noisy latents in, predictions for either text out.
 
-    ``positive`` and ``negative`` are of one length. ``edits`` and ``trace`` concern attention with the positive text.
+    ``positive`` and ``negative`` are of one length. ``edits`` and ``trace`` concern attention with the positive text,
+    and ``also`` are the words that the trace looks for beside it.
     ``extra_channels`` are what an inpainting U-Net sees beside the latents: mask, and latents of the masked image.
     ``shortcuts`` are what the painting's own passes may leave out, None where they are exact.
     """
@@ -39,6 +40,7 @@ class ConditionedUNet:
     negative: TextConditioning
     edits: tuple[AnyAttentionEdit, ...] = ()
     trace: Trace | None = None
+    also: ExtraWords | None = None
     extra_channels: Latents | None = None
     shortcuts: ShortcutPlan | None = None
 
@@ -66,7 +68,8 @@ class Predictions:
 
     ``noisy_latents`` [B, C, h, w] stand at ``timestep`` and noise level ``alpha_cumprod``; predictions are like them,
     of noise or of velocity as the schedule says. ``memory`` lasts for a whole painting, for guidance with momentum.
-    ``maps`` are the attention maps of the positive half, where they are traced.
+    ``maps`` are the attention maps of the positive half, where they are traced; before them those of the negative one,
+    where the trace wants them and it was run.
     """
 
     network: ConditionedUNet
@@ -118,6 +121,7 @@ class Predictions:
         shortcuts = None if plan is None else plan.next(halves, self.timestep, is_controlled=bool(edits))
         if trace is None and not edits and shortcuts is None:
             return self.network.unet(latents, timesteps, text.embeddings, text.mask)
+        unedited = len(self.noisy_latents) * (halves - 1) if trace is not None and trace.negative else 0
         prediction, self.maps = self.network.unet.trace(
             latents,
             timesteps,
@@ -125,9 +129,11 @@ class Predictions:
             text.mask,
             sites=() if trace is None else trace.sites,
             reduce="none" if trace is not None and trace.per_head else "heads",
-            rows=slice(-len(self.noisy_latents), None),
+            rows=slice(-len(self.noisy_latents) - unedited, None),
             edits=edits,
             shortcuts=shortcuts,
+            unedited=unedited,
+            also=self.network.also,
         )
         return prediction
 

@@ -138,7 +138,7 @@ class Attention(nn.Module):
         if probe is None or self.site is None:
             attended = attention(query, key, value, mask)
         else:
-            attended = probe.attend(self.site, query, key, value, mask)
+            attended = probe.attend(self.site, query, key, value, mask, self.to_k)
         attended = rearrange(attended, "b heads length d -> b length (heads d)")
         for layer in self.to_out:
             attended = layer(attended)

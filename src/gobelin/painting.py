@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from gobelin.attention import Trace
+from gobelin.attention import ExtraWords, Trace
 from gobelin.checkpoint import Model
 from gobelin.denoiser import ComposableDenoiser, Denoiser
 from gobelin.engines import Engine, LatentDecoder
@@ -27,7 +27,7 @@ from gobelin.look.page import word_map_element
 from gobelin.plan import Plan, inpaints
 from gobelin.samplers import NoiseSource, Step, sample_latents
 from gobelin.shortcuts import ShortcutPlan
-from gobelin.text_conditioning import TextConditioning, batch_texts, encode_chunks
+from gobelin.text_conditioning import TextConditioning, batch_texts, beside_words, encode_chunks, encode_words
 from gobelin.types import Images, Latents, Mask
 
 MAX_DECODED_PIXELS = 2**22  # at once: the VAE of Stable Diffusion takes some 7 GB for them
@@ -135,7 +135,7 @@ class Painting:
 
     def __post_init__(self) -> None:
         self._steps = self._sample()
-        self._collector = Collector(self.plan.trace or Trace())
+        self._collector = Collector(self.plan.trace or Trace(), images=len(self.plan))
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -215,8 +215,16 @@ class Painting:
             negative=negative,
             edits=self.plan.attached.edits,
             trace=self.plan.trace,
+            also=self._encode_also(),
             extra_channels=start.extra_channels,
             shortcuts=self._shortcuts(),
+        )
+
+    def _encode_also(self) -> ExtraWords | None:
+        """Encode the words that are looked for beside the prompt."""
+        plan, model = self.plan, self.model
+        return encode_words(
+            model.text_encoder, model.tokenizer, plan.also, plan.syntax, plan.clip_skip, model.unet.dtype
         )
 
     def _shortcuts(self) -> ShortcutPlan | None:
@@ -310,16 +318,18 @@ class Painting:
         return [image for part in decoded for image in tensor_to_images(part)]
 
     def _heatmaps(self, images: Sequence[Image.Image]) -> list[HeatMaps]:
-        found = [
-            HeatMaps(
-                words=chunks.words.at_length(self.plan.length),
-                maps=self._collector.maps(index),
-                latent_size=self.plan.latent_size,
-                image=image,
+        plan = self.plan
+        return [
+            self._collector.heatmaps(
+                index,
+                chunks.words.at_length(plan.length),
+                image,
+                plan.latent_size,
+                also=beside_words(plan.also),
+                negative=plan.negative.words.at_length(plan.length),
             )
-            for index, (chunks, image) in enumerate(zip(self.plan.texts, images, strict=True))
+            for index, (chunks, image) in enumerate(zip(plan.texts, images, strict=True))
         ]
-        return [heatmaps.sharpened() for heatmaps in found] if self.plan.sharpen else found
 
 
 @dataclass(kw_only=True)

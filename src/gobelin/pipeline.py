@@ -15,7 +15,14 @@ from torch import nn
 from gobelin.adapters.learned_words import LearnedWords
 from gobelin.adapters.lora import Loras
 from gobelin.attention import Trace
-from gobelin.captioned_images import LOOK_TIMESTEPS, look_at_images
+from gobelin.captioned_images import (
+    FEATURE_NOISES,
+    FEATURE_TIMESTEP,
+    LOOK_TIMESTEPS,
+    LookOptions,
+    features_of_images,
+    look_at_images,
+)
 from gobelin.checkpoint import Model, open_model
 from gobelin.checkpoint.diffusers_folder import save_folder
 from gobelin.checkpoint.single_file import save_single_file
@@ -28,6 +35,7 @@ from gobelin.formats.textual_inversion import read_textual_inversion
 from gobelin.images import ImageSource, open_image, tensor_to_images
 from gobelin.inpainting import InitImage
 from gobelin.look.heatmaps import HeatMaps
+from gobelin.look.patch_features import PatchFeatures
 from gobelin.painting import EditPainting, Painting, PaintingStep, Result
 from gobelin.plan import control_list, latent_size, make_plan
 from gobelin.prompt_weighting import PromptSyntax
@@ -128,6 +136,7 @@ class Pipeline:
         *,
         timesteps: Sequence[int] = LOOK_TIMESTEPS,
         trace: Literal["sharp", True] | Trace = "sharp",
+        also: Sequence[str] = (),
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
@@ -139,9 +148,12 @@ class Pipeline:
         ``pipe.look("photo.jpg", "a cat on a chair")[0]["cat"]``. One caption is for all images, or each has its own. An
         image is resized to about as many pixels as the model paints, or to ``height`` and ``width``, noised to each
         of the ``timesteps`` (0 to 999) by the ``seed``, and predicted there once; ``trace`` is as in painting, of
-        these timesteps. ``weights`` and ``clip_skip`` are the model's own unless given. Raises :class:`UsageError` for
-        what cannot be looked at, and :class:`DataError` for a file that is no image.
+        these timesteps. ``also`` are words or phrases that the captions need not have, whose maps are computed beside:
+        ``pipe.look("photo.jpg", "a cat", also=["dog"])[0].also["dog"]``. ``weights`` and ``clip_skip`` are the model's
+        own unless given. Raises :class:`UsageError` for what cannot be looked at, and :class:`DataError` for a file
+        that is no image.
         """
+        options = LookOptions.of(self.model, seed=seed, size=(height, width), weights=weights, clip_skip=clip_skip)
         return look_at_images(
             self.model,
             self._engine,
@@ -149,10 +161,35 @@ class Pipeline:
             captions,
             timesteps=timesteps,
             trace=trace,
-            seed=seed,
-            size=(height, width),
-            syntax=weights,
-            clip_skip=clip_skip,
+            also=also,
+            options=options,
+        )
+
+    def features(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        captions: Prompts = "",
+        *,
+        timestep: int = FEATURE_TIMESTEP,
+        layers: str | Sequence[str] | None = None,
+        noises: int = FEATURE_NOISES,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        weights: PromptSyntax | None = None,
+        clip_skip: int | None = None,
+    ) -> PatchFeatures:
+        """Compute features of images' patches: what layers of the U-Net return for the noised images (DIFT).
+
+        ``correspond(pipe.features(one), (20, 31), pipe.features(another))`` finds the pixel of another image that is
+        like a pixel of one. An image is resized as in :meth:`look`, noised to the ``timestep`` (0 to 999), predicted
+        with its caption, by default none, and the features are a mean over so many ``noises``. ``layers`` are names or
+        patterns among ``unet.layer_names``; without any, the one that corresponds best. Raises :class:`UsageError` for
+        what cannot be looked at, and for images of several shapes.
+        """
+        options = LookOptions.of(self.model, seed=seed, size=(height, width), weights=weights, clip_skip=clip_skip)
+        return features_of_images(
+            self.model, images, captions, timestep=timestep, layers=layers, noises=noises, options=options
         )
 
     def erase(

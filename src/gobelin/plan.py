@@ -37,7 +37,7 @@ class Plan:
     """The plan of a painting: every image's settings, and what prompts, images and controls came to.
 
     ``shape`` is that of an image's latents [C, h, w]; ``from_image`` says that sampling begins from the init image's
-    latents, and not from noise alone; ``sharpen`` that heat maps are to be sharp.
+    latents, and not from noise alone. ``also`` are the words that the trace looks for beside the prompts.
     """
 
     settings: list[dict[str, Any]]
@@ -56,7 +56,7 @@ class Plan:
     levels: NoiseLevels
     guidance: Guidance
     trace: Trace | None
-    sharpen: bool
+    also: list[Chunks]
     attached: Attached
 
     def __len__(self) -> int:
@@ -141,6 +141,7 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
     begun = {} if attached.sampling is not None else {"strength": strength}
     per_image = [{**begun, **known} for known in init_image.digests] if init_image else [{}] * total
     repeated = [text for text in prompts for _ in range(asked.count)]
+    trace = _trace(model, asked, (h, w), levels)
     return Plan(
         settings=[
             {"prompt": text, "seed": seed, **common, **own}
@@ -160,8 +161,8 @@ def make_plan(model: Model, prompt: Prompts, settings: Settings, added: dict[str
         sampler=asked.sampler,
         levels=levels,
         guidance=attached.guide(guidance),
-        trace=_trace(model, asked, (h, w), levels),
-        sharpen=asked.trace == "sharp",
+        trace=trace,
+        also=chunk_words(model, trace.also, syntax, stacklevel=6) if trace else [],
         attached=attached,
     )
 
@@ -177,6 +178,15 @@ def chunk_prompts(model: Model, prompts: Iterable[str], syntax: PromptSyntax, st
                 stacklevel=stacklevel,
             )
     return distinct
+
+
+def chunk_words(model: Model, words: Iterable[str], syntax: PromptSyntax, stacklevel: int) -> list[Chunks]:
+    """Split each of some words or phrases into chunks; raises :class:`UsageError` for one that has no token."""
+    found = chunk_prompts(model, words, syntax, stacklevel + 1)
+    for word, chunks in found.items():
+        if not chunks.words.part("text"):
+            raise UsageError(f"also has {word!r}, which is no word: leave it out")
+    return list(found.values())
 
 
 def _name_guidance(guidance: Guidance) -> str:
@@ -300,9 +310,12 @@ def find_trace(model: Model, trace: object, size: tuple[int, int]) -> Trace | No
         raise UsageError(f'trace is {shown(trace)}: give True, False, "sharp" or a gobelin.attention.Trace')
     if not trace:
         return None
-    asked = trace if isinstance(trace, Trace) else Trace()
-    if trace == "sharp":
-        asked = sharp_trace(model.unet.attention_sites, size)
+    asked = trace if isinstance(trace, Trace) else Trace(sharp=trace == "sharp")
+    if asked.sharp:
+        if asked.sites is not None or asked.start:
+            raise UsageError("sharp maps choose sites and start themselves: leave out these, or sharp")
+        best = sharp_trace(model.unet.attention_sites, size)
+        asked = replace(asked, sites=best.sites, start=best.start)
     validated("the start of a trace", asked.start, Fraction)
     choose_sites(model.unet.attention_sites, asked.sites)
     return asked

@@ -14,12 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gobelin.attention import ExtraWords
 from gobelin.clip import TextEncoder
 from gobelin.errors import UsageError
 from gobelin.prompt_weighting import PromptSyntax, parse_weights
 from gobelin.tokenizer import Tokenizer
 from gobelin.types import TextEmbeddings, TextMask
-from gobelin.words import Token, Words
+from gobelin.words import Token, Words, list_words
 
 CHUNKED_LENGTH = 77
 """Only models with CLIP's text length are ever shown longer prompts, in several chunks."""
@@ -142,6 +143,35 @@ def encode_chunks(
             embeddings = embeddings * weights
             embeddings = embeddings * (mean / embeddings.mean(dim=(1, 2), keepdim=True))
     return embeddings.flatten(0, 1)
+
+
+@torch.no_grad()
+def encode_words(
+    text_encoder: TextEncoder,
+    tokenizer: Tokenizer,
+    words: Sequence[Chunks],
+    syntax: PromptSyntax,
+    clip_skip: int,
+    dtype: torch.dtype,
+) -> ExtraWords | None:
+    """Encode words or phrases, each as a text of its own, for attention to them beside another text; None for none.
+
+    BOS, EOS and padding are left out.
+    """
+    if not words:
+        return None
+    each = [
+        encode_chunks(text_encoder, tokenizer, chunks, syntax, clip_skip)[list(chunks.words.part("text"))]
+        for chunks in words
+    ]
+    return ExtraWords(embeddings=torch.cat(each).to(dtype), lengths=tuple(map(len, each)))
+
+
+def beside_words(words: Sequence[Chunks]) -> Words | None:
+    """List the words that :func:`encode_words` encodes, with their places in its result; None for none."""
+    if not words:
+        return None
+    return list_words([one.words.text for one in words], [len(one.words.part("text")) for one in words])
 
 
 def batch_texts(embeddings: Sequence[Float[Tensor, "_ width"]]) -> TextConditioning:

@@ -18,10 +18,12 @@ from gobelin.attention import (
     AttentionMaps,
     AttentionSite,
     AttentionTensors,
+    ExtraWords,
     Probe,
     Reduction,
     Sites,
     TensorProbe,
+    choose_layers,
     choose_sites,
 )
 from gobelin.errors import UsageError
@@ -127,6 +129,8 @@ class Transformer2DModel(nn.Module):
 class _Block(nn.Module):
     """Residual blocks of one level of the U, each followed by a transformer where the level has them."""
 
+    layer_names: tuple[str, ...] = ()
+
     def __init__(self, channels: list[tuple[int, int]], transformers: int, config: UNetConfig):
         super().__init__()
         self.resnets = nn.ModuleList(
@@ -146,7 +150,10 @@ class _Block(nn.Module):
     def run_layer(self, layer: int, hidden: Tensor, conditioning: Conditioning) -> Tensor:
         """Run one residual block, and the transformer after it where there is one."""
         hidden = self.resnets[layer](hidden, conditioning.time_embedding)
-        return self.attentions[layer](hidden, conditioning) if hasattr(self, "attentions") else hidden
+        hidden = self.attentions[layer](hidden, conditioning) if hasattr(self, "attentions") else hidden
+        if conditioning.probe is not None:
+            conditioning.probe.keep(self.layer_names[layer], hidden)
+        return hidden
 
 
 class DownBlock2D(_Block):
@@ -249,6 +256,7 @@ class UNet(Component[UNetConfig]):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.attention_sites = tuple(self._name_sites())
+        self.layer_names = tuple(self._name_layers())
 
     def forward(
         self,
@@ -280,6 +288,8 @@ class UNet(Component[UNetConfig]):
         rows: slice | None = None,
         edits: Sequence[AnyAttentionEdit] = (),
         shortcuts: Shortcuts | None = None,
+        unedited: int = 0,
+        also: ExtraWords | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
         """Predict, bit for bit as a plain call, and return the attention maps of this call beside the prediction.
 
@@ -287,9 +297,11 @@ class UNet(Component[UNetConfig]):
         (``"up_blocks.*attn2"``), a function of a site, or the sites themselves. ``reduce`` "heads" gives means over
         heads [B, patches, keys], "none" every head [B, heads, patches, keys], float32. ``edits`` change attention,
         one after the other, at every timestep, and then the maps and the prediction are those of the changed one.
-        ``rows`` limits maps and edits to a part of the batch. With ``shortcuts`` the prediction is an approximate one,
-        the same traced or not, and sites that did not run have no maps. Raises :class:`UsageError`, with a list of the
-        sites, for a choice that matches none, and for edits of a pass with shortcuts.
+        ``rows`` limits maps and edits to a part of the batch, whose first ``unedited`` rows edits leave alone. Shares
+        of the words ``also`` follow those of the text in the maps of cross-attention. With ``shortcuts`` the prediction
+        is an approximate one, the same traced or not, and sites that did not run have no maps. Raises
+        :class:`UsageError`, with a list of the sites, for a choice that matches none, and for edits of a pass with
+        shortcuts.
         """
         if edits and shortcuts is not None:
             raise UsageError("attention edits need a whole pass: leave out the shortcuts, or the edits")
@@ -299,6 +311,8 @@ class UNet(Component[UNetConfig]):
             batch=text_embeddings.shape[0],
             rows=slice(None) if rows is None else rows,
             edits=self._edits_by_site(edits),
+            unedited=unedited,
+            also=also,
         )
         time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
         taken = shortcuts or Shortcuts()
@@ -336,6 +350,31 @@ class UNet(Component[UNetConfig]):
             for site in choose_sites(self.attention_sites, edit.sites):
                 by_site.setdefault(site, []).append(edit)
         return by_site
+
+    def features(
+        self,
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
+        text_embeddings: Float[Tensor, "batch length text_width"],
+        text_mask: Bool[Tensor, "batch length"] | None = None,
+        layers: str | Sequence[str] = "*",
+    ) -> dict[str, Float[Tensor, "_ _ _ _"]]:
+        """Return what layers give on the way of a plain call, by name: feature maps [B, channels, rows, columns].
+
+        ``layers`` are names or patterns among ``layer_names``, such as ``"up_blocks.*"``. Raises :class:`UsageError`,
+        with a list of the layers, for one that matches none.
+        """
+        probe = Probe(
+            sites=(),
+            reduce="heads",
+            batch=text_embeddings.shape[0],
+            rows=slice(None),
+            edits={},
+            layers=choose_layers(self.layer_names, layers),
+        )
+        time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
+        self._predict(noisy_latents, Conditioning(time_embedding, text_embeddings, text_mask, probe))
+        return probe.features
 
     def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed timesteps: sinusoids, then two linear layers in ``dtype``."""
@@ -389,6 +428,14 @@ class UNet(Component[UNetConfig]):
                     kind = "self" if names[module].endswith("attn1") else "cross"
                     module.site = AttentionSite(name=names[module], kind=kind, downscale=downscale, heads=module.heads)
                     yield module.site
+
+    def _name_layers(self) -> Iterator[str]:
+        """Give every layer its name: that of its transformer, or of its residual block where it has none."""
+        for name, block in self.named_modules():
+            if isinstance(block, _Block):
+                kind = "attentions" if hasattr(block, "attentions") else "resnets"
+                block.layer_names = tuple(f"{name}.{kind}.{layer}" for layer in range(len(getattr(block, kind))))
+                yield from block.layer_names
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
         """Run a block, under gradient checkpointing where that is set."""

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Literal, get_args
@@ -11,6 +11,8 @@ from gobelin.errors import UsageError
 from gobelin.validation import validated
 
 _BETWEEN_SEPARATORS = re.compile(r"[^\s,;|()\[\]{}<>\"“”„«»，。、；：！？（）「」]+")
+
+_LISTED = ", "  # between words that are no text together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,17 @@ class Words:
         if kind not in get_args(TokenKind):
             raise UsageError(f"unknown part {kind!r}: the choices are {', '.join(get_args(TokenKind))}")
         return tuple(position for position, there in enumerate(self.kinds) if there == kind)
+
+
+def list_words(texts: Sequence[str], lengths: Sequence[int]) -> Words:
+    """List words or phrases that are no text together: each is one word, of the next ``lengths`` tokens."""
+    spans: list[WordSpan] = []
+    start = token = 0
+    for text, length in zip(texts, lengths, strict=True):
+        tokens = tuple(range(token, token + length))
+        spans.append(WordSpan(word=text, start=start, end=start + len(text), tokens=tokens))
+        start, token = start + len(text) + len(_LISTED), token + length
+    return Words(text=_LISTED.join(texts), spans=tuple(spans), kinds=("text",) * token)
 
 
 def split_words(text: str, borders: Collection[int] = ()) -> Iterator[tuple[str, int, int]]:

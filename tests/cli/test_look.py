@@ -29,8 +29,10 @@ def test_look_writes_sheets_a_page_an_animation_and_numbers(gobelin, trained, tm
     assert sum(said["shares"].values()) == pytest.approx(1)
     maps = np.load(files["npz"])
     assert maps["words"].tolist() == ["a", "red", "circle"]
-    assert maps["maps"].shape == (3, 64, 64)
-    row, column = np.unravel_index(maps["maps"][2].argmax(), (64, 64))
+    assert maps["words_to_image"].shape == (3, 64, 64)
+    assert np.allclose(maps["image_to_words"].sum(axis=2), 1, atol=1e-5)
+    assert maps["patches_to_patches"].ndim == 4, "patches were asked for by --at"
+    row, column = np.unravel_index(maps["words_to_image"][2].argmax(), (64, 64))
     assert said["words"][2]["most_at"] == [column, row]
 
 
@@ -40,12 +42,13 @@ def test_look_shows_sharp_maps_and_keeps_what_they_are_made_of(gobelin, trained,
         status, _, err = gobelin("look", "a red circle", *options, "--npz", tmp_path / f"{name}.npz", *more)
         assert status == 0, err
     sharp, plain = (np.load(tmp_path / f"{name}.npz") for name in ("sharp", "plain"))
-    assert {name.split(".")[0] for name in sharp} == {"words", "maps", "up_blocks"}
-    assert {name[-5:] for name in plain} == {"words", "maps", "attn2"}
+    arrays = {"words", "words_to_image", "image_to_words"}
+    assert {name.split(".")[0] for name in sharp} == {*arrays, "patches_to_patches", "up_blocks"}
+    assert {name.split(".")[-1] for name in plain} == {*arrays, "attn2"}
     own = np.mean([sharp[name][0, 0] for name in sharp if name.endswith("attn1")], axis=0)
     shares = [sharp[name][0, 0, :, 2] for name in sharp if name.endswith("attn2")]  # BOS, a, red
     expected = np.mean([share * (own @ share) / (own @ share).max() for share in shares], axis=0).reshape(16, 16)
-    corners = sharp["maps"][0][1::4, 1::4], sharp["maps"][0][2::4, 2::4]
+    corners = sharp["words_to_image"][0][1::4, 1::4], sharp["words_to_image"][0][2::4, 2::4]
     assert np.corrcoef(sum(corners).ravel(), expected.ravel())[0, 1] > 0.99
 
 
@@ -76,6 +79,42 @@ def test_look_paints_an_image_again_and_says_when_it_is_another(gobelin, refused
     assert "carries no settings" in err
 
 
+@pytest.mark.parametrize("more", [(), ("--plain",), ("--per", "step")], ids=str)
+def test_words_beside_the_prompt_of_the_negative_one_and_of_no_word(gobelin, trained, tmp_path, more):
+    status, _, err = gobelin(
+        *("look", "a red circle", "--model", trained, "--out", tmp_path, "--seed", 5, "--steps", 3, "--guidance", 3),
+        *(
+            "--negative-prompt",
+            "a blue star",
+            "--also",
+            "dog",
+            "two dogs",
+            "--words",
+            "circle",
+            "dog",
+            "BOS",
+            "padding",
+        ),
+        *("--json", tmp_path / "words.json", "--npz", tmp_path / "maps.npz", "--masks", 0.4, *more),
+    )
+    assert (status, err) == (0, "")
+    said = json.loads((tmp_path / "words.json").read_text())
+    assert [row["word"] for row in said["words"]] == ["circle", "dog", "BOS", "padding"]
+    assert [row["word"] for row in said["also"]] == ["dog", "two dogs"]
+    assert [row["word"] for row in said["negative"]] == ["a", "blue", "star"]
+    maps = np.load(tmp_path / "maps.npz")
+    assert maps["also"].tolist() == ["dog", "two dogs"]
+    assert maps["also_to_image"].shape == (2, 64, 64)
+    assert maps["negative_to_image"].shape == (3, 64, 64)
+    assert np.array_equal(maps["words_to_image"][1], maps["also_to_image"][0])
+    assert maps["words_to_image"][2].max() > 0, "asked for, BOS is not left out"
+    page = (tmp_path / "a-red-circle-5.html").read_text()
+    for text in ("looked for beside it", "negative prompt", "tokens that are no words", "two dogs", "bos"):
+        assert text in page
+    for name in ("1-circle", "2-dog", "3-bos", "4-padding"):
+        assert (tmp_path / f"a-red-circle-5-mask-{name}.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +122,9 @@ def test_look_paints_an_image_again_and_says_when_it_is_another(gobelin, refused
         (("nowhere.png",), "there is no image at nowhere.png"),
         (("!?",), "'!?' has no word to look at"),
         (("a red circle", "--words", "cat"), "'cat' is not in the prompt, whose words are a, red, circle"),
+        (("a red circle", "--also", "dog", "--words", "cat"), "'cat' is not in the prompt"),
+        (("a red circle", "--also", " "), "also has an empty word"),
+        (("a red circle", "--also", "()"), "also has '()', which is no word"),
         (("a red circle", "--at", "64", "0"), "is not in the image of 64×64 pixels"),
         (("a red circle", "--at", "3"), "--at has 3 alone: give 2 values, each a whole number"),
         (("a red circle", "--sites", "attn3"), "'attn3' matches no attention"),
@@ -120,7 +162,10 @@ def test_look_at_an_image_that_nobody_painted(gobelin, trained, tmp_path):
     coco = json.loads((out / "a cat-looked-at-coco.json").read_text())
     assert coco["images"][0]["file_name"] == "a cat-looked-at.png"
     assert image.size == (coco["images"][0]["width"], coco["images"][0]["height"])
-    assert np.load(tmp_path / "maps.npz")["maps"].shape == (3, image.height, image.width)
+    maps = np.load(tmp_path / "maps.npz")
+    assert maps["words_to_image"].shape == maps["masks"].shape == (3, image.height, image.width)
+    for mask, end in zip(maps["masks"], masks, strict=True):
+        assert np.array_equal(np.asarray(Image.open(out / f"a cat-looked-at{end}")) > 0, mask)
     assert sorted(tmp_path.glob("*.jpg")) == [tmp_path / "a cat.jpg"]
 
 
@@ -134,6 +179,7 @@ def test_look_says_what_does_not_go_with_a_caption(refused, trained, tmp_path):
         (("--caption", "a circle", "--timesteps", 1000), "whole numbers from 0 to 999"),
         (("--caption", "a circle", "--words", "star"), "'star' is not in the prompt"),
         (("--caption", " "), "no word to look at"),
+        (("--caption", "a circle", "--also", ""), "also has an empty word"),
         (("--timesteps", 3), "--timesteps are for an image with a --caption"),
         ((), "say what it shows by --caption"),
     ):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.conftest import fill_, relative_error
 from torch import Tensor
 
-from gobelin.attention import AttentionEdit
+from gobelin.attention import AttentionEdit, ExtraWords
 from gobelin.checkpoint import Model
 from gobelin.engines import EngineName, find_engine
 from gobelin.engines.graph_networks import Compile, GraphUNet, RunGraph
@@ -110,6 +110,24 @@ def test_several_texts_an_image_are_those_of_eager(small: Small, name: EngineNam
     assert torch.equal(prediction, plain)
     assert list(maps) == list(expected)
     assert all(relative_error(maps[site], expected[site]) < 1e-5 for site in maps)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_words_beside_and_the_other_half_are_those_of_eager(small: Small, name: EngineName) -> None:
+    warnings.simplefilter("error", UserWarning)
+    unet, given = find_engine(name)(small).unet, inputs(4, 5, 3, 6)
+    given |= {"noisy_latents": given["noisy_latents"][:2], "timesteps": given["timesteps"][:2]}
+    also = ExtraWords(embeddings=torch.randn(4, 6), lengths=(1, 3))
+    prediction, maps = unet.trace(**given, sites="*", also=also, unedited=2)
+    expected = small.unet.trace(**given, sites="*", also=also, unedited=2)[1]
+    assert torch.equal(prediction, unet(**given))
+    assert all(relative_error(maps[site], expected[site]) < 1e-5 for site in expected)
+    assert {(len(probs), probs.shape[2]) for site, probs in maps.items() if site.kind == "cross"} == {(4, 10)}
+    other = ExtraWords(embeddings=torch.randn(4, 6), lengths=(2, 2))  # other words of as many tokens
+    again = unet.trace(**given, sites="*", also=other)[1]
+    expected = small.unet.trace(**given, sites="*", also=other)[1]
+    assert all(relative_error(again[site], expected[site]) < 1e-5 for site in expected)
 
 
 @needs_openvino

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -249,6 +250,40 @@ def test_a_patch_tells_the_patches_that_it_draws_on(tokenizer: Tokenizer, heatma
     expected = F.interpolate(seen.mean(dim=0).reshape(1, 1, 6, 9), size=(24, 36), mode="bicubic")[0, 0].clamp(min=0)
     for x, y in ((28, 16), (31, 19)):  # both corners of the same patch
         assert relative_error(heatmaps.patches_for(x, y).raw, expected) < 1e-5
+
+
+def test_all_directions_come_at_once(heatmaps: HeatMaps) -> None:
+    arrays = heatmaps.arrays()
+    assert arrays.words == [span.word for span in heatmaps.words.spans]
+    for number in range(8):
+        assert np.array_equal(arrays.words_to_image[number], heatmaps[number].raw.numpy())
+    assert arrays.image_to_words.shape == (24, 36, 8)
+    for x, y in ((3, 2), (35, 23)):
+        ranked = {span.start: share for span, share in heatmaps.words_at(x, y)}
+        expected = [ranked[span.start] for span in heatmaps.words.spans]
+        assert arrays.image_to_words[y, x].tolist() == pytest.approx(expected, abs=1e-5)
+    assert np.allclose(arrays.image_to_words.sum(axis=2), 1, atol=1e-5)
+    assert arrays.patches_to_patches is not None
+    assert arrays.patches_to_patches.shape == (6, 9, 6, 9)
+    assert np.allclose(arrays.patches_to_patches.sum(axis=(2, 3)), 1, atol=1e-5)
+    seen = heatmaps.patches_for(29, 17).raw.numpy()[2::4, 2::4]  # the patch in row 4, column 7
+    assert np.corrcoef(seen.ravel(), arrays.patches_to_patches[4, 7].ravel())[0, 1] > 0.9
+
+    some = heatmaps.arrays(["blue circle", ("circle", 0), "bos"])
+    assert some.words == ["blue circle", "circle", "BOS"]
+    assert np.array_equal(some.words_to_image[2], heatmaps.part("bos").raw.numpy())
+    assert heatmaps.arrays([]).image_to_words.shape == (24, 36, 0)
+    assert heatmaps.select(sites="*attn2").arrays().patches_to_patches is None
+
+
+def test_masks_of_all_words_are_each_words_mask(heatmaps: HeatMaps) -> None:
+    masks = heatmaps.masks()
+    assert masks.shape == (8, 24, 36)
+    assert all(torch.equal(masks[number], heatmaps[number].mask()) for number in range(8))
+    assert torch.equal(heatmaps.masks(["blue"], 0.7)[0], heatmaps["blue"].mask(0.7))
+    assert heatmaps.masks([]).shape == (0, 24, 36)
+    with pytest.raises(UsageError, match="'cat' is not in the prompt"):
+        heatmaps.masks(["red", "cat"])
 
 
 def test_values_are_for_display(heatmaps: HeatMaps) -> None:

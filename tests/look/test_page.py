@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from gobelin.attention import AttentionSite
 from gobelin.look.heatmaps import HeatMaps
 from gobelin.look.page import word_map_data, word_map_element, word_map_page
 from gobelin.tokenizer import Tokenizer
+from gobelin.words import list_words
 
 SITE = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
 
@@ -57,6 +59,25 @@ def test_a_slider_begins_with_the_mean_of_the_steps(tokenizer: Tokenizer) -> Non
 def test_large_grids_are_made_smaller(tokenizer: Tokenizer) -> None:
     data = word_map_data(heatmaps(tokenizer, "a ring", size=(96, 128)))
     assert (data["rows"], data["columns"]) == (48, 64)
+
+
+def test_words_beside_of_the_negative_prompt_and_of_no_word_follow_the_prompts(tokenizer: Tokenizer) -> None:
+    maps = heatmaps(tokenizer, "a red ring", steps=2)
+    also = replace(maps, words=list_words(["dog", "</script>"], [2, 1]))
+    maps = replace(maps, also_traced=also, negative_traced=heatmaps(tokenizer, "red <b>", steps=2))
+    data = word_map_data(maps, parts=["bos", "padding"])
+    assert data["words"] == ["a", "red", "ring", "dog", "</script>", "red", "b", "bos", "padding"]
+    assert data["ranked"] == 5
+    assert [text for text, number in data["text"] if number is not None] == data["words"]
+    assert [number for _, number in data["text"] if number is not None] == list(range(9))
+    found = shares(data)[0]
+    assert found.shape[0] == 9
+    bos = maps.maps[SITE].mean(dim=(0, 1))[:, 0].reshape(3, 5)
+    assert np.abs(found[7] - bos.numpy()).max() < 0.01
+    dog = also.maps[SITE].mean(dim=(0, 1))[:, :2].sum(dim=-1).reshape(3, 5)
+    assert np.abs(found[3] - dog.numpy()).max() < 0.01
+    inside = re.findall(r"<script[^>]*>(.*?)</script", word_map_element(maps), re.DOTALL | re.I)[0]
+    assert "<" not in inside
 
 
 PROMPTS = [

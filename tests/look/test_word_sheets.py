@@ -1,5 +1,6 @@
 """Sheets hold every word's map in its place, whatever the picture's size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from gobelin.look.contact_sheet import SHEET_MARGIN
 from gobelin.look.heatmaps import HeatMaps
 from gobelin.look.word_sheets import GRID_SIDE, WORD_SIDE, comparison_sheet, grid_sheet, save_animation, word_sheet
 from gobelin.tokenizer import Tokenizer
+from gobelin.words import list_words
 
 SITE = AttentionSite(name="up.attn2", kind="cross", downscale=1, heads=1)
 
@@ -35,6 +37,16 @@ def test_a_sheet_has_the_picture_and_every_word(prompt: str, size: tuple[int, in
     assert holds(sheet, maps.image.resize([round(side * scale) for side in maps.image.size], Image.Resampling.LANCZOS))
     edge = np.asarray(sheet)[:, -SHEET_MARGIN // 2 :]
     assert (edge == edge[0, 0]).all(), "nothing is cut off at the right"
+
+
+def test_words_beside_and_those_of_a_negative_prompt_have_rows() -> None:
+    maps = heatmaps("a red ring")
+    also = replace(maps, words=list_words(["dog", "a star"], [1, 2]))
+    negative = heatmaps("blue square")
+    sheet = word_sheet(replace(maps, also_traced=also, negative_traced=negative), [0, "bos"])
+    for shown in (maps[0], maps.part("bos"), also["dog"], also["a star"], negative["blue"], negative["square"]):
+        assert holds(sheet, shown.overlay(WORD_SIDE))
+    assert sheet.height > word_sheet(replace(maps, also_traced=also), [0]).height > word_sheet(maps, [0]).height
 
 
 def test_a_grid_has_a_row_a_word_and_a_column_a_step() -> None:

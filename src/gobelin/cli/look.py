@@ -18,12 +18,13 @@ class Look(PaintingOptions):
     Writes the image, a sheet with the heat map of every word, and an HTML page: point at a word to light up what it
     painted, or at the image to rank the words behind that patch. Heat maps are sharp: cross-attention of the decoder's
     finest level in the second half of the steps, where it agrees with self-attention. With --plain, --per, --sites or
-    --animation they are plain averages of cross-attention instead, BOS left out.
+    --animation they are plain averages of cross-attention instead, BOS left out. Words of a negative prompt have maps
+    too.
 
     Some examples:
       gobelin look "a red circle left of a blue square" --seed 3
       gobelin look out/a-red-circle-7.png --words circle "red circle" --per step
-      gobelin look photo.jpg --caption "a cat on a chair" --words cat
+      gobelin look photo.jpg --caption "a cat on a chair" --words cat --also dog "a shadow"
       gobelin look "three green rings" --at 20 31 --animation
       gobelin look "a red circle" --sites "up_blocks.*" --json words.json --npz maps.npz
     """
@@ -36,7 +37,10 @@ class Look(PaintingOptions):
     timesteps: tuple[int, ...] = ()
     """With --caption: timesteps, 0 to 999, to which the image is noised; without any, 100, 300 and 500."""
     words: tuple[str, ...] = ()
-    """Words or phrases to look at; without any, every word."""
+    """Words or phrases to look at; without any, every word. Where the prompt has no such word, bos, eos and padding are
+    the tokens around its own."""
+    also: tuple[str, ...] = ()
+    """Words or phrases that need not be in the prompt: the share of attention that each would take beside it."""
     per: Literal["step", "layer", "head"] | None = None
     """Also write a grid: a row for each word, a column for each step, layer or head."""
     at: tuple[int, int] | None = None
@@ -54,8 +58,10 @@ class Look(PaintingOptions):
     """File for each word's mean and largest value and its place, and the shares of attention on BOS, text, EOS and
     padding."""
     npz: Path | None = None
-    """File for the maps as NumPy arrays: "words", "maps" [words, height, width], and each traced site's attention under
-    its name, [steps, heads, patches, tokens], or [steps, heads, patches, patches] for attn1."""
+    """File for the maps as NumPy arrays: "words", "words_to_image" [words, height, width], "image_to_words" [height,
+    width, words], "patches_to_patches" [rows, columns, rows, columns] if attn1 was traced, "masks" with --masks; "also"
+    with "also_to_image", and "negative" with "negative_to_image"; and each traced site's attention under its name,
+    [steps, heads, patches, tokens], or [steps, heads, patches, patches] for attn1."""
 
     @property
     def sharp(self) -> bool:

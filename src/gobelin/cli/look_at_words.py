@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image, ImageChops
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from gobelin.attention import AttentionSite, Trace, choose_sites
 from gobelin.captioned_images import LOOK_TIMESTEPS, fitted_size
@@ -29,19 +28,18 @@ from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
 from gobelin.formats.png import read_png_settings, write_png
 from gobelin.images import open_image
-from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps, sharp_trace
+from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps
 from gobelin.look.mask_files import coco_annotations, mask_image, word_masks
 from gobelin.look.page import word_map_page
 from gobelin.look.word_sheets import grid_sheet, save_animation, word_sheet
 from gobelin.painting import file_slug
 from gobelin.pipeline import Pipeline
 from gobelin.settings import Settings
-from gobelin.words import Word
+from gobelin.words import TokenKind, Word, list_words
 
 MOST_COLUMNS = 12  # steps in a sheet: more are too small to see
 _OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
-
-
+_PARTS: tuple[TokenKind, ...] = ("bos", "eos", "padding")
 _FOR_CAPTIONED = ("seed", "height", "width", "weights", "clip_skip")
 
 
@@ -63,7 +61,11 @@ def look_at_words(options: Look) -> None:
     """Paint, or look at an image, and write sheets and a page; print where they are."""
     looked = _painted(options) if options.caption is None else _captioned(options, options.caption)
     whole, stem = looked.heatmaps, looked.stem
-    heatmaps = whole.sharpened() if options.sharp else whole.select(sites="*attn2").without("bos")
+    asked = [word.lower() for word in options.words]
+    parts: list[TokenKind] = [part for part in _PARTS if part in asked and not whole.words.has(part)]
+    heatmaps = whole if options.sharp else whole.select(sites="*attn2")
+    if not options.sharp and "bos" not in parts:
+        heatmaps = heatmaps.without("bos")
     words: list[Word] = list(options.words or range(len(heatmaps.words)))
 
     sheets = {f"{stem}-words.png": word_sheet(heatmaps, words)}
@@ -75,7 +77,7 @@ def look_at_words(options: Look) -> None:
     for file, sheet in sheets.items():
         write_png(Path(file), sheet)
         print(file)
-    write_text(Path(f"{stem}.html"), word_map_page(heatmaps))
+    write_text(Path(f"{stem}.html"), word_map_page(heatmaps, parts=parts))
     print(f"{stem}.html")
     if options.animation:
         frames = [
@@ -89,7 +91,7 @@ def look_at_words(options: Look) -> None:
     where = {"shares": whole.shares(), "entropy": whole.entropy()}
     write_report(options.json, {**_summary(heatmaps, words), **where, "settings": looked.settings})
     if options.npz is not None:
-        _write_npz(options.npz, whole, words, heatmaps.stack_words(words))
+        _write_npz(options.npz, whole, heatmaps, words, options.masks)
     for file in filter(None, (options.json, options.npz)):
         print(file)
 
@@ -107,12 +109,13 @@ def _painted(options: Look) -> _Looked:
     filled = checked.filled(pipeline.recommended)
     size = pipeline.latent_size(filled.height, filled.width)
     _refuse_what_cannot_be_shown(options, pipeline, prompt, filled, size)
+    trace = replace(_trace(options, pipeline, size), negative=bool(filled.negative_prompt))
 
     previews: list[Image.Image] = []
     result = paint_with_progress(
         pipeline,
         [prompt],
-        replace(checked, trace=_trace(options, pipeline, size)),
+        replace(checked, trace=trace),
         (lambda step: previews.append(step.preview())) if options.animation else (lambda step: None),
     )
     if _is_image(options.source):
@@ -205,8 +208,10 @@ def _refuse_what_cannot_be_shown(
     words = pipeline.words(prompt, settings.weights or "a1111")
     if not words.spans:
         raise UsageError(f"{prompt!r} has no word to look at: say in a few words what to paint")
+    beside = list_words(options.also, [1] * len(options.also))
     for word in options.words:
-        words.tokens(word)
+        if word.lower() not in _PARTS and not beside.has(word):
+            words.tokens(word)
     cross = [site for site in pipeline.unet.attention_sites if site.kind == "cross"]
     choose_sites(cross, options.sites)
     height, width = (side * pipeline.vae.config.factor for side in size)
@@ -217,14 +222,14 @@ def _refuse_what_cannot_be_shown(
 def _trace(options: Look, pipeline: Pipeline, size: tuple[int, int]) -> Trace:
     """Choose the attention to keep: cross-attention and, for a pixel's patches, self-attention of small maps."""
     if options.sharp:
-        return sharp_trace(pipeline.unet.attention_sites, size)
+        return Trace(sharp=True, also=options.also)
     cross = [site for site in pipeline.unet.attention_sites if site.kind == "cross"]
     chosen = choose_sites(cross, options.sites)
     if options.at is not None:
         own = [site for site in pipeline.unet.attention_sites if site.kind == "self"]
         chosen += tuple(site for site in own if math.prod(site.grid(*size)) <= MOST_PATCHES)
     per_step = options.per == "step" or options.animation
-    return Trace(sites=chosen, per_head=options.per == "head", per_step=per_step)
+    return Trace(sites=chosen, per_head=options.per == "head", per_step=per_step, also=options.also)
 
 
 def _say_what_differs(file: Path, painted: Image.Image) -> None:
@@ -268,7 +273,15 @@ def _per_sheet(heatmaps: HeatMaps, words: Sequence[Word], per: str, steps: Seque
 
 
 def _summary(heatmaps: HeatMaps, words: Sequence[Word]) -> dict[str, Any]:
-    """Each word's mean and greatest value, and where that is."""
+    """Each word's mean and greatest value, and where that is; of words beside the prompt and of a negative one too."""
+    summary: dict[str, Any] = {"prompt": heatmaps.words.text, "words": _rows(heatmaps, words)}
+    for name, one in (("also", heatmaps.also_traced), ("negative", heatmaps.negative_traced)):
+        if one is not None:
+            summary[name] = _rows(one, range(len(one.words)))
+    return summary
+
+
+def _rows(heatmaps: HeatMaps, words: Sequence[Word]) -> list[dict[str, Any]]:
     rows = []
     for word in words:
         raw = heatmaps[word].raw
@@ -276,13 +289,13 @@ def _summary(heatmaps: HeatMaps, words: Sequence[Word]) -> dict[str, Any]:
         rows.append(
             {
                 "word": heatmaps[word].label,
-                "tokens": list(heatmaps.words.tokens(word)),
+                "tokens": list(heatmaps.words.tokens(word)) if heatmaps.words.has(word) else [],
                 "mean": raw.mean().item(),
                 "most": raw.max().item(),
                 "most_at": [column, row],
             }
         )
-    return {"prompt": heatmaps.words.text, "words": rows}
+    return rows
 
 
 def _write_masks(heatmaps: HeatMaps, words: Sequence[Word], threshold: float, stem: Path) -> None:
@@ -296,11 +309,20 @@ def _write_masks(heatmaps: HeatMaps, words: Sequence[Word], threshold: float, st
     print(file)
 
 
-def _write_npz(file: Path, heatmaps: HeatMaps, words: Sequence[Word], maps: Tensor) -> None:
-    """The words' ``maps`` as NumPy arrays, and what every site gave."""
-    arrays: dict[str, Any] = {site.name: probs.cpu().numpy() for site, probs in heatmaps.maps.items()}
-    arrays["words"] = np.array([heatmaps[word].label for word in words])
-    arrays["maps"] = maps.cpu().numpy()
+def _write_npz(file: Path, whole: HeatMaps, heatmaps: HeatMaps, words: Sequence[Word], threshold: float | None) -> None:
+    """Write the words' maps in all directions as NumPy arrays, and what every site gave."""
+    arrays: dict[str, Any] = {site.name: probs.numpy() for site, probs in whole.maps.items()}
+    found = heatmaps.arrays(words)
+    arrays |= {"words": np.array(found.words), "words_to_image": found.words_to_image}
+    arrays["image_to_words"] = found.image_to_words
+    if (patches := whole.arrays([]).patches_to_patches) is not None:
+        arrays["patches_to_patches"] = patches
+    if threshold is not None:
+        arrays["masks"] = heatmaps.masks(words, threshold).numpy()
+    for name, one in (("also", heatmaps.also_traced), ("negative", heatmaps.negative_traced)):
+        if one is not None:
+            beside = one.arrays()
+            arrays |= {name: np.array(beside.words), f"{name}_to_image": beside.words_to_image}
     with replacing(file) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gobelin.attention import AnyAttentionEdit, AttentionMaps, Reduction, Sites
+from gobelin.attention import AnyAttentionEdit, AttentionMaps, ExtraWords, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.engines.engine import DecoderRunner, LatentDecoder, NoisePredictor, PaintingNetworks, UNetRunner
 from gobelin.engines.forwards import other_forwards
@@ -112,12 +112,14 @@ class _OtherLayersUNet(UNetRunner, ABC):
         rows: slice | None = None,
         edits: Sequence[AnyAttentionEdit] = (),
         shortcuts: Shortcuts | None = None,
+        unedited: int = 0,
+        also: ExtraWords | None = None,
     ) -> tuple[Latents, AttentionMaps]:
         """Predict and record attention maps, as :meth:`UNet.trace` does."""
         with self._other_layers():
             latents = self._laid_out(noisy_latents)
             text = text_embeddings, text_mask
-            return self._unet.trace(latents, timesteps, *text, sites, reduce, rows, edits, shortcuts)
+            return self._unet.trace(latents, timesteps, *text, sites, reduce, rows, edits, shortcuts, unedited, also)
 
 
 class PreparedUNet(_OtherLayersUNet):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
-from gobelin.attention import AnyAttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites
+from gobelin.attention import AnyAttentionEdit, AttentionMaps, AttentionSite, ExtraWords, Reduction, Sites
 from gobelin.engine_names import EngineName
 from gobelin.shortcuts import Shortcuts
 from gobelin.unet import UNet
@@ -50,6 +50,8 @@ class NoisePredictor(Protocol):
         rows: slice | None = None,
         edits: Sequence[AnyAttentionEdit] = (),
         shortcuts: Shortcuts | None = None,
+        unedited: int = 0,
+        also: ExtraWords | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]: ...
 
 

@@ -204,7 +204,7 @@ def _attend(
     """Attend by heads, as :meth:`Attention.forward` does."""
     query, key, value = (one.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for one in (query, key, value))
     probe = conditioning.probe
-    attend = attention if probe is None or layer.site is None else partial(probe.attend, layer.site)
+    attend = attention if probe is None or layer.site is None else partial(probe.attend, layer.site, key_of=layer.to_k)
     return attend(query, key, value, mask).transpose(1, 2).flatten(2)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
-from gobelin.attention import AnyAttentionEdit, AttentionMaps, AttentionSite, Reduction, Sites, choose_sites
+from gobelin.attention import AnyAttentionEdit, AttentionMaps, AttentionSite, ExtraWords, Reduction, Sites, choose_sites
 from gobelin.engines.engine import DecoderRunner, UNetRunner
 from gobelin.engines.watched_weights import WatchedWeights
 from gobelin.shortcuts import Shortcuts
@@ -23,11 +23,15 @@ RunGraph = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 
 
 class TracedMaps(NamedTuple):
-    """The attention maps that are outputs of a graph, as :meth:`UNet.trace` takes them; ``rows`` from and to."""
+    """The attention maps that are outputs of a graph, as :meth:`UNet.trace` takes them; ``rows`` from and to.
+
+    ``lengths`` are those of the words that are looked for beside the text, whose embeddings are an input.
+    """
 
     sites: tuple[AttentionSite, ...]
     reduce: Reduction
     rows: tuple[int, int]
+    lengths: tuple[int, ...] = ()
 
 
 class UNetGraph(nn.Module):
@@ -39,14 +43,19 @@ class UNetGraph(nn.Module):
         self.traced = traced
 
     def forward(
-        self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor, text_mask: Tensor | None = None
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text_embeddings: Tensor,
+        text_mask: Tensor | None = None,
+        also: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         if self.traced is None:
             return (self.unet(noisy_latents, timesteps, text_embeddings, text_mask),)
-        sites, reduce, rows = self.traced
-        prediction, maps = self.unet.trace(
-            noisy_latents, timesteps, text_embeddings, text_mask, sites, reduce, slice(*rows)
-        )
+        sites, reduce, rows, lengths = self.traced
+        words = None if also is None else ExtraWords(embeddings=also, lengths=lengths)
+        text = text_embeddings, text_mask
+        prediction, maps = self.unet.trace(noisy_latents, timesteps, *text, sites, reduce, slice(*rows), also=words)
         return (prediction, *(maps[site] for site in sites))
 
     def __str__(self) -> str:
@@ -166,6 +175,8 @@ class GraphUNet(UNetRunner):
         rows: slice | None = None,
         edits: Sequence[AnyAttentionEdit] = (),
         shortcuts: Shortcuts | None = None,
+        unedited: int = 0,
+        also: ExtraWords | None = None,
     ) -> tuple[Float[Tensor, "batch out_channels height width"], AttentionMaps]:
         """Predict, bit for bit as a plain call of this engine, and return attention maps, as :meth:`UNet.trace` does.
 
@@ -184,17 +195,22 @@ class GraphUNet(UNetRunner):
             if not chosen:
                 return self(noisy_latents, timesteps, text_embeddings, text_mask), {}
             start, stop, _ = (slice(None) if rows is None else rows).indices(len(text_embeddings))
-            outputs = self._traced(TracedMaps(chosen, reduce, (start, stop)), inputs)
+            lengths = () if also is None else also.lengths
+            beside = None if also is None else also.embeddings
+            outputs = self._traced(TracedMaps(chosen, reduce, (start, stop), lengths), inputs, beside)
             if outputs is not None:
                 return outputs[0], dict(zip(chosen, outputs[1:], strict=True))
         text = text_embeddings, text_mask
-        return self._unet.trace(noisy_latents, timesteps, *text, sites, reduce, rows, edits, shortcuts)
+        return self._unet.trace(noisy_latents, timesteps, *text, sites, reduce, rows, edits, shortcuts, unedited, also)
 
-    def _traced(self, traced: TracedMaps, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, ...] | None:
+    def _traced(
+        self, traced: TracedMaps, inputs: Mapping[str, Tensor | None], also: Tensor | None
+    ) -> tuple[Tensor, ...] | None:
         """Run the graph with maps, and the plain one too where its prediction has other bits."""
         graph = UNetGraph(self._unet, traced)
-        key = f"{graph} {describe_inputs({name: one for name, one in inputs.items() if one is not None})}"
-        outputs = self._graphs.run(graph, inputs)
+        given = {**inputs, "also": also}
+        key = f"{graph} {describe_inputs({name: one for name, one in given.items() if one is not None})}"
+        outputs = self._graphs.run(graph, given)
         if outputs is None or self._same_bits.get(key, False):
             return outputs
         plain = self._graphs.run(UNetGraph(self._unet), inputs)

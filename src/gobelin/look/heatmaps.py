@@ -8,11 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +30,7 @@ _LATE = 0.5  # progress from which maps point best: IoU .62, and .53 over all st
 _Numbers = Annotated[Sequence[int] | None, "numbers, as in [0, 3]"]
 _Box = Annotated[tuple[int, int, int, int], "left, top, right and bottom in whole pixels"]
 _KINDS: tuple[TokenKind, ...] = ("text", "bos", "eos", "padding")
+_PARTS: tuple[TokenKind, ...] = _KINDS[1:]
 
 
 def sharp_trace(sites: Sequence[AttentionSite], latent_size: tuple[int, int]) -> Trace:
@@ -55,16 +58,24 @@ def sharpen(share: Float[Tensor, " patches"], own: Float[Tensor, "patches patche
 class Collector:
     """Accumulator of attention maps over the steps at which each site ran; memory does not grow with their number.
 
-    With ``trace.per_step`` it keeps the maps of each step instead.
+    With ``trace.per_step`` it keeps the maps of each step instead. With ``trace.negative`` the last ``images`` rows of
+    a step are those of the prompts, and rows before them those of the negative ones, which not every step has.
     """
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace, images: int | None = None):
         self.trace = trace
+        self._images = images
+        self._negative = Collector(replace(trace, negative=False)) if trace.negative else None
         self._kept: dict[AttentionSite, list[Tensor]] = {}
         self._steps: Counter[AttentionSite] = Counter()
 
     def add(self, maps: AttentionMaps) -> None:
         """Add one step's maps, [B, patches, keys] or [B, heads, patches, keys]; an untraced step has none."""
+        if self._negative is not None and self._images is not None:
+            self._negative.add(
+                {site: probs[: -self._images] for site, probs in maps.items() if len(probs) > self._images}
+            )
+            maps = {site: probs[-self._images :] for site, probs in maps.items()}
         for site, probs in maps.items():
             self._steps[site] += 1
             kept = self._kept.setdefault(site, [])
@@ -81,6 +92,41 @@ class Collector:
             for site, kept in self._kept.items()
         }
         return {site: (probs if self.trace.per_head else probs[:, None]).cpu() for site, probs in maps.items()}
+
+    def heatmaps(
+        self,
+        index: int,
+        words: Words,
+        image: Image.Image,
+        latent_size: tuple[int, int],
+        also: Words | None = None,
+        negative: Words | None = None,
+    ) -> "HeatMaps":
+        """Make the heat maps of image ``index``: of the ``words`` of its prompt, and what else was traced.
+
+        ``also`` are the words beside the prompt, whose shares follow the text's, and ``negative`` those of the negative
+        prompt. Maps are sharp if the trace is.
+        """
+        maps = self.maps(index)
+        found = HeatMaps(words=words, maps=_of_text(maps, words), latent_size=latent_size, image=image)
+        if also is not None:
+            found = replace(found, also_traced=replace(found, words=also, maps=_after_text(maps, words)))
+        if negative is not None and self._negative is not None and self._negative._kept:
+            apart = _of_text(self._negative.maps(index), negative)
+            found = replace(found, negative_traced=replace(found, words=negative, maps=apart, also_traced=None))
+        return found.sharpened() if self.trace.sharp else found
+
+
+def _of_text(maps: AttentionMaps, words: Words) -> AttentionMaps:
+    """Take the shares of a text's own positions."""
+    cut = slice(words.length)
+    return {site: probs[..., cut].contiguous() if site.kind == "cross" else probs for site, probs in maps.items()}
+
+
+def _after_text(maps: AttentionMaps, words: Words) -> AttentionMaps:
+    """Take the shares of the words beside a text."""
+    cut = slice(words.length, None)
+    return {site: probs[..., cut].contiguous() if site.kind == "cross" else probs for site, probs in maps.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +163,29 @@ class HeatMap:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapArrays:
+    """Arrays of an image's heat maps: words to pixels, pixels to words, patches to patches; float32, in [0, 1].
+
+    ``words`` [W] names the words. ``words_to_image`` [W, H, W′] is each word's map, ``raw`` of a :class:`HeatMap`;
+    ``image_to_words`` [H, W′, W] is what of a pixel's attention to these words goes to each, and sums to 1, or is 0
+    where none gets any. ``patches_to_patches`` [rows, columns, rows, columns] is the self-attention (attn1) from the
+    patches of the first two axes to those of the last two, a mean over the finest sites that were traced; None if none
+    was.
+    """
+
+    words: list[str]
+    words_to_image: NDArray[np.float32]
+    image_to_words: NDArray[np.float32]
+    patches_to_patches: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeatMaps:
     """Heat maps of one image, one for each word of its prompt: ``heatmaps["circle"]`` is a :class:`HeatMap`.
 
     ``words`` are the prompt's. ``maps`` are by site, [steps, heads, patches, keys], float32, with 1 where steps or
-    heads were averaged. ``latent_size`` is (h, w). If ``sharp``, words' maps are :meth:`sharpened`.
+    heads were averaged. ``latent_size`` is (h, w). If ``sharp``, words' maps are :meth:`sharpened`. ``also_traced`` and
+    ``negative_traced`` are the heat maps of words beside the prompt and of the negative prompt, None where not traced.
     """
 
     words: Words
@@ -129,6 +193,29 @@ class HeatMaps:
     latent_size: tuple[int, int]
     image: Image.Image
     sharp: bool = False
+    also_traced: "HeatMaps | None" = field(default=None, repr=False)
+    negative_traced: "HeatMaps | None" = field(default=None, repr=False)
+
+    @property
+    def also(self) -> "HeatMaps":
+        """The heat maps of words that were looked for beside the prompt; raises :class:`UsageError` without any.
+
+        A word's share is what it would take of a patch's attention if it stood beside the prompt, alone of these words
+        (:func:`gobelin.attention.extra_shares`), so that shares of several do not add up.
+        """
+        if self.also_traced is None:
+            raise UsageError("no words were looked for beside the prompt: name some by also=")
+        return self.also_traced
+
+    @property
+    def negative(self) -> "HeatMaps":
+        """The heat maps of the negative prompt; raises :class:`UsageError` where they were not traced."""
+        if self.negative_traced is None:
+            raise UsageError(
+                "the negative prompt was not traced: paint with trace=Trace(negative=True), and a guidance that asks "
+                "for it"
+            )
+        return self.negative_traced
 
     def __repr__(self) -> str:
         return f"HeatMaps(words={self.words.text!r}, sites={len(self.maps)}, size={self.image.size})"
@@ -141,8 +228,15 @@ class HeatMaps:
     def __getitem__(self, key: Word) -> HeatMap:
         """Look up a word or a phrase, wherever it stands; a pair for one occurrence, 0 the first; a word by its number.
 
-        Case does not matter. Raises :class:`UsageError`, which lists the prompt's words, for any other.
+        Case does not matter. What is no word of the prompt is looked up in :attr:`also`; "bos", "eos" and "padding" are
+        these parts then. Raises :class:`UsageError`, which lists the prompt's words, for any other.
         """
+        if not self.words.has(key):
+            if self.also_traced is not None and self.also_traced.words.has(key):
+                return self.also_traced[key]
+            for part in _PARTS:
+                if isinstance(key, str) and key.lower() == part:
+                    return self.part(part)
         tokens = self.words.tokens(key)
         label = self.words.spans[key].word if isinstance(key, int) else key if isinstance(key, str) else key[0]
         return self._map(label, tokens)
@@ -170,18 +264,48 @@ class HeatMaps:
             validated(f"{name}s", chosen, _Numbers)
             if chosen is not None:
                 maps = {site: _chosen(probs, axis, name, chosen) for site, probs in maps.items()}
-        return replace(self, maps=maps)
+        unequal = (
+            self.negative_traced is not None and self.negative_traced.steps != self.steps
+        )  # guidance of some steps
+        whole = replace(self, negative_traced=None) if steps is not None and unequal else self
+        return whole._like(lambda one: one.select(sites=sites, heads=heads, steps=steps), maps=maps)
 
     def without(self, *parts: TokenKind) -> "HeatMaps":
-        """Leave out the shares of BOS, EOS or padding, and make the others sum to 1 again."""
+        """Leave out the shares of BOS, EOS or padding, and make the others sum to 1 again.
+
+        Words beside the prompt then stand beside what is left of it.
+        """
         gone = [position for part in parts for position in self.words.part(part)]
         maps = dict(self.maps)
+        sums: AttentionMaps = {}
         for site, probs in self.maps.items():
             if site.kind == "cross":
                 left = probs.clone()
                 left[..., gone] = 0
-                maps[site] = left / left.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+                sums[site] = left.sum(dim=-1, keepdim=True)
+                maps[site] = left / sums[site].clamp(min=torch.finfo(left.dtype).tiny)
+        also = None if self.also_traced is None else self.also_traced._beside_less(sums)
+        negative = None if self.negative_traced is None else self.negative_traced.without(*parts)
+        return replace(self, maps=maps, also_traced=also, negative_traced=negative)
+
+    def _beside_less(self, sums: AttentionMaps) -> "HeatMaps":
+        """Put words beside a prompt of whose shares only these ``sums`` are left: of a share s, s / (s + (1 − s)·sum).
+
+        Exact head by head and step by step; of means it is that of the means.
+        """
+        maps = dict(self.maps)
+        for site, left in sums.items():
+            maps[site] = torch.zeros_like(self.maps[site])
+            for span in self.words.spans:
+                part = self.maps[site][..., list(span.tokens)]
+                share = part.sum(dim=-1, keepdim=True)
+                maps[site][..., list(span.tokens)] = part / (share + (1 - share) * left).clamp(min=_EVEN)
         return replace(self, maps=maps)
+
+    def _like(self, change: "Callable[[HeatMaps], HeatMaps]", **fields: Any) -> "HeatMaps":
+        """Replace fields, and change in the same way what was traced beside the prompt."""
+        inner = {"also_traced": self.also_traced, "negative_traced": self.negative_traced}
+        return replace(self, **fields, **{name: None if one is None else change(one) for name, one in inner.items()})
 
     def sharpened(self) -> "HeatMaps":
         """Sharpen words' maps: a patch keeps its share of a word as far as the patches that it draws on have it too.
@@ -194,7 +318,7 @@ class HeatMaps:
         for site, _ in self._of_kind("cross"):
             if site.grid(*self.latent_size) not in traced:
                 raise UsageError(f"no attention to patches was traced where {site.name} is: trace its attn1 too")
-        return replace(self, sharp=True)
+        return self._like(lambda one: one.sharpened(), sharp=True)
 
     def words_at(self, x: int, y: int) -> list[tuple[WordSpan, float]]:
         """Rank the words behind the pixel at column ``x``, row ``y``, each with its share among them."""
@@ -270,6 +394,39 @@ class HeatMaps:
         """Stack the ``raw`` maps of several words."""
         return torch.stack([self[key].raw for key in keys])
 
+    def masks(self, words: Sequence[Word] | None = None, threshold: float = 0.4) -> Bool[Tensor, "words height width"]:
+        """Mask several words, by default all of the prompt: True where a word's map is above ``threshold``.
+
+        The threshold is a share of the map's range, DAAM's τ, as in :meth:`HeatMap.mask`.
+        """
+        keys = range(len(self.words)) if words is None else words
+        masks = [self[key].mask(threshold) for key in keys]
+        return torch.stack(masks) if masks else torch.zeros(0, *self._size, dtype=torch.bool)
+
+    def arrays(self, words: Sequence[Word] | None = None) -> MapArrays:
+        """Compute all directions at once as arrays: words → image, image → words, patches → patches.
+
+        ``words`` chooses and orders the words, by default all of the prompt. See :class:`MapArrays` for the shapes.
+        """
+        heatmaps = [self[key] for key in (range(len(self.words)) if words is None else words)]
+        shares = torch.stack([one.raw for one in heatmaps]) if heatmaps else torch.zeros(0, *self._size)
+        among = shares / shares.sum(dim=0).clamp(min=torch.finfo(shares.dtype).tiny)
+        patches = None
+        if own := [(site.grid(*self.latent_size), probs) for site, probs in self.maps.items() if site.kind == "self"]:
+            finest = max((grid for grid, _ in own), key=math.prod)
+            mean = torch.stack([probs.mean(dim=(0, 1)) for grid, probs in own if grid == finest]).mean(dim=0)
+            patches = mean.reshape(*finest, *finest).numpy()
+        return MapArrays(
+            words=[one.label for one in heatmaps],
+            words_to_image=shares.numpy(),
+            image_to_words=among.permute(1, 2, 0).contiguous().numpy(),
+            patches_to_patches=patches,
+        )
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.image.height, self.image.width
+
     @property
     def steps(self) -> int:
         """Number of steps that were kept apart and selected; 1 where they were averaged, or nothing was traced."""
@@ -291,8 +448,7 @@ class HeatMaps:
         return self._mean_over_sites("cross", shared, size)
 
     def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
-        size = self.image.height, self.image.width
-        return HeatMap(label=label, raw=self.token_share(tokens, size), image=self.image)
+        return HeatMap(label=label, raw=self.token_share(tokens, self._size), image=self.image)
 
     def _mean_over_sites(
         self,

@@ -205,6 +205,11 @@ class WordMap extends HTMLElement {
     return this.#colours.subarray(level, level + 3);
   }
 
+  // The words of the prompt, and those beside it: not those of a negative prompt, nor BOS, EOS and padding.
+  get #ranked() {
+    return this.#data.words.slice(0, this.#data.ranked);
+  }
+
   // A word's share of a patch's attention: a byte of the word's greatest share over all patches and steps.
   #share(word, patch) {
     const { words, rows, columns, tops } = this.#data;
@@ -327,7 +332,8 @@ class WordMap extends HTMLElement {
 
   // For whoever moves by keys and may not see the list: the patch and its first words.
   #spoken() {
-    const { words, columns } = this.#data;
+    const { columns } = this.#data;
+    const words = this.#ranked;
     const place = `row ${Math.floor(this.#patch / columns) + 1}, column ${(this.#patch % columns) + 1}`;
     const shares = words.map((_, word) => this.#share(word, this.#patch));
     const first = descending(shares).slice(0, 3);
@@ -335,7 +341,8 @@ class WordMap extends HTMLElement {
   }
 
   #rank() {
-    const { words, rows, columns } = this.#data;
+    const { rows, columns } = this.#data;
+    const words = this.#ranked;
     const means = words.map((_, word) =>
       this.#patch === null
         ? this.#all(word).reduce((sum, share) => sum + share, 0) / (rows * columns)

@@ -21,19 +21,35 @@ _FRAME_SECONDS, _LAST_SECONDS = 0.15, 1.5  # the last step is the image: time to
 
 
 def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
-    """Lay out the image and an overlay for each word, with the word's greatest share of attention."""
-    tiles = [Tile(image=heatmaps.image)]
-    for word in words:
-        heatmap = heatmaps[word]
-        share = f"up to {heatmap.raw.max().item():.0%}"
-        tiles.append(Tile(image=heatmap.overlay(WORD_SIDE), caption=heatmap.label, note=share))
+    """Lay out the image and an overlay for each word, with the word's greatest share of attention.
+
+    Words that were looked for beside the prompt have a row of their own, and so has a negative prompt that was traced.
+    """
+    rows = [TileRow(tiles=[Tile(image=heatmaps.image), *_word_tiles(heatmaps, words)])]
+    if (also := heatmaps.also_traced) is not None:
+        tiles = _word_tiles(also, range(len(also.words)))
+        rows.append(TileRow(tiles=tiles, heading="Looked for beside the prompt"))
+    if (negative := heatmaps.negative_traced) is not None and negative.words.spans:
+        tiles = _word_tiles(negative, range(len(negative.words)))
+        rows.append(TileRow(tiles=tiles, heading="Negative prompt", note=negative.words.text))
     return captioned_grid(
-        [TileRow(tiles=tiles)],
+        rows,
         columns=_WORD_COLUMNS,
         side=WORD_SIDE,
         title=heatmaps.words.text,
         scale=_SHARP_SCALE if heatmaps.sharp else _WORD_SCALE,
     )
+
+
+def _word_tiles(heatmaps: HeatMaps, words: Sequence[Word]) -> list[Tile]:
+    """Draw a word a tile, with its greatest share."""
+    tiles = []
+    for word in words:
+        heatmap = heatmaps[word]
+        most = heatmap.raw.max().item()
+        share = f"up to {most:.0%}" if most > 0.0995 else f"up to {most:.1%}"
+        tiles.append(Tile(image=heatmap.overlay(WORD_SIDE), caption=heatmap.label, note=share))
+    return tiles
 
 
 def grid_sheet(title: str, rows: Sequence[tuple[str, Sequence[HeatMap]]]) -> Image.Image:
