@@ -111,7 +111,7 @@ def look_at_images(
         by_size.setdefault(latent_size(model, *fitted_size(model, image.size, *size)), []).append(index)
     looked: dict[int, HeatMaps] = {}
     for one_size, indices in by_size.items():
-        found = find_trace(model, trace, one_size)
+        found = find_trace(model.unet.attention_sites, trace, one_size)
         if found is None:
             raise UsageError('trace is False, and maps are all that there is to see: give True, "sharp" or a Trace')
         tracer = ImageTracer(
