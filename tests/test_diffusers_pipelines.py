@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionControlNetPipeline,
@@ -30,6 +28,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from PIL import Image
 from tests.conftest import fill_
 from tests.oracles import WIDTHS, small_pipeline
+from tests.schedulers import SCHEDULERS
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -47,7 +46,7 @@ ALL = Trace(sites="*", per_head=True, per_step=True)
 def parts(words: Path) -> dict[str, Any]:
     """The parts of a small pipeline."""
     pipe = small_pipeline(words)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     return {**pipe.components, "requires_safety_checker": False}
 
 
@@ -108,41 +107,36 @@ class Storing:
             del attn.get_attention_scores
 
 
+SAMPLERS = ("ddim", "pndm", "euler", "dpmpp_2m", "heun", "dpm_2", "lcm")
+TRACES = {"all": ALL, "plain": True, "sharp": "sharp", "late": Trace(start=0.6)}
+
+
 @pytest.mark.parametrize(
-    ("scheduler", "sampler"),
-    [(DDIMScheduler, "ddim"), (EulerDiscreteScheduler, "euler"), (DPMSolverMultistepScheduler, "dpmpp_2m")],
+    ("sampler", "trace"), [*((one, "all") for one in SAMPLERS), *(("pndm", one) for one in TRACES if one != "all")]
 )
-@pytest.mark.parametrize("trace", [ALL, True, "sharp", Trace(start=0.6)], ids=["all", "plain", "sharp", "late"])
-def test_maps_are_gobelins(
-    pipe: StableDiffusionPipeline, scheduler: Any, sampler: str, trace: Any, tmp_path: Path
-) -> None:
+def test_maps_are_gobelins(pipe: StableDiffusionPipeline, sampler: str, trace: str, tmp_path: Path) -> None:
     """The same model, seed and prompt have the same maps, up to the rounding of two programs."""
+    scheduler, options = SCHEDULERS[sampler]
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
     pipe.save_pretrained(tmp_path)
     ours = gobelin.Pipeline.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    options = {"guidance_scale": 5.0, "negative_prompt": "a star", "height": 64, "width": 96, "steps": 4}
-    (theirs,) = looked(pipe, trace=trace, **options)
+    size, traced = {"height": 64, "width": 96}, TRACES[trace]
+    with gobelin.look_into(pipe, traced) as look:
+        painted(pipe, guidance_scale=5.0, negative_prompt="a star", steps=4, **size)
+    (theirs,) = look.heatmaps
     result = ours(
-        PROMPT,
-        seed=3,
-        steps=4,
-        guidance=5.0,
-        negative_prompt="a star",
-        sampler=sampler,
-        height=64,
-        width=96,
-        trace=trace,
+        PROMPT, seed=3, steps=4, guidance=5.0, negative_prompt="a star", sampler=sampler, trace=traced, **size
     )
-    assert difference(theirs, result.heatmaps[0]) < 2e-5
+    assert difference(theirs, result.heatmaps[0]) < 5e-6
+    assert torch.allclose(theirs["red circle"].raw, result.heatmaps[0]["red circle"].raw, atol=5e-6)
     assert theirs.sharp == (trace == "sharp")
-    assert torch.allclose(theirs["red circle"].raw, result.heatmaps[0]["red circle"].raw, atol=2e-5)
-    assert theirs.steps == (4 if trace is ALL else 1)
+    assert theirs.steps == (4 if trace == "all" else 1)
 
 
 def test_maps_are_those_that_diffusers_attends_by(pipe: StableDiffusionPipeline) -> None:
     (heatmaps,) = looked(pipe, steps=2)
     stores = {name: Storing() for name in pipe.unet.attn_processors}
-    pipe.unet.set_attn_processor(stores)
+    pipe.unet.set_attn_processor(dict(stores))  # which it empties
     painted(pipe)
     for site, maps in heatmaps.maps.items():
         probs = stores[f"{site.name}.processor"].probs
@@ -205,24 +199,20 @@ def test_guidance_that_ends_on_the_way_is_followed(pipe: StableDiffusionPipeline
     assert once.steps == 1
 
 
-def test_a_step_of_two_passes_counts_both(pipe: StableDiffusionPipeline) -> None:
-    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    (maps,) = looked(pipe, steps=3)
-    assert maps.steps == 5
-
-
 def test_maps_take_no_more_memory_with_more_steps(pipe: StableDiffusionPipeline) -> None:
+    gc.collect()
+    gc.freeze()  # what is there already is not looked through
     alive: dict[int, int] = {}
 
     def count(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        gc.collect()
         found = [one for one in gc.get_objects() if type(one) is Tensor and one.ndim == 3 and one.shape[-1] == 16]
         alive[step] = sum(one.numel() for one in found)
         return tensors
 
     with gobelin.look_into(pipe):
-        painted(pipe, steps=8, callback_on_step_end=count)
-    assert alive[7] == alive[1] > 0
+        painted(pipe, steps=6, callback_on_step_end=count)
+    gc.unfreeze()
+    assert alive[5] == alive[1] > 0
 
 
 def test_image_to_image_and_inpainting(parts: dict[str, Any], pipe: Any, words: Path) -> None:
@@ -244,7 +234,7 @@ def test_image_to_image_and_inpainting(parts: dict[str, Any], pipe: Any, words: 
 def test_controlnet(parts: dict[str, Any], pipe: Any) -> None:
     control = fill_(
         ControlNetModel(
-            block_out_channels=WIDTHS, cross_attention_dim=64, conditioning_embedding_out_channels=(16, 32)
+            block_out_channels=WIDTHS, cross_attention_dim=64, conditioning_embedding_out_channels=(8, 8, 8, 8)
         ),
         4,
     )
@@ -310,19 +300,22 @@ def test_ways_of_running(parts: dict[str, Any], pipe: StableDiffusionPipeline, w
     assert low <= far < high or way == "freeu"
 
 
-def test_offloading_layer_by_layer(parts: dict[str, Any], words: Path) -> None:
+def test_offloading(words: Path) -> None:
+    """The whole network, and layer by layer, whose weights are away in between."""
     painter = quiet(small_pipeline(words))
     plain = looked(painter)[0]
-    painter.enable_sequential_cpu_offload(device="cpu")
-    (maps,) = looked(painter)
-    assert difference(maps, plain) == 0
+    painter.enable_model_cpu_offload(device="cpu")
+    assert difference(looked(painter)[0], plain) == 0
+    painter.remove_all_hooks()
+    accelerate.cpu_offload(painter.unet, torch.device("cpu"))
+    assert difference(looked(painter)[0], plain) == 0
 
 
 def test_an_ip_adapters_image_leaves_the_words_their_own_attention(words: Path) -> None:
     """The text's probabilities sum to 1; what the image adds has none of them."""
     painter = quiet(small_pipeline(words))
     tensors = {"image_proj": {}, "ip_adapter": {}}
-    tensors["image_proj"] = {"proj.weight": torch.randn(2 * 64, 12) / 4, "proj.bias": torch.zeros(2 * 64)}
+    tensors["image_proj"] = {"proj.weight": torch.randn(4 * 64, 12) / 4, "proj.bias": torch.zeros(4 * 64)}
     tensors["image_proj"] |= {"norm.weight": torch.ones(64), "norm.bias": torch.zeros(64)}
     sites = [one for one in gobelin.diffusers_pipelines.find_attention(painter.unet) if one.kind == "cross"]
     order = sorted(sites, key=lambda site: ("down", "up", "mid").index(site.name.split("_")[0]))
@@ -334,7 +327,7 @@ def test_an_ip_adapters_image_leaves_the_words_their_own_attention(words: Path) 
     embeddings = [torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(0))]
     with_image = looked(painter, trace=True, ip_adapter_image_embeds=embeddings)[0]
     assert sum(with_image.shares().values()) == pytest.approx(1, abs=1e-5)
-    other = looked(painter, trace=True, ip_adapter_image_embeds=[2 * embeddings[0]])[0]
+    other = looked(painter, trace=True, ip_adapter_image_embeds=[-embeddings[0]])[0]
     assert difference(with_image, other) > 1e-5
 
 
@@ -383,7 +376,7 @@ def test_embeddings_of_several_chunks_have_the_words_of_a_text(words: Path) -> N
     (padded,) = looked(painter, None, look={"prompt": "a star"}, **both)
     assert len(padded.words.part("padding")) == 154 - 77 + 77 - 2 - len(padded.words.part("text"))
     (weighed,) = looked(painter, None, look={"prompt": "a (star:1.3) BREAK two", "weights": "a1111"}, **both)
-    assert weighed.words.tokens("two") == (78,)
+    assert weighed.words.tokens("two")[0] == 78
     (two,) = [
         looked(
             painter,
@@ -427,11 +420,11 @@ def test_several_calls_and_what_they_leave(pipe: StableDiffusionPipeline) -> Non
         painted(pipe, "a star", height=64, width=128)
         assert (look.heatmaps[0].words.text, look.heatmaps[0].image.size) == ("a star", (128, 64))
         with pytest.raises(ValueError, match="divisible"):
-            painted(pipe, height=63)
+            painted(pipe, height=60, width=60)
         with pytest.raises(UsageError, match="did not finish"):
             _ = look.heatmaps
         with pytest.raises(TypeError):
-            pipe(PROMPT, no_such_option=1)
+            pipe(PROMPT, prompt=PROMPT)
         painted(pipe)
         assert difference(look.heatmaps[0], first) == 0
         assert is_untouched(pipe, processors)
@@ -493,8 +486,8 @@ def test_what_cannot_be_traced_is_refused_before_it_is_painted(
         painted(long, None, **both)
     with gobelin.look_into(pipe, prompt=["a", "b"]), pytest.raises(UsageError, match="one of each"):
         painted(pipe, None, prompt_embeds=embeddings, negative_prompt_embeds=embeddings)
-    with gobelin.look_into(pipe), gobelin.look_into(pipe), pytest.raises(UsageError, match="already"):
-        pass
+    with gobelin.look_into(pipe), pytest.raises(UsageError, match="already"):
+        gobelin.look_into(pipe).__enter__()
 
 
 def sdxl() -> Any:

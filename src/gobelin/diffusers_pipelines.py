@@ -88,6 +88,7 @@ class PipelineLook:
         self.negative: bool = validated("negative", negative, bool)
         self.weights: PromptSyntax = validated("weights", weights, PromptSyntax)
         self._own_class: type | None = None
+        self._tokenizer: tuple[tuple[Any, int], _PipelineTokenizer] | None = None
         self._heatmaps: list[HeatMaps] | GobelinError = UsageError(f"nothing has been painted yet: {_ASKED}")
 
     def __repr__(self) -> str:
@@ -165,11 +166,8 @@ class PipelineLook:
                 "padding_mask_crop paints a part of the image and puts it back, and maps are of all of it: crop the "
                 "image and the mask before, and leave it out"
             )
-        prompt, embeddings = given.get("prompt"), given.get("prompt_embeds")
-        if isinstance(prompt, list) or isinstance(embeddings, Tensor):
-            count = len(embeddings if prompt is None else prompt)
-        else:
-            count = 1
+        prompts = given.get("prompt") if given.get("prompt") is not None else given.get("prompt_embeds")
+        count = len(prompts) if isinstance(prompts, list | Tensor) else 1
         name = "negative_prompt" if self.negative else "prompt"
         said = given.get(name)
         if said is None and given.get(f"{name}_embeds") is not None:
@@ -182,8 +180,10 @@ class PipelineLook:
         texts = [said or ""] * count if said is None or isinstance(said, str) else list(said)
         if len(texts) != count or not all(isinstance(text, str) for text in texts):
             raise UsageError(f"the {name} is {shown(said)} for {count} prompts: give text, one for all, or one of each")
-        tokenizer = _PipelineTokenizer.of(self.pipe)
-        words = {text: tokenizer.prompt_words(self.pipe, text, self.weights) for text in dict.fromkeys(texts)}
+        there = self.pipe.tokenizer, len(self.pipe.tokenizer)  # which grows when words are added
+        if self._tokenizer is None or self._tokenizer[0] != there:
+            self._tokenizer = there, _PipelineTokenizer.of(self.pipe)
+        words = {text: self._tokenizer[1].prompt_words(self.pipe, text, self.weights) for text in dict.fromkeys(texts)}
         return [words[text] for text in texts for _ in range(given.get("num_images_per_prompt") or 1)]
 
 
@@ -220,7 +220,7 @@ class _CallWatch:
                 "the pipeline paints in latents, or with texts, of several sizes, which have no common map"
             )
         self.recorder.rows = None
-        if self._has_begun(given["timestep"]) and not (self.look.negative and halves == 1):
+        if self._is_recorded(given["timestep"]) and not (self.look.negative and halves == 1):
             self.recorder.rows = slice(0, count) if self.look.negative else slice(-count, None)
 
     def heatmaps(self, output: Any, is_latent: bool) -> list[HeatMaps]:
@@ -273,10 +273,16 @@ class _CallWatch:
         )
         return self.hooks.enter_context(recorder)
 
-    def _has_begun(self, timestep: Any) -> bool:
-        """Tell whether the trace has begun at a timestep; one on a GPU is read only where that matters."""
+    def _is_recorded(self, timestep: Any) -> bool:
+        """Tell whether the trace has begun at a timestep, and the pass is the first of a step, as Gobelin's are.
+
+        A timestep on a GPU is read only where it matters.
+        """
         assert self.recorder is not None
-        return not self.recorder.trace.start or self._progress(timestep) >= self.recorder.trace.start
+        scheduler, start = self.look.pipe.scheduler, self.recorder.trace.start
+        if not getattr(scheduler, "state_in_first_order", True) or getattr(scheduler, "counter", 0) == 1:
+            return False  # the second pass of a step of Heun's or DPM2's, or of PNDM's first
+        return not start or self._progress(timestep) >= start
 
     def _progress(self, timestep: Any) -> float:
         schedule = ScheduleConfig(num_train_timesteps=self.look.pipe.scheduler.config.num_train_timesteps)
@@ -410,8 +416,8 @@ def find_attention(unet: nn.Module) -> dict[AttentionSite, nn.Module]:
             continue
         part, number, which = path.groups()
         level = {"down": int(number or 0), "mid": deepest, "up": deepest - int(number or 0)}[part]
-        kind = "self" if which == "1" else "cross"
-        site = AttentionSite(name=name, kind=kind, downscale=2**level, heads=int(module.heads))
+        kind, heads = "self" if which == "1" else "cross", int(module.heads)  # pyright: ignore[reportArgumentType]
+        site = AttentionSite(name=name, kind=kind, downscale=2**level, heads=heads)
         found[part][site] = module
     return found["down"] | found["mid"] | found["up"]
 
