@@ -504,6 +504,13 @@ def sdxl() -> Any:
     )
 
 
+def sd2(pipe: Any) -> Any:
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=WIDTHS, cross_attention_dim=64, use_linear_projection=True
+    )
+    return StableDiffusionPipeline(**{**pipe.components, "unet": unet, "requires_safety_checker": False})
+
+
 def without_tokenizer(pipe: Any) -> Any:
     return StableDiffusionPipeline(**{**pipe.components, "tokenizer": None, "requires_safety_checker": False})
 
@@ -522,6 +529,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a class": (lambda pipe: StableDiffusionPipeline, {}, "look_into is given"),
     "Gobelin's own": (lambda pipe: gobelin.Pipeline.from_pretrained(), {}, "trace=True"),
     "SDXL": (lambda pipe: sdxl(), {}, "addition_embed_type 'text_time'"),
+    "SD 2": (lambda pipe: sd2(pipe), {}, "use_linear_projection True"),
     "no tokenizer": (without_tokenizer, {}, "no tokenizer"),
     "compiled": (compiled, {}, "is compiled"),
     "no trace": (None, {"trace": False}, "trace is False"),

@@ -149,7 +149,8 @@ class PipelineLook:
         given |= given.get("kwargs", {})
         unet = _unet_of(self.pipe)
         with ExitStack() as hooks:
-            watch = _CallWatch(look=self, unet=unet, words=self._find_words(given), hooks=hooks)
+            words, chunk_length = self._find_words(given), self._find_tokenizer().max_length
+            watch = _CallWatch(look=self, unet=unet, words=words, chunk_length=chunk_length, hooks=hooks)
             handle = unet.register_forward_pre_hook(watch.begin_pass, with_kwargs=True)
             hooks.callback(handle.remove)
             output = call(*args, **kwargs)
@@ -180,23 +181,29 @@ class PipelineLook:
         texts = [said or ""] * count if said is None or isinstance(said, str) else list(said)
         if len(texts) != count or not all(isinstance(text, str) for text in texts):
             raise UsageError(f"the {name} is {shown(said)} for {count} prompts: give text, one for all, or one of each")
-        there = self.pipe.tokenizer, len(self.pipe.tokenizer)  # which grows when words are added
+        tokenizer = self._find_tokenizer()
+        words = {text: tokenizer.prompt_words(self.pipe, text, self.weights) for text in dict.fromkeys(texts)}
+        return [words[text] for text in texts for _ in range(given.get("num_images_per_prompt") or 1)]
+
+    def _find_tokenizer(self) -> "_PipelineTokenizer":
+        """Return the tokenizer that reads as the pipeline's, made once for as long as no words are added to that."""
+        there = self.pipe.tokenizer, len(self.pipe.tokenizer)
         if self._tokenizer is None or self._tokenizer[0] != there:
             self._tokenizer = there, _PipelineTokenizer.of(self.pipe)
-        words = {text: self._tokenizer[1].prompt_words(self.pipe, text, self.weights) for text in dict.fromkeys(texts)}
-        return [words[text] for text in texts for _ in range(given.get("num_images_per_prompt") or 1)]
+        return self._tokenizer[1]
 
 
 @dataclass(kw_only=True)
 class _CallWatch:
     """A call of a pipeline while it runs: what its U-Net is given, pass by pass, and the maps so far.
 
-    ``words`` are each image's, of all chunks that its text makes.
+    ``words`` are each image's, of all chunks that its text makes, of ``chunk_length`` tokens each.
     """
 
     look: PipelineLook
     unet: nn.Module
     words: list[Words]
+    chunk_length: int
     hooks: ExitStack
     recorder: "MapRecorder | None" = None
 
@@ -240,7 +247,7 @@ class _CallWatch:
             )
         found = [
             HeatMaps(
-                words=_words_of_length(words, self.recorder.length, self._chunk_length),
+                words=_words_of_length(words, self.recorder.length),
                 maps=maps,
                 latent_size=(h, w),
                 image=image,
@@ -249,16 +256,12 @@ class _CallWatch:
         ]
         return [one.sharpened() for one in found] if self.look.trace == "sharp" else found
 
-    @property
-    def _chunk_length(self) -> int:
-        return self.look.pipe.tokenizer.model_max_length
-
     def _start_recorder(self, size: tuple[int, int], length: int) -> "MapRecorder":
         """Choose sites for latents of a size, and begin to hear them."""
-        if length % self._chunk_length:
+        if length % self.chunk_length:
             raise UsageError(
                 f"the text embeddings have {length} tokens, and this pipeline's text encoder makes "
-                f"{self._chunk_length} of a text, or of each of its chunks: which words they are cannot be told"
+                f"{self.chunk_length} of a text, or of each of its chunks: which words they are cannot be told"
             )
         attention = find_attention(self.unet)
         trace = find_trace(tuple(attention), self.look.trace, size)
@@ -452,7 +455,7 @@ def _unet_of(pipe: Any) -> nn.Module:
     return unet
 
 
-def _words_of_length(words: Words, length: int, chunk_length: int) -> Words:
+def _words_of_length(words: Words, length: int) -> Words:
     """Return the words among so many positions: the first chunks, or all of them and padding.
 
     A pipeline of diffusers cuts a long text; where another text is longer, whoever encodes them pads the shorter one.
