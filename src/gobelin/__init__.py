@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gobelin import control, guidance, samplers, scenes, training
     from gobelin.checkpoint import Model, open_model
     from gobelin.clip import TextEncoder, TextEncoderConfig
+    from gobelin.diffusers_pipelines import look_into
     from gobelin.errors import GobelinError
     from gobelin.painting import Painting, Result
     from gobelin.pipeline import Pipeline
@@ -43,6 +44,7 @@ _HOMES = {
     "UNetConfig": "unet_config",
     "VAE": "vae",
     "VAEConfig": "vae",
+    "look_into": "diffusers_pipelines",
     "open_model": "checkpoint",
     "train": "training.train_model",
 }
@@ -67,6 +69,7 @@ __all__ = [
     "VAEConfig",
     "control",
     "guidance",
+    "look_into",
     "open_model",
     "samplers",
     "scenes",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gobelin.attention import Trace, choose_sites
+from gobelin.attention import AttentionSite, Trace, choose_sites
 from gobelin.checkpoint import Model
 from gobelin.control.batch import AnyControl, Attached, Batch, attach_controls
 from gobelin.errors import UsageError
@@ -301,10 +301,10 @@ def _seeds(seed: int | Sequence[int] | None, total: int) -> Iterable[int]:
     return seeds
 
 
-def find_trace(model: Model, trace: object, size: tuple[int, int]) -> Trace | None:
+def find_trace(sites: Sequence[AttentionSite], trace: object, size: tuple[int, int]) -> Trace | None:
     """Find the trace that True, "sharp" or a :class:`Trace` stand for in latents of a size; None for False.
 
-    Raises :class:`UsageError` for anything else, and for sites that this U-Net does not have.
+    ``sites`` are the U-Net's. Raises :class:`UsageError` for anything else, and for sites that it does not have.
     """
     if not isinstance(trace, bool | Trace) and not (isinstance(trace, str) and trace == "sharp"):
         raise UsageError(f'trace is {shown(trace)}: give True, False, "sharp" or a gobelin.attention.Trace')
@@ -314,16 +314,16 @@ def find_trace(model: Model, trace: object, size: tuple[int, int]) -> Trace | No
     if asked.sharp:
         if asked.sites is not None or asked.start:
             raise UsageError("sharp maps choose sites and start themselves: leave out these, or sharp")
-        best = sharp_trace(model.unet.attention_sites, size)
+        best = sharp_trace(sites, size)
         asked = replace(asked, sites=best.sites, start=best.start)
     validated("the start of a trace", asked.start, Fraction)
-    choose_sites(model.unet.attention_sites, asked.sites)
+    choose_sites(sites, asked.sites)
     return asked
 
 
 def _trace(model: Model, settings: Settings, size: tuple[int, int], levels: NoiseLevels) -> Trace | None:
     """Choose the maps to keep; the last step's are always among them."""
-    asked = find_trace(model, settings.trace, size)
+    asked = find_trace(model.unet.attention_sites, settings.trace, size)
     if asked is None:
         return None
     if asked.per_step and settings.cache_interval > 1:

@@ -8,7 +8,7 @@ import pytest
 from gobelin.bench import our_engines, unet_contenders
 from gobelin.bench.measure import Limits, measure
 from gobelin.bench.rows import find_rows
-from gobelin.bench.trace_contenders import trace_workload
+from gobelin.bench.trace_contenders import LOOK_INTO, trace_workload
 from gobelin.bench.training_contenders import train_workload
 from gobelin.bench.unet_contenders import unet_workload
 from gobelin.bench.workloads import refuse_unknown_contenders
@@ -24,8 +24,8 @@ def test_passes_are_the_same_traced_or_not():
     measured = measure(trace_workload("nano", 16, "float32"), "float32", ONE, PEERS, peak_side=64)
     assert measured["failed"] == {}
     ours = measured["contenders"]
-    assert list(ours) == ["gobelin", "gobelin, trace=True", 'gobelin, trace="sharp"', "diffusers"]
-    assert [one["error"] for one in ours.values()] == pytest.approx([0, 0, 0, 0], abs=1e-5)
+    assert list(ours) == ["gobelin", "gobelin, trace=True", 'gobelin, trace="sharp"', "diffusers", LOOK_INTO]
+    assert [one["error"] for one in ours.values()] == pytest.approx([0] * 5, abs=1e-5)
     assert ours["gobelin, trace=True"]["against"]["name"] == "gobelin"
 
 

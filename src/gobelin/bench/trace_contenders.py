@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gobelin.attention import Trace
 from gobelin.bench.random_weights import diffusers_unet
 from gobelin.bench.unet_contenders import BASE, UNetPass, no_grad
 from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
+from gobelin.diffusers_pipelines import MapRecorder, find_attention
 from gobelin.look.heatmaps import sharp_trace
 
+LOOK_INTO = "diffusers, gobelin.look_into"
+"""Our maps of diffusers' own pass."""
 _GUIDED = slice(1, None)  # of a batch of two: the pass with the prompt, whose maps are asked for
 
 
@@ -24,6 +28,7 @@ def trace_workload(model: str, side: int, precision: BenchPrecision) -> Workload
             Contender(name="gobelin, trace=True", prepare=partial(_traced, run, False), against=BASE),
             Contender(name='gobelin, trace="sharp"', prepare=partial(_traced, run, True), against=BASE),
             Contender(name=plain, peer="diffusers", prepare=partial(_diffusers, run)),
+            Contender(name=LOOK_INTO, peer="diffusers", prepare=partial(_looked_into, run), against=plain),
             Contender(name="daam", peer="daam", prepare=partial(_daam, run), against=plain),
             Contender(
                 name="attention-map-diffusers",
@@ -70,6 +75,20 @@ def _pipeline(unet: nn.Module) -> Any:
         feature_extractor=missing,
         requires_safety_checker=False,
     )
+
+
+def _looked_into(run: UNetPass) -> Call:
+    """Record a diffusers U-Net's maps as :func:`gobelin.look_into` does."""
+    unet = diffusers_unet(run.ours)
+    recorder = MapRecorder(
+        modules={site: module for site, module in find_attention(unet).items() if site.kind == "cross"},
+        trace=Trace(),
+        latent_size=(run.side, run.side),
+        length=run.inputs(run.dtype)[2].shape[1],
+        rows=_GUIDED,
+    )
+    recorder.__enter__()  # for as long as the contender is there
+    return _predicting(unet, run)
 
 
 def _daam(run: UNetPass) -> Call:
