@@ -533,6 +533,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no tokenizer": (without_tokenizer, {}, "no tokenizer"),
     "compiled": (compiled, {}, "is compiled"),
     "no trace": (None, {"trace": False}, "trace is False"),
+    "words beside the prompt": (None, {"trace": Trace(also=("dog",))}, "has neither also nor negative"),
     "another trace": (None, {"trace": "blunt"}, "trace is 'blunt'"),
     "sites that are not there": (None, {"trace": Trace(sites="attn9")}, "matches no attention"),
     "a prompt that is none": (None, {"prompt": 3}, "the prompt is 3"),
