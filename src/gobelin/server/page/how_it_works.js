@@ -1,0 +1,327 @@
+// How it works, of the run on the desk: one patch asks, the words answer, with the numbers of this run.
+
+import { announce, byId, loadImage, make } from "./elements.js";
+import { getJson, post, runJob } from "./client.js";
+import { desk, gather } from "./desk.js";
+import { remember } from "./gallery.js";
+import { showPair } from "./pair.js";
+import { Puzzles } from "./puzzles.js";
+import { Runner } from "./runner.js";
+import { siteOption } from "./stage.js";
+import { vectorStrip } from "./vectors.js";
+
+const PAUSE = 120; // milliseconds that the pointer rests before the server is asked
+const SIDE = 768; // pixels of the picture's canvas
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const SHOWN_TERMS = 4; // of the weighted sum
+const FORGOTTEN = "The server no longer has this run: paint it again, then its numbers can be seen.";
+
+const figure = (value, digits = 2) => value.toFixed(digits).replace("-", "−");
+
+export function startHowItWorks() {
+  const puzzles = new Puzzles(byId("puzzles"));
+  const lens = new Lens();
+  startBreaking();
+  showCode();
+  let told = null; // the picture that is shown here already
+  const renew = () => {
+    const usable = desk.run?.kind === "paint";
+    byId("how-empty").hidden = usable;
+    byId("how-content").hidden = !usable;
+    if (!usable || location.hash !== "#how" || told === desk.picture) return;
+    told = desk.picture;
+    byId("break-result").replaceChildren();
+    lens.renew();
+    puzzles.renew();
+  };
+  desk.addEventListener("run", renew);
+  addEventListener("hashchange", renew);
+  renew();
+}
+
+// The picture with one patch of it, and what the server says of that patch's attention.
+class Lens {
+  #canvas = byId("lens");
+  #context = byId("lens").getContext("2d");
+  #image = null;
+  #at = [0.5, 0.5]; // of the picture
+  #grid = [1, 1]; // rows and columns of the chosen layer
+  #timer = null;
+  #asked = null;
+  #isHeld = false; // the patch was chosen, so that the pointer on its way elsewhere does not change it
+
+  constructor() {
+    const sites = desk.info?.sites ?? [];
+    byId("lens-layer").replaceChildren(...sites.filter(({ kind }) => kind === "cross").map(siteOption));
+    const finest = sites.findLast(({ kind, downscale }) => kind === "cross" && downscale === 1);
+    if (finest) byId("lens-layer").value = finest.name;
+    const offerHeads = () => {
+      const heads = sites.find(({ name }) => name === byId("lens-layer").value)?.heads ?? 1;
+      const each = Array.from({ length: heads }, (_, n) => make("option", { value: n, textContent: `${n + 1} of ${heads}` }));
+      byId("lens-head").replaceChildren(...each);
+    };
+    offerHeads();
+    byId("lens-layer").addEventListener("change", () => {
+      offerHeads();
+      this.#ask();
+    });
+    byId("lens-head").addEventListener("change", () => this.#ask());
+    byId("lens-step").addEventListener("input", () => this.#ask());
+    this.#listen();
+  }
+
+  async renew() {
+    const { picture, map } = desk;
+    const steps = Number(picture.settings.steps) || 1;
+    const slider = byId("lens-step");
+    [slider.max, slider.value] = [steps, Math.ceil(0.7 * steps)]; // late, when words have their places
+    this.#image = await loadImage(picture.source);
+    const scale = SIDE / Math.max(this.#image.width, this.#image.height);
+    this.#canvas.width = Math.round(this.#image.width * scale);
+    this.#canvas.height = Math.round(this.#image.height * scale);
+    if (map) [this.#grid, this.#at] = [[map.rows, map.columns], brightest(map)];
+    this.#isHeld = false;
+    this.#films();
+    this.#draw();
+    this.#ask();
+  }
+
+  #listen() {
+    const canvas = this.#canvas;
+    const point = ({ clientX, clientY }) => {
+      const box = canvas.getBoundingClientRect();
+      this.#at = [(clientX - box.left) / box.width, (clientY - box.top) / box.height].map((value) => Math.min(0.999, Math.max(0, value)));
+      this.#draw();
+      this.#ask();
+    };
+    canvas.addEventListener("pointermove", (event) => !this.#isHeld && event.pointerType === "mouse" && point(event));
+    canvas.addEventListener("pointerdown", (event) => {
+      this.#isHeld = !this.#isHeld || event.pointerType !== "mouse";
+      point(event);
+    });
+    canvas.addEventListener("keydown", (event) => {
+      if (!(event.key in ARROWS) || !this.#image) return;
+      event.preventDefault();
+      const [rows, columns] = this.#grid;
+      const [right, down] = ARROWS[event.key];
+      const column = Math.min(columns - 1, Math.max(0, Math.floor(this.#at[0] * columns) + right));
+      const row = Math.min(rows - 1, Math.max(0, Math.floor(this.#at[1] * rows) + down));
+      this.#at = [(column + 0.5) / columns, (row + 0.5) / rows];
+      this.#isHeld = true;
+      this.#draw();
+      this.#ask();
+    });
+  }
+
+  #draw() {
+    const { width, height } = this.#canvas;
+    const [rows, columns] = this.#grid;
+    this.#context.imageSmoothingEnabled = width / this.#image.width < 6;
+    this.#context.drawImage(this.#image, 0, 0, width, height);
+    const [column, row] = [Math.floor(this.#at[0] * columns), Math.floor(this.#at[1] * rows)];
+    for (const [line, colour] of [
+      [8, "#fff"],
+      [3, "#b3204d"],
+    ]) {
+      [this.#context.lineWidth, this.#context.strokeStyle] = [line, colour];
+      this.#context.strokeRect((column * width) / columns, (row * height) / rows, width / columns, height / rows);
+    }
+    byId("lens-place").textContent =
+      `The patch in row ${row + 1}, column ${column + 1} of ${rows}×${columns}` + (this.#isHeld ? ", held" : "");
+  }
+
+  // What the loom showed, step by step; to be chosen from.
+  #films() {
+    byId("lens-films").replaceChildren(
+      ...desk.run.previews.map(({ step, images }) => {
+        const choose = () => {
+          byId("lens-step").value = step;
+          this.#ask();
+        };
+        const frame = make("img", { src: images[desk.index] ?? images[0], alt: `Step ${step}` });
+        const chooser = make("button", { type: "button", onclick: choose }, frame);
+        chooser.dataset.step = step;
+        return make("li", {}, chooser);
+      }),
+    );
+  }
+
+  #ask() {
+    const step = Number(byId("lens-step").value);
+    byId("lens-step-said").textContent = `${step} of ${byId("lens-step").max}`;
+    for (const chooser of byId("lens-films").querySelectorAll("button")) {
+      chooser.setAttribute("aria-pressed", String(Number(chooser.dataset.step) === step));
+    }
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#fetch(step), PAUSE);
+  }
+
+  async #fetch(step) {
+    this.#asked?.abort();
+    this.#asked = new AbortController();
+    const { signal } = this.#asked;
+    const { width, height } = desk.picture;
+    const body = {
+      image: desk.index,
+      step,
+      site: byId("lens-layer").value,
+      head: Number(byId("lens-head").value),
+      x: Math.floor(this.#at[0] * width),
+      y: Math.floor(this.#at[1] * height),
+    };
+    try {
+      const told = await post(`v1/jobs/${desk.run.job}/explain`, body, signal);
+      byId("lens-problem").textContent = "";
+      const site = told.sites?.find(({ name }) => name === body.site);
+      if (site) this.#grid = [site.rows, site.columns];
+      this.#draw();
+      explain(told, body.site);
+    } catch (error) {
+      if (error.name !== "AbortError") byId("lens-problem").textContent = error.type === "not_found" ? FORGOTTEN : error.message;
+    }
+  }
+}
+
+// The patch at which a word stands out most: a good one to begin with.
+function brightest({ rows, columns, tops, shares }) {
+  const levels = Uint8Array.from(atob(shares), (letter) => letter.charCodeAt(0));
+  const word = tops.indexOf(Math.max(...tops));
+  const own = levels.subarray(word * rows * columns, (word + 1) * rows * columns);
+  const patch = own.indexOf(Math.max(...own));
+  return [((patch % columns) + 0.5) / columns, (Math.floor(patch / columns) + 0.5) / rows];
+}
+
+function explain(told, site) {
+  const { tokens, query, keys, scores, softmax, output } = told;
+  const values = told.values_norm;
+  showTokens(tokens, softmax);
+  byId("how-latents").src = told.latents;
+  byId("how-denoised").src = told.denoised;
+  byId("how-query").replaceChildren(vectorStrip(query, "The patch's query"));
+  const order = softmax.map((_, place) => place).toSorted((a, b) => softmax[b] - softmax[a]);
+  const rows = shownTokens(tokens).map(({ name, places }) => ({
+    name,
+    key: places.length === 1 ? keys[places[0]] : null,
+    score: places.length === 1 ? scores[places[0]] : null,
+    share: places.reduce((sum, place) => sum + softmax[place], 0),
+  }));
+  const most = Math.max(...rows.map(({ share }) => share));
+  byId("how-keys").replaceChildren(
+    ...rows.map(({ name, key, score, share }) => {
+      const bar = make("i");
+      bar.style.width = `${(100 * share) / most}%`;
+      return make(
+        "tr",
+        {},
+        make("th", { scope: "row", textContent: name, dir: "auto" }),
+        make("td", {}, key ? vectorStrip(key, `Key of ${name}`) : ""),
+        make("td", { className: "number", textContent: score === null ? "" : figure(score) }),
+        make("td", { className: "share" }, make("div", { className: "bar" }, bar)),
+        make("td", { className: "number", textContent: figure(share, 3) }),
+      );
+    }),
+  );
+  byId("how-total").textContent = figure(softmax.reduce((sum, one) => sum + one, 0), 3);
+  const width = query.length;
+  const best = order[0];
+  byId("how-score").textContent =
+    `For “${tokens[best]}”: q · k = ${figure(scores[best] * Math.sqrt(width))}, over √${width} = ${figure(Math.sqrt(width))} ` +
+    `makes ${figure(scores[best])}; e to the power of it, over the sum of all, ${figure(softmax[best], 3)}.`;
+  const terms = order.slice(0, SHOWN_TERMS).map((place) => `${figure(softmax[place], 3)} · v(${tokens[place]})`);
+  byId("how-sum").textContent = `${terms.join(" + ")} + … =`;
+  byId("how-output").replaceChildren(vectorStrip(output, "The output"));
+  byId("how-values").textContent = order
+    .slice(0, SHOWN_TERMS)
+    .map((place) => `|v(${tokens[place]})| = ${figure(values[place])}`)
+    .join(", ");
+  showShapes(told.shapes, site);
+}
+
+const isPad = (token) => /^<?\|?(pad|padding)\|?>?$/i.test(token);
+
+// Tokens in their order, those of the padding as one.
+function shownTokens(tokens) {
+  const shown = tokens.flatMap((name, place) => (isPad(name) ? [] : [{ name, places: [place] }]));
+  const padding = tokens.flatMap((name, place) => (isPad(name) ? [place] : []));
+  return padding.length > 0 ? [...shown, { name: `padding ×${padding.length}`, places: padding }] : shown;
+}
+
+function showTokens(tokens, softmax) {
+  byId("how-tokens").replaceChildren(
+    ...shownTokens(tokens).map(({ name, places }) => {
+      const share = places.reduce((sum, place) => sum + softmax[place], 0);
+      const chip = make("li", { textContent: name, dir: "auto", title: `${(100 * share).toFixed(1)} % of this patch's attention` });
+      chip.style.setProperty("--share", Math.sqrt(share).toFixed(3));
+      return chip;
+    }),
+  );
+  byId("how-count").textContent = `${tokens.length} positions`;
+}
+
+function showShapes(shapes, site) {
+  const rows = [];
+  const collect = (value, path) => {
+    if (Array.isArray(value) && value.every((item) => typeof item === "number")) rows.push([path.join(" "), value]);
+    else for (const [name, part] of Object.entries(value)) collect(part, [...path, name]);
+  };
+  collect(shapes ?? {}, []);
+  byId("how-site").textContent = site;
+  byId("how-shapes").replaceChildren(
+    ...rows.map(([name, shape]) =>
+      make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: `[${shape.join(", ")}]` })),
+    ),
+  );
+}
+
+// The same run with a part of it broken, beside the whole one.
+function startBreaking() {
+  const form = byId("break-form");
+  const runner = new Runner(form);
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (runner.busy) return;
+    const { run, picture, map, index } = desk;
+    const broken = form.elements.broken.value;
+    const body = { ...run.body, broken, previews: false, settings: { ...run.body.settings, seed: picture.settings.seed, count: 1 } };
+    if (broken === "silence_site") body.site = byId("lens-layer").value;
+    const made = await runner.attempt(async (signal) => {
+      const heard = { step: ({ step, steps }) => runner.say(`Step ${step} of ${steps}.`) };
+      return gather(await runJob(body, heard, signal), body);
+    });
+    if (made === null || desk.run !== run || desk.index !== index) return;
+    runner.say("");
+    const title = form.querySelector("input:checked").closest("label").textContent.trim();
+    await showPair(
+      byId("break-result"),
+      { title: "Whole", source: picture.source, map },
+      { title, source: made.pictures[0].source, map: made.maps[0] ?? null },
+    );
+    announce("The broken picture stands beside the whole one.");
+    await remember(made);
+  });
+}
+
+// The lines of code of each part, from the server, as they run.
+async function showCode() {
+  let code;
+  try {
+    code = await getJson("v1/code");
+  } catch {
+    return; // the page is of use without
+  }
+  for (const fold of document.querySelectorAll("details[data-code]")) {
+    const part = code[fold.dataset.code];
+    if (!part) continue;
+    const lines = part.source.split("\n").map((text, place) => {
+      const number = part.line + place;
+      const line = make(part.marked.includes(number) ? "mark" : "span", { textContent: text || " " });
+      line.dataset.number = number;
+      return line;
+    });
+    fold.replaceChildren(
+      make("summary", { textContent: `The code: ${part.file}, line ${part.marked[0] ?? part.line}` }),
+      make("pre", { tabIndex: 0 }, make("code", {}, ...lines)),
+    );
+    fold.hidden = false;
+  }
+}
