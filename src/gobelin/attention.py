@@ -215,6 +215,37 @@ class Probe:
         return self.rows if count == self.batch else [row % count for row in range(self.batch)[self.rows]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionTensors:
+    """The tensors of one attention in one pass, by rows of the batch: ``query`` and ``output`` [B, heads, patches, d],
+    ``key`` and ``value`` [B, heads, keys, d], ``probs`` [B, heads, patches, keys] in float32.
+
+    ``probs`` are those after every change, and ``output`` is what came of them, before the heads are joined.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    probs: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorProbe(Probe):
+    """A probe of a whole batch that keeps every tensor of the recorded sites, head by head."""
+
+    tensors: dict[AttentionSite, AttentionTensors] = field(default_factory=dict)
+
+    def attend(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend as :class:`Probe` does, and keep the tensors."""
+        attended = super().attend(site, query, key, value, mask)
+        if site in self.sites:
+            self.tensors[site] = AttentionTensors(
+                query=query, key=key, value=value, probs=self.maps[site], output=attended
+            )
+        return attended
+
+
 def _may_be_ours(*tensors: Tensor) -> bool:
     """Tell whether a kernel of ours may be used: on a CPU, not in what is recorded for others, nor inside vmap."""
     if tensors[0].device.type != "cpu" or kernels.leave_gobelin():

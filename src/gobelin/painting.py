@@ -3,7 +3,7 @@
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gobelin.attention import Trace
 from gobelin.checkpoint import Model
@@ -182,20 +182,10 @@ class Painting:
     @torch.no_grad()
     def _sample(self) -> Iterator[PaintingStep]:
         """Noise → text → network → guided denoiser → controls → sampler: a prompt's way to latents, step by step."""
-        plan, model = self.plan, self.model
-        noise = NoiseSource(self._generators(), plan.shape, model.unet.device)
+        plan = self.plan
+        noise = self._noise()
         start = self._start(noise)
-        positive, negative = self._encode_texts()
-        network = ConditionedUNet(
-            unet=self.engine.unet,
-            schedule=model.schedule,
-            positive=positive,
-            negative=negative,
-            edits=plan.attached.edits,
-            trace=plan.trace,
-            extra_channels=start.extra_channels,
-            shortcuts=self._shortcuts(),
-        )
+        network = self._conditioned(start)
         denoise = plan.attached.around(Denoiser(network=network, guidance=plan.guidance), network)
         denoise = self._inpainted(denoise, start)
         for step in self._steps_of(denoise, start, noise):
@@ -206,6 +196,28 @@ class Painting:
                     "overflow, so paint in float32 or bfloat16, or the weights are damaged"
                 )
             yield PaintingStep(**{**vars(step), "latents": latents}, vae=self.engine.vae)
+
+    @torch.no_grad()
+    def network(self) -> ConditionedUNet:
+        """Condition the U-Net anew, as the painting does, to ask it again about the latents of a step."""
+        return self._conditioned(self._start(self._noise()))
+
+    def _noise(self) -> NoiseSource:
+        return NoiseSource(self._generators(), self.plan.shape, self.model.unet.device)
+
+    def _conditioned(self, start: _Start) -> ConditionedUNet:
+        """Give the U-Net the texts, controls and further channels of this painting."""
+        positive, negative = self._encode_texts()
+        return ConditionedUNet(
+            unet=self.engine.unet,
+            schedule=self.model.schedule,
+            positive=positive,
+            negative=negative,
+            edits=self.plan.attached.edits,
+            trace=self.plan.trace,
+            extra_channels=start.extra_channels,
+            shortcuts=self._shortcuts(),
+        )
 
     def _shortcuts(self) -> ShortcutPlan | None:
         """Plan shortcuts where any are asked for."""
@@ -226,9 +238,9 @@ class Painting:
         clean = start.clean if self.plan.from_image else None
         return sample_latents(self.plan.sampler, denoise, self.plan.levels, start.noise, noise, clean)
 
-    def _generators(self) -> list[Generator]:
+    def _generators(self) -> list[torch.Generator]:
         """Seed one generator on the CPU for each image, so that it depends on no neighbour and no device."""
-        return [Generator().manual_seed(settings["seed"]) for settings in self.settings]
+        return [torch.Generator().manual_seed(settings["seed"]) for settings in self.settings]
 
     def _start(self, noise: NoiseSource) -> _Start:
         """Draw what sampling begins from, in diffusers' order: the image's latents, start noise, the masked image's."""
@@ -308,6 +320,59 @@ class Painting:
             for index, (chunks, image) in enumerate(zip(self.plan.texts, images, strict=True))
         ]
         return [heatmaps.sharpened() for heatmaps in found] if self.plan.sharpen else found
+
+
+@dataclass(kw_only=True)
+class Editing:
+    """An edit while it is painted: iterate over the steps of its paintings, or take the :attr:`result`.
+
+    ``paintings`` yields each painting, with the number of steps of those that follow it, and returns the result;
+    ``len()`` is the number of all steps.
+    """
+
+    paintings: Generator[tuple[Painting, int], None, Result] = field(repr=False)
+    _painting: Painting = field(init=False, repr=False)
+    _steps: int = field(init=False)
+    _result: Result | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._painting, later = next(self.paintings)
+        self._steps = len(self._painting) + later
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> PaintingStep:
+        while self._result is None:
+            for step in self._painting:
+                return step
+            try:
+                self._painting, _ = next(self.paintings)
+            except StopIteration as end:
+                self._result = end.value
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """End the edit: no step follows, and there is no result."""
+        self._painting.cancel()
+
+    @property
+    def result(self) -> Result:
+        """Run the steps that are left; the images before and after. Raises as :attr:`Painting.result`."""
+        for _ in self:
+            pass
+        if self._result is None:
+            raise Cancelled("the edit stopped before its end: it has no result")
+        return self._result
+
+
+@torch.no_grad()
+def decode_previews(vae: LatentDecoder, denoised: Latents) -> list[Image.Image]:
+    """Decode the clean latents of an image's steps, one after the other."""
+    return [tensor_to_images(vae.latents_to_images(one[None].to(vae.dtype)))[0] for one in denoised]
 
 
 def file_stem(settings: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +27,7 @@ from gobelin.formats.textual_inversion import read_textual_inversion
 from gobelin.images import ImageSource, open_image, tensor_to_images
 from gobelin.inpainting import InitImage
 from gobelin.look.heatmaps import HeatMaps
-from gobelin.painting import Painting, PaintingStep, Result
+from gobelin.painting import Editing, Painting, PaintingStep, Result
 from gobelin.plan import control_list, latent_size, make_plan
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.schedule import NoiseSchedule
@@ -113,51 +113,12 @@ class Pipeline:
         and outside of a ``mask`` nothing changes. The paper's prompt-to-prompt by itself is
         ``method="prompt_to_prompt", self_replace=0.4, edit_guidance=0, local_blend=()``.
         """
-        if settings.count != 1 or isinstance(settings.seed, Sequence) or isinstance(settings.init_image, list | tuple):
-            raise UsageError("an edit is of one image: leave out count, and give one seed and one init_image")
-        _refuse_unused(settings)
-        seed = int(torch.randint(2**31, ()).item()) if settings.seed is None else settings.seed
-        controls: list[AnyControl] = [prompt_to_prompt(settings.cross_replace, settings.self_replace)]
-        if settings.reweight:
-            controls.append(reweight(settings.reweight, rows=[1]))
-        if settings.edit_guidance:
-            controls.append(EditGuidance(strength=settings.edit_guidance))
-        controls += [LocalBlend(words=settings.local_blend), *control_list(settings.control)]
-        plain = Settings(**{field.name: settings[field.name] for field in fields(Settings)})
-        both = replace(plain, seed=[seed, seed], strength=None, latents=None, control=controls)
-        if settings.method == "prompt_to_prompt":
-            return self._start([prompt, to], both).result
-        factor = self.model.vae.config.factor
+        return self._start_edit(prompt, to, settings).result
 
-        def changed(image: Image.Image | None, latents: Latents) -> Settings:
-            return replace(
-                both,
-                init_image=None if settings.mask is None else image,
-                height=latents.shape[2] * factor,
-                width=latents.shape[3] * factor,
-                control=[*controls, FlowEdit(latents=latents, strength=settings.strength or 1.0)],
-            )
-
-        first = None
-        if settings.init_image is None:
-            painting = self._start(prompt, replace(plain, seed=seed, strength=None, mask=None, control=()))
-            # What is wrong with the change is said before the first image is painted.
-            _, h, w = painting.plan.shape
-            blank = changed(Image.new("RGB", (w * factor, h * factor)), torch.zeros(1, *painting.plan.shape))
-            make_plan(self.model, [prompt, to], replace(blank, trace=False))
-            first = painting.result
-            image, latents = first.images[0], first.latents
-        else:
-            image, latents = self._encoded(settings.init_image, settings)
-        result = self._start([prompt, to], changed(image, latents)).result
-        before = first or result
-        traced = None if result.traced is None else [before.heatmaps[0], result.heatmaps[1]]
-        return Result(
-            images=[image, result.images[1]],
-            latents=result.latents,
-            settings=[before.settings[0], result.settings[1]],
-            traced=traced,
-        )
+    @takes_settings(EditSettings)
+    def start_edit(self, prompt: str, to: str, settings: EditSettings) -> Editing:
+        """Start an edit, as :meth:`edit` makes it: check everything, and return what goes through the steps."""
+        return self._start_edit(prompt, to, settings)
 
     def look(
         self,
@@ -360,6 +321,64 @@ class Pipeline:
         added |= {LEARNED_WORDS: list(self.learned_words)} if self.learned_words else {}
         plan = make_plan(self.model, prompt, settings, added)
         return Painting(model=self.model, plan=plan, engine=self._engine)
+
+    def _start_edit(self, prompt: str, to: str, settings: EditSettings) -> Editing:
+        return Editing(paintings=self._edit_paintings(prompt, to, settings))
+
+    def _edit_paintings(
+        self, prompt: str, to: str, settings: EditSettings
+    ) -> Generator[tuple[Painting, int], None, Result]:
+        """Start an edit's paintings one after the other, each with the number of steps after it; return the result."""
+        if settings.count != 1 or isinstance(settings.seed, Sequence) or isinstance(settings.init_image, list | tuple):
+            raise UsageError("an edit is of one image: leave out count, and give one seed and one init_image")
+        _refuse_unused(settings)
+        seed = int(torch.randint(2**31, ()).item()) if settings.seed is None else settings.seed
+        controls: list[AnyControl] = [prompt_to_prompt(settings.cross_replace, settings.self_replace)]
+        if settings.reweight:
+            controls.append(reweight(settings.reweight, rows=[1]))
+        if settings.edit_guidance:
+            controls.append(EditGuidance(strength=settings.edit_guidance))
+        controls += [LocalBlend(words=settings.local_blend), *control_list(settings.control)]
+        plain = Settings(**{field.name: settings[field.name] for field in fields(Settings)})
+        both = replace(plain, seed=[seed, seed], strength=None, latents=None, control=controls)
+        if settings.method == "prompt_to_prompt":
+            painting = self._start([prompt, to], both)
+            yield painting, 0
+            return painting.result
+        factor = self.model.vae.config.factor
+
+        def changed(image: Image.Image | None, latents: Latents) -> Settings:
+            return replace(
+                both,
+                init_image=None if settings.mask is None else image,
+                height=latents.shape[2] * factor,
+                width=latents.shape[3] * factor,
+                control=[*controls, FlowEdit(latents=latents, strength=settings.strength or 1.0)],
+            )
+
+        first = None
+        if settings.init_image is None:
+            painting = self._start(prompt, replace(plain, seed=seed, strength=None, mask=None, control=()))
+            # What is wrong with the change is said before the first image is painted.
+            _, h, w = painting.plan.shape
+            blank = changed(Image.new("RGB", (w * factor, h * factor)), torch.zeros(1, *painting.plan.shape))
+            plan = make_plan(self.model, [prompt, to], replace(blank, trace=False))
+            yield painting, plan.levels.steps
+            first = painting.result
+            image, latents = first.images[0], first.latents
+        else:
+            image, latents = self._encoded(settings.init_image, settings)
+        painting = self._start([prompt, to], changed(image, latents))
+        yield painting, 0
+        result = painting.result
+        before = first or result
+        traced = None if result.traced is None else [before.heatmaps[0], result.heatmaps[1]]
+        return Result(
+            images=[image, result.images[1]],
+            latents=result.latents,
+            settings=[before.settings[0], result.settings[1]],
+            traced=traced,
+        )
 
     @torch.no_grad()
     def _encoded(self, image: Any, settings: Settings) -> tuple[Any, torch.Tensor]:

@@ -18,9 +18,11 @@ from gobelin.attention import (
     AttentionEdit,
     AttentionMaps,
     AttentionSite,
+    AttentionTensors,
     Probe,
     Reduction,
     Sites,
+    TensorProbe,
     choose_sites,
 )
 from gobelin.errors import UsageError
@@ -292,21 +294,49 @@ class UNet(Component[UNetConfig]):
         """
         if edits and shortcuts is not None:
             raise UsageError("attention edits need a whole pass: leave out the shortcuts, or the edits")
-        changes: dict[AttentionSite, list[AttentionChange]] = {}
-        for edit in edits:
-            for site in choose_sites(self.attention_sites, edit.sites):
-                changes.setdefault(site, []).append(edit.change)
         probe = Probe(
             sites=choose_sites(self.attention_sites, sites),
             reduce=reduce,
             batch=text_embeddings.shape[0],
             rows=slice(None) if rows is None else rows,
-            changes=changes,
+            changes=self._changes(edits),
         )
         time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
         taken = shortcuts or Shortcuts()
         conditioning = Conditioning(time_embedding, text_embeddings, text_mask, probe, taken.merge_tokens)
         return self._predict(noisy_latents, conditioning, taken.deep), probe.maps
+
+    def attention_tensors(
+        self,
+        noisy_latents: Float[Tensor, "images in_channels height width"],
+        timesteps: Num[Tensor, " images"],
+        text_embeddings: Float[Tensor, "images length text_width"],
+        text_mask: Bool[Tensor, "images length"] | None = None,
+        sites: Sites = None,
+        edits: Sequence[AttentionEdit] = (),
+    ) -> dict[AttentionSite, AttentionTensors]:
+        """Predict, and return queries, keys, values, probabilities and outputs at ``sites``, with ``edits`` applied.
+
+        ``sites`` and ``edits`` are as in :meth:`trace`, and so are the probabilities.
+        """
+        probe = TensorProbe(
+            sites=choose_sites(self.attention_sites, sites),
+            reduce="none",
+            batch=text_embeddings.shape[0],
+            rows=slice(None),
+            changes=self._changes(edits),
+        )
+        time_embedding = self._embed_time(timesteps, noisy_latents.dtype)
+        self._predict(noisy_latents, Conditioning(time_embedding, text_embeddings, text_mask, probe))
+        return probe.tensors
+
+    def _changes(self, edits: Sequence[AttentionEdit]) -> dict[AttentionSite, list[AttentionChange]]:
+        """List the changes of each site."""
+        changes: dict[AttentionSite, list[AttentionChange]] = {}
+        for edit in edits:
+            for site in choose_sites(self.attention_sites, edit.sites):
+                changes.setdefault(site, []).append(edit.change)
+        return changes
 
     def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed timesteps: sinusoids, then two linear layers in ``dtype``."""

@@ -64,6 +64,7 @@ def open_folder(
         schedule=NoiseSchedule(config_from_json(ScheduleConfig, {**said, **(schedule or {})}, scheduler)),
         recommended=recommended_from_json(extra, extra_file),
         world=world,
+        pointing=extra["pointing"] if isinstance(extra.get("pointing"), dict) else None,
         name=folder.resolve().name,
     )
 

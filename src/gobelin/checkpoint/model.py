@@ -42,8 +42,8 @@ def recommended_from_json(content: dict[str, Any], source: Path) -> Settings:
 class Model:
     """Three networks, with the tokenizer and the noise schedule that they were trained with.
 
-    ``world`` names the world of scenes that the model was trained on, if any. Raises :class:`ModelError` for parts that
-    do not fit together.
+    ``world`` names the world of scenes that the model was trained on, if any; ``pointing`` says how well its words'
+    maps point, where its folder does. Raises :class:`ModelError` for parts that do not fit together.
     """
 
     unet: UNet
@@ -53,6 +53,7 @@ class Model:
     schedule: NoiseSchedule
     recommended: Settings = RECOMMENDED
     world: str | None = None
+    pointing: dict[str, Any] | None = None
     name: str = ""
 
     def __post_init__(self) -> None:

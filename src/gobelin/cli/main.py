@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "audit a model: keys, shapes, numbers, noise schedule",
     "convert": "convert a model to a diffusers folder, or to a single file",
     "show": "print a model's modules, and the tensor shapes in its attention",
+    "serve": "open the page and the HTTP API",
     "data": "write a dataset of scenes, or check a folder of captioned images",
 }
 

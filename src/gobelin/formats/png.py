@@ -1,5 +1,6 @@
 """PNG files with the settings of their images in text chunks: as Gobelin's JSON, and in AUTOMATIC1111's form."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,21 @@ from gobelin.formats.generation_info.image_texts import GOBELIN_KEY, PARAMETERS,
 
 
 def write_png(file: Path, image: Image.Image, settings: dict[str, Any] | None = None) -> None:
-    """Write a PNG atomically, with its settings (if any) twice: as our JSON, and in AUTOMATIC1111's form."""
+    """Write a PNG atomically, with its settings (if any) as :func:`encode_png` stores them."""
+    content = encode_png(image, settings)
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
+
+
+def encode_png(image: Image.Image, settings: dict[str, Any] | None = None) -> bytes:
+    """Encode a PNG with its settings (if any) twice: as our JSON, and in AUTOMATIC1111's form."""
     info = PngInfo()
     if settings is not None:
         info.add_text(PARAMETERS, format_a1111_parameters(settings))
         info.add_text(GOBELIN_KEY, json.dumps(settings, ensure_ascii=False))
-    with replacing(file) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def read_png_settings(file: Path) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gobelin.images import data_url
 from gobelin.look.colour_map import colour_map
 from gobelin.look.heatmaps import HeatMaps
 
+StepShares = Float[Tensor, "steps words rows columns"]
 _MOST_SIDE = 64  # a side: finer ones are too small to point at, and each costs a byte a word and step
 
 _PAGE = """\
@@ -38,25 +40,32 @@ _PAGE = """\
 """
 
 
-def word_map_page(heatmaps: HeatMaps) -> str:
+def word_map_page(heatmaps: HeatMaps, steps: StepShares | None = None) -> str:
     """Write the page. Where steps were kept apart, a slider goes through them; its first place is their mean."""
-    return _PAGE.format(title=html.escape(heatmaps.words.text), element=word_map_element(heatmaps))
+    return _PAGE.format(title=html.escape(heatmaps.words.text), element=word_map_element(heatmaps, steps))
 
 
-def word_map_element(heatmaps: HeatMaps) -> str:
+def word_map_element(heatmaps: HeatMaps, steps: StepShares | None = None) -> str:
     """Write the element with its data and its definition, as a notebook shows it; a page may hold several."""
     # In a script only "<" can end the JSON or begin a comment; JSON has another spelling for it.
-    data = json.dumps(word_map_data(heatmaps), ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(word_map_data(heatmaps, steps), ensure_ascii=False).replace("<", "\\u003c")
     script = files("gobelin.look").joinpath("word_map.js").read_text(encoding="utf-8")
     element = f'<word-map><script type="application/json">{data}</script></word-map>'
     return f'{element}\n<script type="module">\n{script}</script>'
 
 
-def word_map_data(heatmaps: HeatMaps) -> dict[str, Any]:
-    """Pack the data of a word map: a byte a patch, word and step, in units of the word's greatest share (``tops``)."""
-    count = heatmaps.steps
-    parts = [heatmaps, *(heatmaps.select(steps=[step]) for step in range(count))] if count > 1 else [heatmaps]
-    shares = torch.stack([_on_grid(part) for part in parts])  # [steps, words, rows, columns]
+def word_map_data(heatmaps: HeatMaps, steps: StepShares | None = None) -> dict[str, Any]:
+    """Pack the data of a word map: a byte a patch, word and step, in units of the word's greatest share (``tops``).
+
+    ``steps`` are the :func:`word_shares` of each step, where they were taken while painting; without them they are
+    those of the steps that the heat maps keep apart, if any.
+    """
+    if steps is None:
+        apart = range(heatmaps.steps) if heatmaps.steps > 1 else ()
+        parts = [word_shares(heatmaps.select(steps=[step])) for step in apart]
+    else:
+        parts = list(steps)
+    shares = torch.stack([word_shares(heatmaps), *parts])  # [steps, words, rows, columns]
     tops = shares.amax(dim=(0, 2, 3)).clamp(min=1e-9)
     levels = (shares / tops[:, None, None] * 255).round().byte()
     return {
@@ -64,7 +73,7 @@ def word_map_data(heatmaps: HeatMaps) -> dict[str, Any]:
         "words": [span.word for span in heatmaps.words.spans],
         "rows": shares.shape[2],
         "columns": shares.shape[3],
-        "steps": len(parts),
+        "steps": len(shares),
         "sharp": heatmaps.sharp,
         "tops": [round(top, 6) for top in tops.tolist()],
         "shares": _base64(levels.numpy().tobytes()),
@@ -73,8 +82,8 @@ def word_map_data(heatmaps: HeatMaps) -> dict[str, Any]:
     }
 
 
-def _on_grid(heatmaps: HeatMaps) -> Tensor:
-    """Compute words' shares [words, rows, columns] on the latents' grid, or on a coarser one where that is large."""
+def word_shares(heatmaps: HeatMaps) -> Float[Tensor, "words rows columns"]:
+    """Compute words' shares on the latents' grid, or on a coarser one where that is large."""
     height, width = heatmaps.latent_size
     scale = min(1.0, _MOST_SIDE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))

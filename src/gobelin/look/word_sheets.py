@@ -1,5 +1,6 @@
 """Word sheets: an image and the heat map of each word; by step, layer or head; before and after; and in motion."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def comparison_sheet(images: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 def save_animation(file: Path, frames: Sequence[Image.Image], seconds: float = _FRAME_SECONDS) -> None:
     """Write frames of one size as an endless WebP, ``seconds`` each, the last one longer."""
-    lasting = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * _LAST_SECONDS)]
+    content = encode_animation(frames, seconds)
     with replacing(file) as temporary:
-        frames[0].save(temporary, format="WEBP", save_all=True, append_images=frames[1:], duration=lasting, loop=0)
+        temporary.write_bytes(content)
+
+
+def encode_animation(frames: Sequence[Image.Image], seconds: float = _FRAME_SECONDS) -> bytes:
+    """Encode frames of one size as an endless WebP, ``seconds`` each, the last one longer."""
+    lasting = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * _LAST_SECONDS)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="WEBP", save_all=True, append_images=frames[1:], duration=lasting, loop=0)
+    return buffer.getvalue()

@@ -44,14 +44,16 @@ Levels = TypeVar("Levels", bound=NoiseLevels)
 class Step:
     """One step of a sampler, as it is yielded.
 
-    ``timestep`` and ``sigma`` are where the step started (σ is infinite at zero terminal SNR); ``latents`` are where
-    it arrived, after the last step the image's; ``denoised`` are the clean latents that it aimed at. ``maps`` are the
-    attention maps of the step, empty unless a trace was asked for.
+    ``timestep`` and ``sigma`` are where the step started (σ is infinite at zero terminal SNR), and ``noisy_latents``
+    those that the denoiser split there; ``latents`` are where it arrived, after the last step the image's; ``denoised``
+    are the clean latents that it aimed at. ``maps`` are the attention maps of the step, empty unless a trace was asked
+    for.
     """
 
     index: int
     timestep: float
     sigma: float
+    noisy_latents: Latents
     latents: Latents
     denoised: Latents
     maps: AttentionMaps
@@ -63,6 +65,7 @@ class Step:
             index=index,
             timestep=timestep,
             sigma=sigma_of(alpha) if alpha > 0 else math.inf,
+            noisy_latents=output.latents,
             latents=latents,
             denoised=output.denoised,
             maps=output.maps,

@@ -5,12 +5,14 @@ A template is text with slots: ``{a}`` and ``{b}`` for objects, ``{rel}`` for "l
 background.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gobelin.scenes.relations import INVERSE, Wanted
+from gobelin.scenes.relations import INVERSE, RELATIONS, Wanted
+from gobelin.scenes.world import COUNTS, World
 
 TEMPLATES = {
     "single": (
@@ -293,3 +295,21 @@ NOUN_WORDS = frozenset(
     word for nouns in NOUNS.values() for noun in nouns for form in (noun, pluralised(noun)) for word in form.split()
 )
 """Every word of a shape's name, in the singular and the plural."""
+
+
+def world_words(world: World) -> list[str]:
+    """List the words that captions of a world may have, in the order of the alphabet."""
+    categories = [name for name, _ in world.mix]
+    texts = [text for name in categories for text in (*TEMPLATES[name], *TEST_TEMPLATES[name])]
+    texts += [*GROUNDS, *world.backgrounds] if world.grounded else []
+    texts += [text for places in PLACES.values() for text in places] if world.placed else []
+    shapes = (*world.shapes, None) if world.underspecified else world.shapes
+    texts += [form for shape in shapes for noun in NOUNS[shape] for form in (noun, pluralised(noun))]
+    texts += [*ARTICLES, "an", *world.colours, *(name for name, _ in world.sizes)]
+    texts += world.textures if len(world.textures) > 1 else ()
+    if "count" in categories:
+        texts += [text for number in COUNTS for text in (NUMBERS[number], str(number))]
+    relations = [name for name in WORDINGS if (name in RELATIONS) == ("relation" in categories)]
+    if {"relation", "inside"} & set(categories):
+        texts += [text for name in relations for pair in WORDINGS[name] for text in pair]
+    return sorted({word for text in texts for word in re.findall(r"[a-z0-9]+", re.sub(r"\{\w+\}", " ", text))})

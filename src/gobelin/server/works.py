@@ -1,0 +1,188 @@
+"""Works: the parsed requests that jobs hold, checked against the model before they wait."""
+
+import secrets
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from gobelin.captioned_images import LOOK_TIMESTEPS, fitted_size
+from gobelin.control import AnyControl, Region, regional_attention, reweight, suppress
+from gobelin.control.ablations import ablate
+from gobelin.errors import UsageError
+from gobelin.painting import Editing, Painting
+from gobelin.pipeline import Pipeline
+from gobelin.server.data_urls import EncodedImage
+from gobelin.server.jobs import JobKind
+from gobelin.server.limits import ServerLimits
+from gobelin.server.schemas import ControlBody, RegionsControl, ReweightControl
+from gobelin.settings import EditSettings, Settings
+
+_MOST_DRAWN = 2**31
+_IMAGES_OF_AN_EDIT = 3  # the first, and both again while one becomes the other
+_IMAGES = ("init_image", "mask")
+
+
+def make_controls(bodies: Sequence[ControlBody]) -> list[AnyControl]:
+    """Make the controls that a request names."""
+    controls: list[AnyControl] = []
+    for body in bodies:
+        if isinstance(body, ReweightControl):
+            controls.append(reweight(body.words))
+        elif isinstance(body, RegionsControl):
+            controls.append(regional_attention({word: Region.box(*box) for word, box in body.regions.items()}))
+        else:
+            controls.append(suppress(body.word))
+    return controls
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PromptWork:
+    """A work of a prompt: options are those of settings, with images as they came in."""
+
+    prompt: str
+    options: dict[str, Any]
+    controls: Sequence[ControlBody] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the images that came with it, and of its prompt."""
+        images = [self.options.get(name) for name in _IMAGES]
+        return 1000 + len(self.prompt) + sum(len(one.content) for one in images if isinstance(one, EncodedImage))
+
+    def _with_seed(self) -> Self:
+        """Draw the seed where none is given, so that it is known before anything is painted."""
+        drawn = {} if self.options.get("seed") is not None else {"seed": secrets.randbelow(_MOST_DRAWN)}
+        return replace(self, options={**self.options, **drawn})
+
+    @property
+    def _opened(self) -> dict[str, Any]:
+        """The options with their images opened."""
+        return {
+            name: value.open() if isinstance(value, EncodedImage) else value for name, value in self.options.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintWork(_PromptWork):
+    """Painting of a prompt, ``count`` times, from a seed that is known."""
+
+    kind: JobKind = field(default="paint", init=False)
+    trace: bool = False
+    broken: str | None = None
+    site: str | None = None
+    height: int = 0
+    width: int = 0
+    most_at_once: int = 1
+
+    def checked(self, pipeline: Pipeline, limits: ServerLimits) -> tuple[Self, list[str]]:
+        """Check the work against model and limits, draw its seed, find its size; with notes on what is left out."""
+        work = self._with_seed()
+        settings = work.settings()
+        painting = pipeline.start(work.prompt, **replace(settings, count=1, seed=work.seeds[0]))
+        height, width = (side * pipeline.vae.config.factor for side in painting.plan.latent_size)
+        limits.check(settings.filled(pipeline.recommended), (height, width))
+        pipeline.start(work.prompt, **settings)  # all its seeds and images
+        most = max(1, min(limits.batch_images, limits.batch_pixels // (height * width)))
+        return replace(work, height=height, width=width, most_at_once=most), _notes(painting)
+
+    @property
+    def image_count(self) -> int:
+        """Number of images."""
+        return self.options.get("count", 1)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each image."""
+        seed = self.options["seed"]
+        return list(seed) if isinstance(seed, Sequence) else [seed + index for index in range(self.image_count)]
+
+    @property
+    def batch_key(self) -> Hashable | None:
+        """Settings that all jobs of a batch share; None for a job that is painted by itself.
+
+        Prompts and seeds may differ. Controls look for their words in every prompt of a batch, and images are one for
+        all, so jobs with them are painted by themselves.
+        """
+        if self.controls or self.broken or any(name in self.options for name in _IMAGES):
+            return None
+        shared = {name: value for name, value in self.options.items() if name not in ("seed", "count")}
+        return (self.trace, self.height, self.width, *sorted(shared.items()))
+
+    def settings(self) -> Settings:
+        """Make the settings; raises :class:`UsageError` as they do."""
+        controls = make_controls(self.controls)
+        if self.broken is not None:
+            controls.append(ablate(self.broken, self.site))
+        return Settings(**self._opened, control=controls)
+
+    def start_one(self, pipeline: Pipeline, index: int) -> Painting:
+        """Start the painting of one of its images by itself."""
+        return pipeline.start(self.prompt, **replace(self.settings(), count=1, seed=self.seeds[index]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditWork(_PromptWork):
+    """Edit of a prompt's image, or of one that is given."""
+
+    kind: JobKind = field(default="edit", init=False)
+    to: str
+    image_count: int = 1
+    batch_key: Hashable | None = None
+
+    def start(self, pipeline: Pipeline) -> Editing:
+        """Start the edit."""
+        settings = EditSettings(**self._opened, control=make_controls(self.controls), trace="sharp")
+        return pipeline.start_edit(self.prompt, self.to, **settings)
+
+    def checked(self, pipeline: Pipeline, limits: ServerLimits) -> tuple[Self, list[str]]:
+        """Check the work against model and limits, and draw its seed; with notes on what is left out."""
+        work = self._with_seed()
+        settings = EditSettings(**work._opened, control=make_controls(work.controls))
+        if settings.count != 1 or isinstance(settings.seed, Sequence):
+            raise UsageError("an edit is of one image: leave out count, and give one seed")
+        plain = {name: settings[name] for name in ("height", "width", "steps", "sampler", "init_image", "weights")}
+        painting = pipeline.start([work.prompt, work.to], **Settings(**plain))
+        height, width = (side * pipeline.vae.config.factor for side in painting.plan.latent_size)
+        limits.check(settings.filled(pipeline.recommended), (height, width), images=_IMAGES_OF_AN_EDIT)
+        if settings.init_image is None:  # else its latents are needed, and only the model's thread encodes
+            work.start(pipeline)
+        return work, _notes(painting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookWork:
+    """Look at an image with a caption."""
+
+    kind: JobKind = field(default="look", init=False)
+    image: EncodedImage
+    caption: str
+    timesteps: Sequence[int] = LOOK_TIMESTEPS
+    seed: int = 0
+    image_count: int = 1
+    batch_key: Hashable | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its image."""
+        return 1000 + len(self.caption) + len(self.image.content)
+
+    def checked(self, pipeline: Pipeline, limits: ServerLimits) -> tuple[Self, list[str]]:
+        """Check the work against the model; with notes on what is left out."""
+        if not self.caption.strip():
+            raise UsageError("the caption is empty: say in a few words what is to be seen in the image")
+        painting = pipeline.start(self.caption)  # which splits it as a look does
+        last = pipeline.schedule.config.num_train_timesteps - 1
+        if max(self.timesteps) > last:
+            raise UsageError(f"timesteps are {list(self.timesteps)}: give whole numbers from 0 to {last}")
+        height, width = fitted_size(pipeline.model, self.image.open().size)
+        limits.check(Settings(steps=len(self.timesteps)), (height, width))
+        return self, _notes(painting)
+
+
+def _notes(painting: Painting) -> list[str]:
+    """Say what of the prompts does not fit this model."""
+    return [
+        f"the prompt is longer than this model takes, so its end is left out: {chunks.cut[:200]!r}"
+        for chunks in {id(one): one for one in (*painting.plan.texts, painting.plan.negative)}.values()
+        if chunks.cut
+    ]
