@@ -17,15 +17,15 @@ const STYLE = `
   * { box-sizing: border-box; }
   [hidden] { display: none !important; }
   .map { max-width: var(--word-map-width, 980px); margin: auto; padding: var(--word-map-padding, 20px); display: grid;
-    gap: 18px 36px; grid-template-columns: minmax(0, 600px) minmax(220px, 1fr); align-items: start; }
+    gap: 18px 36px; grid-template-columns: minmax(0, var(--word-map-picture, 600px)) minmax(220px, 1fr); align-items: start; }
   h2 { grid-column: 1 / -1; margin: 0; margin-inline-start: -4px; font-size: 26px; font-weight: 500; line-height: 1.7;
     overflow-wrap: anywhere; }
   h2.long { font-size: 18px; }
   h2 button { font: inherit; color: inherit; background: none; border: 0; border-bottom: 3px solid var(--linen);
     padding: 0 3px; margin: 0 1px; cursor: pointer; border-radius: 3px 3px 0 0; text-align: inherit; }
-  h2 button:hover, h2 button:focus-visible, h2 button[aria-pressed="true"] { border-color: var(--thread);
+  h2 button:hover, h2 button:focus-visible, h2 button[aria-pressed="true"]:not(.pinned) { border-color: var(--thread);
     background: var(--blush); }
-  h2 button.pinned { border-color: var(--pin); box-shadow: inset 0 -3px var(--pin); }
+  h2 button.pinned { border-color: var(--pin); background: color-mix(in srgb, var(--pin) 22%, transparent); }
   :focus-visible { outline: 2px solid var(--thread); outline-offset: 2px; }
   figure { margin: 0; }
   canvas { width: 100%; display: block; border: 1px solid var(--linen); cursor: crosshair; touch-action: manipulation; }

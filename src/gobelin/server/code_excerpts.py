@@ -27,7 +27,7 @@ _PARTS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 
 
 def code_excerpts() -> dict[str, dict[str, Any]]:
-    """Return for each part its ``file``, the ``line`` that its ``source`` begins at, and the lines that are ``marked``."""
+    """Return for each part its ``file``, its ``source``, the ``line`` that this begins at, and those ``marked``."""
     return {part: _excerpt(function, marks) for part, (function, marks) in _PARTS.items()}
 
 

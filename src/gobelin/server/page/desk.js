@@ -52,6 +52,17 @@ export async function gather(job, body, previews = []) {
   };
 }
 
+// How a run differs from one of its settings alone, in words: its controls, and what was broken in it.
+export function differences({ body }) {
+  const broken = { shuffle_words: "its words shuffled", silence_site: "a layer silenced", remove_bos: "BOS removed" };
+  const controls = (body.controls ?? []).flatMap((control) => {
+    if (control.kind === "reweight") return Object.entries(control.words).map(([word, weight]) => `“${word}” ${weight}×`);
+    if (control.kind === "suppress") return [`without “${control.word}”`];
+    return Object.keys(control.regions ?? {}).map((word) => `“${word}” in a place`);
+  });
+  return [...controls, ...(body.broken ? [broken[body.broken]] : []), ...(body.settings?.mask ? ["a part painted anew"] : [])];
+}
+
 // Behind a proxy the server may not be at the root of its host.
 const relative = (url) => url.replace(/^\//, "");
 

@@ -1,9 +1,11 @@
 // Boards to draw on: boxes for words, and a mask painted with a brush; by mouse, finger or keys.
 
 import { loadImage, make } from "./elements.js";
+import { drawPicture, fitCanvas } from "./overlay.js";
 
 const SIDE = 768; // pixels of a board's longer side
 const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2"]; // as the word map's pins
+const TINT = "#ff2fd0"; // of the mask: a colour that few pictures have
 const NUDGE = 1 / 16; // of the picture, an arrow key
 const LEAST = 1 / 32; // of the picture, the side of a box
 
@@ -33,9 +35,7 @@ class Board {
 
   async show(source) {
     this.image = await loadImage(source);
-    const scale = SIDE / Math.max(this.image.width, this.image.height);
-    this.canvas.width = Math.round(this.image.width * scale);
-    this.canvas.height = Math.round(this.image.height * scale);
+    fitCanvas(this.canvas, this.image, SIDE);
     this.clear();
   }
 
@@ -48,9 +48,8 @@ class Board {
 
   background() {
     const context = this.canvas.getContext("2d");
-    context.imageSmoothingEnabled = this.canvas.width / this.image.width < 6;
     context.globalAlpha = 1;
-    context.drawImage(this.image, 0, 0, this.canvas.width, this.canvas.height);
+    drawPicture(context, this.image);
     return context;
   }
 }
@@ -158,6 +157,7 @@ export class MaskBoard extends Board {
   }
 
   clear() {
+    this.#mask.getContext("2d", { willReadFrequently: true });
     [this.#mask.width, this.#mask.height] = [this.canvas.width, this.canvas.height];
     [this.#tint.width, this.#tint.height] = [this.canvas.width, this.canvas.height];
     this.#changed();
@@ -165,7 +165,7 @@ export class MaskBoard extends Board {
 
   get isEmpty() {
     const { width, height } = this.#mask;
-    const { data } = this.#mask.getContext("2d").getImageData(0, 0, width, height);
+    const { data } = this.#mask.getContext("2d", { willReadFrequently: true }).getImageData(0, 0, width, height);
     for (let alpha = 3; alpha < data.length; alpha += 4) if (data[alpha] > 127) return false;
     return true;
   }
@@ -233,9 +233,9 @@ export class MaskBoard extends Board {
     tint.globalCompositeOperation = "copy";
     tint.drawImage(this.#mask, 0, 0);
     tint.globalCompositeOperation = "source-in";
-    tint.fillStyle = "#b3204d";
+    tint.fillStyle = TINT;
     tint.fillRect(0, 0, width, height);
-    context.globalAlpha = 0.62;
+    context.globalAlpha = 0.7;
     context.drawImage(this.#tint, 0, 0);
     context.globalAlpha = 1;
     if (!brush) return;

@@ -1,7 +1,7 @@
 // The gallery: runs that this browser remembers, in IndexedDB, with their pictures, maps and settings.
 
 import { announce, button, byId, downloadText, make, slug } from "./elements.js";
-import { desk } from "./desk.js";
+import { desk, differences } from "./desk.js";
 
 const MOST_PREVIEWS = 2e6; // letters of a run's previews that are kept; those of large pictures are not
 
@@ -95,7 +95,7 @@ function card(run) {
     "li",
     {},
     open,
-    make("p", { className: "facts", textContent: `seed ${settings.seed ?? "unknown"} · ${when}` }),
+    make("p", { className: "facts", textContent: [...differences(run), `seed ${settings.seed}`, when].join(" · ") }),
     make(
       "div",
       { className: "downloads" },

@@ -5,6 +5,7 @@ import { getJson, post, runJob } from "./client.js";
 import { desk, gather } from "./desk.js";
 import { remember } from "./gallery.js";
 import { showPair } from "./pair.js";
+import { drawHeat, drawPicture, fitCanvas, framePatch } from "./overlay.js";
 import { Puzzles } from "./puzzles.js";
 import { Runner } from "./runner.js";
 import { siteOption } from "./stage.js";
@@ -76,9 +77,7 @@ class Lens {
     const slider = byId("lens-step");
     [slider.max, slider.value] = [steps, Math.ceil(0.7 * steps)]; // late, when words have their places
     this.#image = await loadImage(picture.source);
-    const scale = SIDE / Math.max(this.#image.width, this.#image.height);
-    this.#canvas.width = Math.round(this.#image.width * scale);
-    this.#canvas.height = Math.round(this.#image.height * scale);
+    for (const canvas of [this.#canvas, byId("how-own")]) fitCanvas(canvas, this.#image, SIDE);
     if (map) [this.#grid, this.#at] = [[map.rows, map.columns], brightest(map)];
     this.#isHeld = false;
     this.#films();
@@ -113,19 +112,16 @@ class Lens {
     });
   }
 
-  #draw() {
-    const { width, height } = this.#canvas;
+  get #patch() {
     const [rows, columns] = this.#grid;
-    this.#context.imageSmoothingEnabled = width / this.#image.width < 6;
-    this.#context.drawImage(this.#image, 0, 0, width, height);
-    const [column, row] = [Math.floor(this.#at[0] * columns), Math.floor(this.#at[1] * rows)];
-    for (const [line, colour] of [
-      [8, "#fff"],
-      [3, "#b3204d"],
-    ]) {
-      [this.#context.lineWidth, this.#context.strokeStyle] = [line, colour];
-      this.#context.strokeRect((column * width) / columns, (row * height) / rows, width / columns, height / rows);
-    }
+    return [Math.floor(this.#at[1] * rows), Math.floor(this.#at[0] * columns)];
+  }
+
+  #draw() {
+    const [rows, columns] = this.#grid;
+    const [row, column] = this.#patch;
+    drawPicture(this.#context, this.#image);
+    framePatch(this.#context, [row, column], this.#grid, "#b3204d");
     byId("lens-place").textContent =
       `The patch in row ${row + 1}, column ${column + 1} of ${rows}×${columns}` + (this.#isHeld ? ", held" : "");
   }
@@ -163,22 +159,35 @@ class Lens {
     const { width, height } = desk.picture;
     const body = {
       image: desk.index,
-      step,
+      step: step - 1, // the server counts from 0
       site: byId("lens-layer").value,
       head: Number(byId("lens-head").value),
       x: Math.floor(this.#at[0] * width),
       y: Math.floor(this.#at[1] * height),
     };
+    const ask = (site) => post(`v1/jobs/${desk.run.job}/explain`, { ...body, site }, signal);
     try {
-      const told = await post(`v1/jobs/${desk.run.job}/explain`, body, signal);
+      const words = await ask(body.site);
       byId("lens-problem").textContent = "";
-      const site = told.sites?.find(({ name }) => name === body.site);
-      if (site) this.#grid = [site.rows, site.columns];
+      this.#grid = words.grid;
       this.#draw();
-      explain(told, body.site);
+      explain(words);
+      const patches = await ask(body.site.replace(/attn2$/, "attn1"));
+      this.#drawOwn(patches);
+      showShapes(patches, words);
     } catch (error) {
       if (error.name !== "AbortError") byId("lens-problem").textContent = error.type === "not_found" ? FORGOTTEN : error.message;
     }
+  }
+
+  // What the patch draws on: its row of attn1, in the same head.
+  #drawOwn({ softmax, grid }) {
+    const context = byId("how-own").getContext("2d");
+    const [low, high] = [Math.min(...softmax), Math.max(...softmax)];
+    const values = softmax.map((share) => (share - low) / (high - low || 1));
+    drawHeat(context, this.#image, values, grid, desk.map.colours);
+    framePatch(context, this.#patch, this.#grid, "#b3204d");
+    byId("how-own-said").textContent = `What this patch draws on: up to ${(100 * high).toFixed(1)} % from one patch`;
   }
 }
 
@@ -191,12 +200,12 @@ function brightest({ rows, columns, tops, shares }) {
   return [((patch % columns) + 0.5) / columns, (Math.floor(patch / columns) + 0.5) / rows];
 }
 
-function explain(told, site) {
-  const { tokens, query, keys, scores, softmax, output } = told;
+function explain({ query, keys, scores, softmax, output, latents, denoised, ...told }) {
   const values = told.values_norm;
+  const tokens = told.tokens.map((token) => ({ "<bos>": "BOS", "<eos>": "EOS" })[token] ?? token);
   showTokens(tokens, softmax);
-  byId("how-latents").src = told.latents;
-  byId("how-denoised").src = told.denoised;
+  byId("how-latents").src = latents;
+  byId("how-denoised").src = denoised;
   byId("how-query").replaceChildren(vectorStrip(query, "The patch's query"));
   const order = softmax.map((_, place) => place).toSorted((a, b) => softmax[b] - softmax[a]);
   const rows = shownTokens(tokens).map(({ name, places }) => ({
@@ -234,10 +243,9 @@ function explain(told, site) {
     .slice(0, SHOWN_TERMS)
     .map((place) => `|v(${tokens[place]})| = ${figure(values[place])}`)
     .join(", ");
-  showShapes(told.shapes, site);
 }
 
-const isPad = (token) => /^<?\|?(pad|padding)\|?>?$/i.test(token);
+const isPad = (token) => token === "<pad>";
 
 // Tokens in their order, those of the padding as one.
 function shownTokens(tokens) {
@@ -258,17 +266,13 @@ function showTokens(tokens, softmax) {
   byId("how-count").textContent = `${tokens.length} positions`;
 }
 
-function showShapes(shapes, site) {
-  const rows = [];
-  const collect = (value, path) => {
-    if (Array.isArray(value) && value.every((item) => typeof item === "number")) rows.push([path.join(" "), value]);
-    else for (const [name, part] of Object.entries(value)) collect(part, [...path, name]);
-  };
-  collect(shapes ?? {}, []);
-  byId("how-site").textContent = site;
+const shape = (sizes) => make("td", { textContent: `[${sizes.join(", ")}]` });
+
+function showShapes(patches, words) {
+  byId("how-site").textContent = words.site.replace(/\.attn2$/, "");
   byId("how-shapes").replaceChildren(
-    ...rows.map(([name, shape]) =>
-      make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: `[${shape.join(", ")}]` })),
+    ...Object.entries(words.shapes).map(([name, sizes]) =>
+      make("tr", {}, make("th", { scope: "row", textContent: name }), shape(patches.shapes[name]), shape(sizes)),
     ),
   );
 }

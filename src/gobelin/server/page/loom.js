@@ -6,7 +6,7 @@ import { announce, calm, loadImage, make } from "./elements.js";
 const SIDE = 1024; // pixels of the canvas
 const FADE = 180; // milliseconds from one step's prediction to the next
 const GRAIN = 64; // grains in a row
-const MOST_FRAMES = 50; // small pictures; of more steps some leave none
+const MOST_FRAMES = 50; // small pictures: of more steps the last leave none
 const FIRST_TIMESTEP = 999; // pure noise
 
 export class Loom {
@@ -79,9 +79,8 @@ export class Loom {
       await this.#fade(this.#last, noise);
       return;
     }
-    const place = Math.max(0, Math.ceil((step * this.#frames.children.length) / steps) - 1);
-    const frame = make("img", { src: previews[0], alt: "" });
-    this.#frames.children[place]?.replaceChildren(frame);
+    const free = [...this.#frames.children].find((frame) => !frame.hasChildNodes());
+    free?.append(make("img", { src: previews[0], alt: "" }));
     const images = await Promise.all(previews.map(loadImage));
     await this.#fade(tiled(images), noise);
   }

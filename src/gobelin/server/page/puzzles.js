@@ -2,6 +2,7 @@
 
 import { announce, button, loadImage, make } from "./elements.js";
 import { desk } from "./desk.js";
+import { drawHeat, drawPicture, fitCanvas, framePatch } from "./overlay.js";
 import { Shares } from "./word_map.js";
 
 const SMALL_WORDS = new Set("a an and at by for from in is it its of on or that the there this to with".split(" "));
@@ -139,50 +140,24 @@ class PuzzleBoard {
     this.#map = map;
     this.#image = image;
     this.shares = new Shares(map);
-    const scale = SIDE / Math.max(image.width, image.height);
-    this.canvas = make("canvas", {
-      width: Math.round(image.width * scale),
-      height: Math.round(image.height * scale),
-      ariaLabel: name,
-    });
+    this.canvas = make("canvas", { ariaLabel: name });
+    fitCanvas(this.canvas, image, SIDE);
     this.canvas.setAttribute("role", "img");
     this.#context = this.canvas.getContext("2d");
   }
 
   plain() {
-    this.#context.imageSmoothingEnabled = this.canvas.width / this.#image.width < 6;
-    this.#context.drawImage(this.#image, 0, 0, this.canvas.width, this.canvas.height);
+    drawPicture(this.#context, this.#image);
   }
 
   heat(word) {
     const { rows, columns, colours } = this.#map;
-    const levels = Uint8Array.from(atob(colours), (letter) => letter.charCodeAt(0));
-    const layer = make("canvas", { width: columns, height: rows });
-    const context = layer.getContext("2d");
-    const pixels = context.createImageData(columns, rows);
-    this.shares.values(0, word).forEach((value, patch) => {
-      const level = 3 * Math.round(255 * value);
-      pixels.data.set([...levels.subarray(level, level + 3), 255 * (0.25 + 0.75 * value ** 0.7)], 4 * patch);
-    });
-    context.putImageData(pixels, 0, 0);
-    this.#context.filter = "grayscale(1) brightness(0.75)";
-    this.plain();
-    this.#context.filter = "none";
-    this.#context.imageSmoothingEnabled = true;
-    this.#context.drawImage(layer, 0, 0, this.canvas.width, this.canvas.height);
+    drawHeat(this.#context, this.#image, this.shares.values(0, word), [rows, columns], colours);
   }
 
   frame(patch) {
     const { rows, columns } = this.#map;
-    const [width, height] = [this.canvas.width / columns, this.canvas.height / rows];
-    const corner = [(patch % columns) * width, Math.floor(patch / columns) * height];
-    for (const [line, colour] of [
-      [6, "#fff"],
-      [2, "#000"],
-    ]) {
-      [this.#context.lineWidth, this.#context.strokeStyle] = [line, colour];
-      this.#context.strokeRect(...corner, width, height);
-    }
+    framePatch(this.#context, [Math.floor(patch / columns), patch % columns], [rows, columns]);
   }
 
   // Have one patch chosen, once, by pointer or keys.

@@ -60,7 +60,7 @@ export class SettingsForm {
     const input = kind.choices ? chosen(kind.choices, recommended) : typed(kind, recommended);
     Object.assign(input, { id, name });
     const problem = make("p", { className: "problem", id: `${id}-problem` });
-    const hint = make("p", { className: "hint", id: `${id}-hint`, textContent: schema.description ?? "" });
+    const hint = make("p", { className: "hint", id: `${id}-hint`, textContent: hintOf(schema, kind) });
     input.setAttribute("aria-describedby", `${id}-hint ${id}-problem`);
     const element = make(
       "div",
@@ -92,6 +92,12 @@ export class SettingsForm {
     const { minimum, maximum, multipleOf } = { ...schema, ...one };
     return { number: true, minimum, maximum, step: multipleOf ?? (one.type === "integer" ? 1 : "any") };
   }
+}
+
+// The first part of a setting's description: what follows says what holds without it, which the field shows.
+function hintOf({ description = "" }, { choices }) {
+  const hint = description.split(";")[0];
+  return choices ? hint.replace(/: .*/s, "") : hint;
 }
 
 function resolved(schema, root) {

@@ -2,7 +2,7 @@
 
 import { button, download, downloadText, dataUrl, make, slug } from "./elements.js";
 import { getJson, request } from "./client.js";
-import { desk } from "./desk.js";
+import { desk, differences } from "./desk.js";
 import { Loom } from "./loom.js";
 
 const FORGOTTEN = "The server no longer has this run. Paint it again to look into its layers.";
@@ -93,6 +93,7 @@ export class Stage {
   #controls() {
     const { settings, width, height } = this.#run.pictures[this.#index];
     const facts = [
+      ...differences(this.#run),
       settings.seed === undefined ? null : `seed ${settings.seed}`,
       settings.steps && settings.sampler ? `${settings.sampler}, ${settings.steps} steps` : null,
       settings.guidance === undefined ? null : `guidance ${settings.guidance}`,
