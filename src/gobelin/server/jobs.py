@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ class NotFoundError(GobelinError):
     """A job, an image or a file that there is not."""
 
 
+@runtime_checkable
 class Work(Protocol):
     """The work of a job: what is to be run, and how much of the waiting requests' memory it takes."""
 

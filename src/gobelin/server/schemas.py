@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval, Le, Len, MaxLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
+from gobelin.control.ablations import Ablation
 from gobelin.errors import UsageError
 from gobelin.server.limits import ServerLimits
 from gobelin.settings import MAX_SEED, EditSettings, Settings
@@ -19,9 +20,6 @@ _MOST_WORDS = 100  # of one control
 _MOST_CONTROLS = 8
 _MOST_TIMESTEPS = 10  # of a look: each is a pass of the U-Net
 _WORD_CHARACTERS = 200
-
-BROKEN = Literal["shuffle_words", "silence_site", "remove_bos"]
-"""Ways in which a run is broken on purpose, to see what its words, a site or BOS are for."""
 
 
 def _refuse_surrogates(text: str) -> str:
@@ -136,7 +134,7 @@ def request_models(limits: ServerLimits) -> RequestModels:
         controls=(Controls, Field(default_factory=list)),
         trace=(bool, Field(default=False, description="Keep attention maps, and what an explanation needs.")),
         previews=(bool, Field(default=False, description="Send previews with the steps.")),
-        broken=(BROKEN | None, Field(default=None, description="Break the run on purpose.")),
+        broken=(Ablation | None, Field(default=None, description="Break the run on purpose.")),
         site=(
             Annotated[str, MaxLen(200)] | None,
             Field(default=None, description="Site that is silenced, for silence_site."),
@@ -182,7 +180,7 @@ class ExplainRequest(Body):
     head: Annotated[int, Interval(ge=0, le=10_000)] = 0
     x: Annotated[int, Interval(ge=0, le=100_000)] = 0
     y: Annotated[int, Interval(ge=0, le=100_000)] = 0
-    broken: Annotated[BROKEN | None, Field(alias="break")] = None
+    broken: Annotated[Ablation | None, Field(alias="break")] = None
 
 
 class ErrorDetail(BaseModel):

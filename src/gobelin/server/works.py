@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from gobelin.captioned_images import LOOK_TIMESTEPS, fitted_size
 from gobelin.control import AnyControl, Region, regional_attention, reweight, suppress
-from gobelin.control.ablations import ablate
+from gobelin.control.ablations import Ablation, ablate
 from gobelin.errors import UsageError
 from gobelin.painting import Editing, Painting
 from gobelin.pipeline import Pipeline
@@ -68,7 +68,7 @@ class PaintWork(_PromptWork):
 
     kind: JobKind = field(default="paint", init=False)
     trace: bool = False
-    broken: str | None = None
+    broken: Ablation | None = None
     site: str | None = None
     height: int = 0
     width: int = 0
