@@ -193,7 +193,9 @@ class WordMap extends HTMLElement {
     [this.#heat.width, this.#heat.height] = [data.columns, data.rows];
     this.#parts.unit.textContent = `Shares of attention${data.sharp ? ", sharpened" : ""}`;
     this.#parts.scale.querySelector("i").style.background = this.#gradient();
+    this.#parts.canvas.style.aspectRatio = `${data.columns} / ${data.rows}`; // as the image's, until that is there
     this.#image.src = data.image;
+    this.#paint();
   }
 
   get shares() {
@@ -296,7 +298,8 @@ class WordMap extends HTMLElement {
     for (const one of [canvas, this.#grey]) {
       [one.width, one.height] = [this.#image.width * scale, this.#image.height * scale];
     }
-    const dim = this.#grey.getContext("2d");
+    canvas.style.aspectRatio = "";
+    const dim = this.#grey.getContext("2d", { willReadFrequently: true });
     dim.imageSmoothingEnabled = scale < PIXELS_SHOW;
     dim.drawImage(this.#image, 0, 0, canvas.width, canvas.height);
     const pixels = dim.getImageData(0, 0, canvas.width, canvas.height);
@@ -355,7 +358,10 @@ class WordMap extends HTMLElement {
   }
 
   #paint() {
-    if (!this.#image.complete || this.#data === null) return;
+    if (this.#data === null) return;
+    this.#mark();
+    this.#rank();
+    if (!this.#image.complete || this.#image.naturalWidth === 0) return;
     const { canvas, caption, scale, legend } = this.#parts;
     const context = canvas.getContext("2d");
     const plain = this.#word === null && this.#pins.size === 0;
@@ -363,8 +369,7 @@ class WordMap extends HTMLElement {
     context.imageSmoothingQuality = "high";
     context.drawImage(plain ? this.#image : this.#grey, 0, 0, canvas.width, canvas.height);
     scale.style.visibility = this.#word === null ? "hidden" : "visible";
-    scale.hidden = this.#word === null && this.#pins.size > 0;
-    legend.hidden = !scale.hidden;
+    legend.hidden = this.#pins.size === 0;
     if (plain) {
       caption.textContent = INVITATION;
     } else if (this.#word === null) {
@@ -380,8 +385,6 @@ class WordMap extends HTMLElement {
     }
     if (this.#patch !== null) this.#frame(context);
     if (this.#patch !== null && this.#keyed) caption.textContent = this.#spoken();
-    this.#mark();
-    this.#rank();
   }
 
   // Which words are lit up or pinned, on their buttons and in the legend.

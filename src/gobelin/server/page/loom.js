@@ -91,6 +91,7 @@ export class Loom {
       this.#prompt.classList.toggle("long", prompt.length > 140);
     }
     [this.#heading.textContent, this.#line.textContent] = [heading, line];
+    this.#heading.hidden = heading === "";
   }
 
   #fitTo(width, height) {

@@ -82,6 +82,10 @@ function askToken(message) {
 
 async function start() {
   addEventListener("hashchange", showView);
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address names the view
+    byId("view").focus();
+  });
   showView();
   watchConnection();
   try {

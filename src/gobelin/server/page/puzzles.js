@@ -127,7 +127,7 @@ const shuffled = (items) =>
     .map(([, item]) => item);
 
 const puzzle = (question, board, answers) =>
-  make("article", { className: "puzzle" }, make("h4", { textContent: question }), board.canvas, answers);
+  make("article", { className: "puzzle" }, make("h3", { textContent: question }), board.canvas, answers);
 
 const clamp = (value, count) => Math.min(count - 1, Math.max(0, Math.floor(value)));
 
