@@ -56,6 +56,8 @@ _REPEATS = (
     *("test_loading.py", "test_hostile_models.py", "test_opens_in_diffusers.py", "test_pipeline_edit.py"),
     *("test_generate.py", "test_evaluate.py", "test_edit.py", "test_look.py", "test_cli.py", "test_models.py"),
     *("test_graph_engines.py", "test_onnx_files.py"),
+    *("test_jobs_api.py", "test_queue.py", "test_requests.py", "test_security.py", "test_other_apis.py"),
+    *("test_api_fuzz.py", "test_serve.py"),
 )
 
 

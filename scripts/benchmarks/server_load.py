@@ -7,8 +7,8 @@ A server of its own, `gobelin serve`, is started for each measurement, and stopp
 client submits a picture with the model's own settings, follows its events, fetches it, and begins again; beside it
 pictures are painted one after the other, by `gobelin generate`, a process a picture and many in one. *abuse*: of the
 clients' jobs a fifth is cancelled, a fifth followed by a reader that goes away, a fifth by one that takes a few bytes a
-second, and the rest fetched; lost is a job that was accepted and never ended, or a picture that was done and could not be
-fetched. The server's resident memory is read after a fifth of the time, and at the end.
+second, and the rest fetched; lost is a job that was accepted and never ended, or a picture that was done and could not
+be fetched. The server's resident memory is read after a fifth of the time, and at the end.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from gobelin.guidance import ConditionedUNet
 from gobelin.look.heatmaps import HeatMaps
 from gobelin.painting import Painting
 from gobelin.types import Latents
+from gobelin.validation import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,8 @@ def _seen_keys(network: ConditionedUNet, site: AttentionSite, tensors: Attention
 
 
 def _sites_named(painting: Painting, name: str) -> tuple[AttentionSite, ...]:
-    """Find the site of a name, as one that is spelt out; raises :class:`UsageError` with those that there are."""
-    there = painting.model.unet.attention_sites
-    found = tuple(site for site in there if site.name == name)
-    return found or choose_sites(there, name.replace("*", "") or "none")
+    """Find the site of a name, in a tuple; raises :class:`UsageError` where there is none."""
+    found = tuple(site for site in painting.model.unet.attention_sites if site.name == name)
+    if not found:
+        raise UsageError(f"there is no attention site {shown(name)}: unet.attention_sites lists those that there are")
+    return found

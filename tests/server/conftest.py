@@ -88,6 +88,6 @@ def picture(side: int = 64, colour: str = "red") -> str:
     return data_url(Image.new("RGB", (side, side), colour))
 
 
-def plain_picture() -> str:
+def plain_picture(colour: str = "red") -> str:
     """An image in base64 alone."""
-    return base64.b64encode(png_bytes(Image.new("RGB", (64, 64), "red"))).decode()
+    return base64.b64encode(png_bytes(Image.new("RGB", (64, 64), colour))).decode()

@@ -31,7 +31,7 @@ def serve(options: Serve) -> None:
     listening = listen(options.host, options.port)
     with listening:
         # Of what strangers write, nothing goes into the log; a job says itself what of its prompt was left out.
-        warnings.filterwarnings("ignore", message="the prompt is longer", category=UserWarning)
+        warnings.filterwarnings("ignore", message="the prompt is longer|nothing in the mask", category=UserWarning)
         app = create_app(open_pipeline(options), server_options)
         config = uvicorn.Config(
             app,

@@ -20,7 +20,7 @@ from gobelin.server.data_urls import decode_image
 from gobelin.server.jobs import Job
 from gobelin.server.openai_api import failure
 from gobelin.server.responses import ERRORS, AsciiJsonResponse
-from gobelin.server.schemas import Body, Text
+from gobelin.server.schemas import Body, Text, or_none
 from gobelin.server.service import Service
 from gobelin.server.works import PaintWork
 from gobelin.settings import MAX_SEED
@@ -135,36 +135,34 @@ def a1111_routes(service: Service) -> APIRouter:
 def _bodies(service: Service) -> tuple[type[Body], type[Body]]:
     limits = service.limits
     text = Annotated[Text, MaxLen(limits.prompt_characters)]
-    short = Annotated[str, MaxLen(200)] | None
+    short = or_none(Annotated[str, MaxLen(200)])
     number = Annotated[int, Interval(ge=1, le=limits.count)]
-    side = Annotated[int, Interval(ge=1, le=limits.pixels)] | None
+    side = or_none(Annotated[int, Interval(ge=1, le=limits.pixels)])
     image = Annotated[str, MaxLen(limits.body)]
     fields: dict[str, Any] = {
         "prompt": (text, ""),
-        "negative_prompt": (text | None, ""),
-        "seed": (Annotated[int, Interval(ge=-1, le=MAX_SEED)] | None, -1),
-        "steps": (Annotated[int, Interval(ge=1, le=limits.steps)] | None, None),
+        "negative_prompt": (or_none(text), ""),
+        "seed": (or_none(Annotated[int, Interval(ge=-1, le=MAX_SEED)]), -1),
+        "steps": (or_none(Annotated[int, Interval(ge=1, le=limits.steps)]), None),
         "cfg_scale": (float | None, None),
         "width": (side, None),
         "height": (side, None),
         "sampler_name": (short, None),
         "sampler_index": (short, None),
         "scheduler": (short, None),
-        "batch_size": (number | None, 1),
-        "n_iter": (number | None, 1),
-        "denoising_strength": (Annotated[float, Interval(ge=0, le=1)] | None, None),
-        "clip_skip": (Annotated[int, Interval(ge=1, le=12)] | None, None),
+        "batch_size": (or_none(number), 1),
+        "n_iter": (or_none(number), 1),
+        "denoising_strength": (or_none(Annotated[float, Interval(ge=0, le=1)]), None),
+        "clip_skip": (or_none(Annotated[int, Interval(ge=1, le=12)]), None),
         "send_images": (bool | None, True),
-        "override_settings": (Annotated[dict[str, Any], MaxLen(50)] | None, None),
+        "override_settings": (or_none(Annotated[dict[str, Any], MaxLen(50)]), None),
     }
     base = create_model("A1111Body", __base__=_Lenient, **fields)
-    over = create_model(
-        "Img2ImgRequest",
-        __base__=base,
-        init_images=(Annotated[list[image], Len(1, 1)], Field(description="One image, in base64.")),
-        mask=(image | None, None),
-    )
-    return create_model("Txt2ImgRequest", __base__=base), over
+    given: dict[str, Any] = {
+        "init_images": (Annotated[list[image], Len(1, 1)], Field(description="One image, in base64.")),
+        "mask": (or_none(image), None),
+    }
+    return create_model("Txt2ImgRequest", __base__=base), create_model("Img2ImgRequest", __base__=base, **given)
 
 
 class _Lenient(Body):

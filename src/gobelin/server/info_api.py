@@ -14,18 +14,17 @@ from starlette.concurrency import run_in_threadpool
 
 from gobelin.errors import DataError
 from gobelin.formats.generation_info.all_programs import read_generation_info
-from gobelin.pipeline import Pipeline
 from gobelin.samplers import SAMPLERS
 from gobelin.scenes import WORLDS
 from gobelin.scenes.captions import world_words
 from gobelin.server.data_urls import EncodedImage, decode_image
+from gobelin.server.model_worker import paint_a_step
 from gobelin.server.responses import ERRORS, AsciiJsonResponse, error_response
 from gobelin.server.schemas import Body
 from gobelin.server.service import Service
 
 _HEALTH_SECONDS = 30.0  # in which a step has to end
 _FRESH_SECONDS = 5.0  # in which a step that ended, of anybody's, says that all is well
-_HEALTH_SIDE = 8  # latents
 _SCENE_EXAMPLES = (
     "a red circle to the left of a blue star",
     "a yellow star above a purple ring",
@@ -122,22 +121,11 @@ class _Health:
                 return True
             try:
                 async with asyncio.timeout(_HEALTH_SECONDS):
-                    await self._service.ask_model(partial(_paint_a_step, self._service.pipeline))
+                    await self._service.ask_model(partial(paint_a_step, self._service.pipeline))
             except Exception:  # of whatever kind: it does not paint
                 return False
             self._service.worker.last_step = time.monotonic()
             return True
-
-
-def _paint_a_step(pipeline: Pipeline) -> None:
-    """Paint one step of a small image, and decode it."""
-    side = min(_HEALTH_SIDE, pipeline.unet.config.sample_size) * pipeline.vae.config.factor
-    extra: dict[str, Any] = {}
-    if pipeline.unet.config.in_channels != pipeline.unet.config.out_channels:  # it inpaints
-        from PIL import Image
-
-        extra = {"init_image": Image.new("RGB", (side, side)), "mask": Image.new("L", (side, side), 255)}
-    pipeline("health", steps=1, sampler="ddim", seed=0, guidance=1, height=side, width=side, **extra)
 
 
 def _read_settings(image: str, most_pixels: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gobelin.server.events import follow, wait_for
 from gobelin.server.explanations import explain_image, maps_of_image
 from gobelin.server.job_views import job_view
 from gobelin.server.jobs import Job, KeptImage, NotFoundError
-from gobelin.server.responses import ERRORS, AsciiJsonResponse
+from gobelin.server.responses import ERRORS, AsciiJsonResponse, to_json
 from gobelin.server.schemas import ExplainRequest, JobView, given
 from gobelin.server.security import STANDALONE_CSP
 from gobelin.server.service import Service
@@ -75,7 +75,7 @@ def jobs_routes(service: Service) -> APIRouter:
         return job, image
 
     @router.post("", status_code=202, response_model=JobView)
-    async def submit(body: Annotated[service.models.job, Body()]) -> Any:
+    async def submit(body: Annotated[service.models.job, Body()]) -> Any:  # pyright: ignore[reportInvalidTypeForm]
         """Put a job into the queue: paint a prompt, edit an image, or look at one."""
         job = await service.submit(partial(make_work, service, body), previews=getattr(body, "previews", False))
         return AsciiJsonResponse(job_view(job), 202)
@@ -99,7 +99,7 @@ def jobs_routes(service: Service) -> APIRouter:
 
         async def lines() -> AsyncIterator[ServerSentEvent]:
             async for name, data in follow(store, job):
-                yield ServerSentEvent(event=name, data=AsciiJsonResponse(data).body.decode("ascii"))
+                yield ServerSentEvent(event=name, data=to_json(data))
 
         return EventSourceResponse(lines(), ping=_PING_SECONDS, send_timeout=_SEND_SECONDS)
 

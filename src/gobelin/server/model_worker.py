@@ -1,5 +1,6 @@
 """The worker: one thread that alone runs the model, job after job, with short tasks between a job's steps."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -10,14 +11,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from gobelin.errors import Cancelled, GobelinError, UsageError, is_out_of_memory
 from gobelin.pipeline import Pipeline
+from gobelin.plan import inpaints
 from gobelin.server.jobs import BusyError, JobStore
 from gobelin.server.metrics import Metrics
 from gobelin.server.runs import Runner
 
 Returned = TypeVar("Returned")
 _MOST_TASKS = 64
+_SMALL_SIDE = 8  # latents
 FAILED = "the server could not finish this, and its own log says why"
 """The sentence for every error that is not one of ours: no traceback and no path leaves the server."""
 
@@ -39,6 +44,15 @@ class _Task:
 
     call: Callable[[], Any]
     future: Future[Any]
+
+
+def paint_a_step(pipeline: Pipeline) -> None:
+    """Paint one step of a small image, and decode it."""
+    side = min(_SMALL_SIDE, pipeline.unet.config.sample_size) * pipeline.vae.config.factor
+    extra: dict[str, Any] = {}
+    if inpaints(pipeline.unet):
+        extra = {"init_image": Image.new("RGB", (side, side)), "mask": Image.new("L", (side, side), 255)}
+    pipeline("health", steps=1, sampler="ddim", seed=0, guidance=2, height=side, width=side, **extra)
 
 
 class ModelWorker:
@@ -71,6 +85,8 @@ class ModelWorker:
         return future
 
     def _run(self) -> None:
+        with contextlib.suppress(Exception):  # what is wrong with the model, the first job says
+            paint_a_step(self._runner.pipeline)  # kernels are compiled, and weights packed, before anybody waits
         while not self._store.is_closed:
             with self._store.changed:
                 if not (self._tasks or self._store.waiting or self._store.is_closed):

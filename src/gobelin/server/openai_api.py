@@ -16,7 +16,7 @@ from pydantic import Field, create_model
 from gobelin.errors import UsageError
 from gobelin.server.jobs import Job
 from gobelin.server.responses import ERRORS, AsciiJsonResponse, error_response
-from gobelin.server.schemas import Body, Text
+from gobelin.server.schemas import Body, Text, or_none
 from gobelin.server.service import Service
 from gobelin.server.works import PaintWork
 from gobelin.settings import MAX_SEED
@@ -28,14 +28,14 @@ def openai_routes(service: Service) -> APIRouter:
     """Make the route."""
     router = APIRouter(tags=["OpenAI"], responses=ERRORS)
     limits, name = service.limits, service.pipeline.name
-    short = Annotated[str, MaxLen(200)] | None
+    short = or_none(Annotated[str, MaxLen(200)])
     request_body = create_model(
         "ImageGenerationRequest",
         __base__=Body,
         prompt=(service.models.prompt, ...),
         model=(short, Field(default=None, description="The model's name, as /v1/models lists it.")),
-        n=(Annotated[int, Interval(ge=1, le=limits.count)] | None, 1),
-        size=(Annotated[str, MaxLen(20)] | None, Field(default="auto", description="WIDTHxHEIGHT, or auto.")),
+        n=(or_none(Annotated[int, Interval(ge=1, le=limits.count)]), 1),
+        size=(or_none(Annotated[str, MaxLen(20)]), Field(default="auto", description="WIDTHxHEIGHT, or auto.")),
         response_format=(Literal["b64_json"] | None, "b64_json"),
         output_format=(Literal["png"] | None, "png"),
         background=(Literal["auto", "opaque"] | None, "auto"),
@@ -43,10 +43,10 @@ def openai_routes(service: Service) -> APIRouter:
         style=(short, Field(default=None, description="Accepted, and without effect.")),
         moderation=(short, Field(default=None, description="Accepted, and without effect.")),
         user=(short, Field(default=None, description="Accepted, and without effect.")),
-        seed=(Annotated[int, Interval(ge=0, le=MAX_SEED)] | None, None),
-        steps=(Annotated[int, Interval(ge=1, le=limits.steps)] | None, None),
+        seed=(or_none(Annotated[int, Interval(ge=0, le=MAX_SEED)]), None),
+        steps=(or_none(Annotated[int, Interval(ge=1, le=limits.steps)]), None),
         guidance=(float | None, None),
-        negative_prompt=(Annotated[Text, MaxLen(limits.prompt_characters)] | None, None),
+        negative_prompt=(or_none(Annotated[Text, MaxLen(limits.prompt_characters)]), None),
         sampler=(short, None),
     )
 

@@ -33,7 +33,12 @@ class AsciiJsonResponse(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """Encode the content."""
-        return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return to_json(content).encode("ascii")
+
+
+def to_json(content: Any) -> str:
+    """Write JSON on one line, in ASCII."""
+    return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def error_response(

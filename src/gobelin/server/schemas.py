@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval, Le, Len, MaxLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic.config import JsonDict
 
 from gobelin.control.ablations import Ablation
 from gobelin.errors import UsageError
@@ -43,6 +44,11 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
+def or_none(hint: Any) -> Any:
+    """Let a field be null too."""
+    return hint | None
+
+
 def settings_model(settings: type[Settings], limits: ServerLimits) -> type[Body]:
     """Make the model of settings that a request may give: those that are not Python's alone, bounded by ``limits``."""
     docs, hints = field_docs(settings), field_hints(settings)
@@ -63,11 +69,11 @@ def _in_json(hint: Any, limits: ServerLimits) -> Any:
     image = Annotated[str, MaxLen(limits.body)]
     forms: dict[Any, Any] = {
         None: None,
-        int: _Seed | Annotated[list[_Seed], MaxLen(limits.count)] | None,
-        float: float | None,
-        "path": image | None,
-        "words": Annotated[list[_WordText], MaxLen(_MOST_WORDS)] | None,
-        "weights": Annotated[dict[_WordText, float], MaxLen(_MOST_WORDS)] | None,
+        int: or_none(_Seed | Annotated[list[_Seed], MaxLen(limits.count)]),
+        float: or_none(float),
+        "path": or_none(image),
+        "words": or_none(Annotated[list[_WordText], MaxLen(_MOST_WORDS)]),
+        "weights": or_none(Annotated[dict[_WordText, float], MaxLen(_MOST_WORDS)]),
     }
     return forms[kinds[0]]
 
@@ -79,7 +85,7 @@ def _bounded(name: str, hint: Any, limits: ServerLimits) -> Any:
     if name in ("height", "width"):
         return Annotated[hint, Le(limits.pixels)]
     if name == "negative_prompt":
-        return Annotated[Text, MaxLen(limits.prompt_characters)] | None
+        return or_none(Annotated[Text, MaxLen(limits.prompt_characters)])
     return hint
 
 
@@ -124,7 +130,11 @@ def request_models(limits: ServerLimits) -> RequestModels:
     prompt = Annotated[Text, Len(1, limits.prompt_characters)]
     image = Annotated[str, Len(1, limits.body)]
     paint_settings, edit_settings = (settings_model(one, limits) for one in (Settings, EditSettings))
-    examples = [{"kind": "paint", "prompt": "a red circle left of a blue square", "settings": {"seed": 3, "steps": 8}}]
+    example: JsonDict = {
+        "kind": "paint",
+        "prompt": "a red circle left of a blue square",
+        "settings": {"seed": 3, "steps": 8},
+    }
     paint = create_model(
         "PaintRequest",
         __base__=Body,
@@ -136,11 +146,11 @@ def request_models(limits: ServerLimits) -> RequestModels:
         previews=(bool, Field(default=False, description="Send previews with the steps.")),
         broken=(Ablation | None, Field(default=None, description="Break the run on purpose.")),
         site=(
-            Annotated[str, MaxLen(200)] | None,
+            or_none(Annotated[str, MaxLen(200)]),
             Field(default=None, description="Site that is silenced, for silence_site."),
         ),
     )
-    paint.model_config["json_schema_extra"] = {"examples": examples}
+    paint.model_config["json_schema_extra"] = {"examples": [example]}
     edit = create_model(
         "EditRequest",
         __base__=Body,
@@ -155,7 +165,7 @@ def request_models(limits: ServerLimits) -> RequestModels:
         "image": (image, ...),
         "caption": (prompt, ...),
         "timesteps": (
-            Annotated[list[Annotated[int, Interval(ge=0, le=999)]], Len(1, _MOST_TIMESTEPS)] | None,
+            or_none(Annotated[list[Annotated[int, Interval(ge=0, le=999)]], Len(1, _MOST_TIMESTEPS)]),
             Field(default=None, description="Timesteps at which the image is noised and looked at."),
         ),
         "seed": (_Seed, 0),

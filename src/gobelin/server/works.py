@@ -16,6 +16,8 @@ from gobelin.server.jobs import JobKind
 from gobelin.server.limits import ServerLimits
 from gobelin.server.schemas import ControlBody, RegionsControl, ReweightControl
 from gobelin.settings import EditSettings, Settings
+from gobelin.validation import shown
+from gobelin.words import Word
 
 _MOST_DRAWN = 2**31
 _IMAGES_OF_AN_EDIT = 3  # the first, and both again while one becomes the other
@@ -27,7 +29,8 @@ def make_controls(bodies: Sequence[ControlBody]) -> list[AnyControl]:
     controls: list[AnyControl] = []
     for body in bodies:
         if isinstance(body, ReweightControl):
-            controls.append(reweight(body.words))
+            words: dict[Word, float] = {**body.words}
+            controls.append(reweight(words))
         elif isinstance(body, RegionsControl):
             controls.append(regional_attention({word: Region.box(*box) for word, box in body.regions.items()}))
         else:
@@ -76,6 +79,7 @@ class PaintWork(_PromptWork):
 
     def checked(self, pipeline: Pipeline, limits: ServerLimits) -> tuple[Self, list[str]]:
         """Check the work against model and limits, draw its seed, find its size; with notes on what is left out."""
+        self._check_site(pipeline)
         work = self._with_seed()
         settings = work.settings()
         painting = pipeline.start(work.prompt, **replace(settings, count=1, seed=work.seeds[0]))
@@ -84,6 +88,15 @@ class PaintWork(_PromptWork):
         pipeline.start(work.prompt, **settings)  # all its seeds and images
         most = max(1, min(limits.batch_images, limits.batch_pixels // (height * width)))
         return replace(work, height=height, width=width, most_at_once=most), _notes(painting)
+
+    def _check_site(self, pipeline: Pipeline) -> None:
+        """Raise :class:`UsageError` for a site that there is not, or that nothing is to be done at."""
+        if self.site is None:
+            return
+        if self.broken != "silence_site":
+            raise UsageError("site is given, and broken is not silence_site: leave it out")
+        if self.site not in [site.name for site in pipeline.unet.attention_sites]:
+            raise UsageError(f"site is {shown(self.site)}: /v1/info lists the sites that there are")
 
     @property
     def image_count(self) -> int:
@@ -180,9 +193,13 @@ class LookWork:
 
 
 def _notes(painting: Painting) -> list[str]:
-    """Say what of the prompts does not fit this model."""
-    return [
+    """Say what is left out: the end of a prompt that is too long, everything where a mask is black."""
+    plan = painting.plan
+    notes = [
         f"the prompt is longer than this model takes, so its end is left out: {chunks.cut[:200]!r}"
-        for chunks in {id(one): one for one in (*painting.plan.texts, painting.plan.negative)}.values()
+        for chunks in {id(one): one for one in (*plan.texts, plan.negative)}.values()
         if chunks.cut
     ]
+    if plan.init_image is not None and plan.init_image.mask is not None and not plan.init_image.mask.any():
+        notes.append("nothing in the mask is white, so nothing is painted: white is inpainted")
+    return notes
