@@ -1,7 +1,7 @@
 // The desk: what is known of the server, and the run that lies on it, which all views share.
 //
 // A run is a finished job with all that the page shows of it, so that it can be put away and taken out again:
-// { key, kind, prompt, to, body, seconds, when, job, pictures: [{ source, width, height, settings }], maps, previews }
+// { key, kind, prompt, to, body, seconds, when, job, pictures: [{ source, width, height, settings }], maps, previews, notes }
 
 import { dataUrl } from "./elements.js";
 import { getJson, request } from "./client.js";
@@ -44,6 +44,7 @@ export async function gather(job, body, previews = []) {
     to: body.to ?? null,
     body: withoutImages(body),
     seconds: job.seconds ?? null,
+    notes: job.notes ?? [],
     when: Date.now(),
     job: job.id,
     pictures,

@@ -128,13 +128,17 @@ class Lens {
 
   // What the loom showed, step by step; to be chosen from.
   #films() {
+    const films = desk.run.previews.flatMap(({ step, first, images }) => {
+      const image = images[desk.index - (first ?? 0)];
+      return image && step <= Number(byId("lens-step").max) ? [{ step, image }] : [];
+    });
     byId("lens-films").replaceChildren(
-      ...desk.run.previews.map(({ step, images }) => {
+      ...films.map(({ step, image }) => {
         const choose = () => {
           byId("lens-step").value = step;
           this.#ask();
         };
-        const frame = make("img", { src: images[desk.index] ?? images[0], alt: `Step ${step}` });
+        const frame = make("img", { src: image, alt: `Step ${step}` });
         const chooser = make("button", { type: "button", onclick: choose }, frame);
         chooser.dataset.step = step;
         return make("li", {}, chooser);
@@ -236,11 +240,11 @@ function explain({ query, keys, scores, softmax, output, latents, denoised, ...t
   byId("how-score").textContent =
     `For “${tokens[best]}”: q · k = ${figure(scores[best] * Math.sqrt(width))}, over √${width} = ${figure(Math.sqrt(width))} ` +
     `makes ${figure(scores[best])}; e to the power of it, over the sum of all, ${figure(softmax[best], 3)}.`;
-  const terms = order.slice(0, SHOWN_TERMS).map((place) => `${figure(softmax[place], 3)} · v(${tokens[place]})`);
+  const large = order.slice(0, SHOWN_TERMS).filter((place) => softmax[place] >= 0.001);
+  const terms = large.map((place) => `${figure(softmax[place], 3)} · v(${tokens[place]})`);
   byId("how-sum").textContent = `${terms.join(" + ")} + … =`;
   byId("how-output").replaceChildren(vectorStrip(output, "The output"));
-  byId("how-values").textContent = order
-    .slice(0, SHOWN_TERMS)
+  byId("how-values").textContent = large
     .map((place) => `|v(${tokens[place]})| = ${figure(values[place])}`)
     .join(", ");
 }
@@ -313,19 +317,26 @@ async function showCode() {
   } catch {
     return; // the page is of use without
   }
-  for (const fold of document.querySelectorAll("details[data-code]")) {
-    const part = code[fold.dataset.code];
-    if (!part) continue;
-    const lines = part.source.split("\n").map((text, place) => {
-      const number = part.line + place;
-      const line = make(part.marked.includes(number) ? "mark" : "span", { textContent: text || " " });
-      line.dataset.number = number;
-      return line;
-    });
-    fold.replaceChildren(
-      make("summary", { textContent: `The code: ${part.file}, line ${part.marked[0] ?? part.line}` }),
-      make("pre", { tabIndex: 0 }, make("code", {}, ...lines)),
-    );
+  const fill = (fold) => fold.replaceChildren(...excerpt(code[fold.dataset.code]));
+  const folds = [...document.querySelectorAll("details[data-code]")].filter((fold) => code[fold.dataset.code]);
+  for (const fold of folds) {
+    fill(fold);
     fold.hidden = false;
   }
+  byId("break-form").addEventListener("change", ({ target }) => {
+    byId("break-code").dataset.code = target.value;
+    fill(byId("break-code"));
+  });
+}
+
+function excerpt({ name, file, line, source, marked }) {
+  const lines = source.split("\n").map((text, place) => {
+    const element = make(marked.includes(line + place) ? "mark" : "span", { textContent: text || " " });
+    element.dataset.number = line + place;
+    return element;
+  });
+  return [
+    make("summary", { textContent: `The code: ${name}, line ${marked[0]} of ${file}` }),
+    make("pre", { tabIndex: 0 }, make("code", {}, ...lines)),
+  ];
 }

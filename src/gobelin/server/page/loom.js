@@ -29,7 +29,7 @@ export class Loom {
 
   // Before anything is painted: an empty warp.
   rest(text) {
-    this.#set("", "", text);
+    this.#set(text, "", "");
     this.#bar.style.visibility = "hidden";
     this.#canvas.ariaLabel = "No picture yet";
     this.element.classList.add("empty");

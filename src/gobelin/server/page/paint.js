@@ -1,6 +1,6 @@
 // Painting: a prompt and settings in, a picture with its words out.
 
-import { announce, button, byId, dataUrl, grow, sendOnEnter, wordsOf } from "./elements.js";
+import { announce, button, byId, dataUrl, grow, make, sendOnEnter, wordsOf } from "./elements.js";
 import { post } from "./client.js";
 import { desk } from "./desk.js";
 import { remember } from "./gallery.js";
@@ -8,6 +8,8 @@ import { Runner } from "./runner.js";
 import { SettingsForm } from "./settings_form.js";
 import { Stage } from "./stage.js";
 
+const EXAMPLE_ROWS = matchMedia("(max-width: 640px)").matches ? 2 : 1;
+const MOST_NAMED = 5; // words that a model does not know
 const KEPT = "gobelin"; // in localStorage: the prompt and the settings that were typed last
 
 export function startPaint() {
@@ -49,6 +51,7 @@ export function startPaint() {
       return button(example, choose, { className: "example", dir: "auto" });
     }),
   );
+  keepRows(byId("examples"), EXAMPLE_ROWS);
   prompt.maxLength = info.limits?.prompt_characters ?? 10_000;
   grow(prompt);
   sendOnEnter(prompt);
@@ -89,6 +92,19 @@ export function startPaint() {
   fill(last?.prompt ?? info.examples[0] ?? "", last?.settings ?? {});
 }
 
+// As many of the children as fit in some rows, whatever the width.
+function keepRows(root, rows) {
+  const fit = () => {
+    for (const child of root.children) child.hidden = false;
+    const tops = [...root.children].map(({ offsetTop }) => offsetTop);
+    const last = [...new Set(tops)][rows - 1] ?? Infinity;
+    [...root.children].forEach((child, place) => {
+      child.hidden = tops[place] > last;
+    });
+  };
+  new ResizeObserver(fit).observe(root.parentElement);
+}
+
 function kept() {
   try {
     return JSON.parse(localStorage.getItem(KEPT));
@@ -103,8 +119,10 @@ function warn(prompt) {
   if (!known) return;
   const there = new Set(known);
   const strange = [...new Set(wordsOf(prompt.toLowerCase()))].filter((word) => !there.has(word.replace(/:[\d.]+$/, "")));
-  byId("unknown-words").textContent =
-    strange.length > 0 ? `This model never saw ${strange.slice(0, 5).map((word) => `“${word}”`).join(", ")}: it will guess.` : "";
+  const named = strange.slice(0, MOST_NAMED).flatMap((word) => [make("bdi", { textContent: `“${word}”` }), ", "]);
+  byId("unknown-words").replaceChildren(
+    ...(strange.length > 0 ? ["This model never saw ", ...named.slice(0, -1), ": it will guess."] : []),
+  );
 }
 
 // Whether files are dragged, and not over a place that takes them for itself.

@@ -21,7 +21,7 @@ function side({ title, source, map, actions = [] }) {
   const shown = map
     ? make("word-map", { data: map })
     : make("img", { className: "plain", src: source, alt: title });
-  if (map) shown.append(pointing());
+  if (map) shown.append(pointing("paint"));
   const element = make("article", {}, heading, shown, make("div", { className: "downloads" }, ...actions));
   return { element, map: map ? shown : null };
 }

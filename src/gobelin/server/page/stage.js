@@ -37,7 +37,7 @@ export class Stage {
       queued: (detail) => loom.queued(detail),
       started: (detail) => loom.started(detail),
       step: (detail) => {
-        if (detail.previews?.length) previews.push({ step: detail.step, timestep: detail.timestep, images: detail.previews });
+        if (detail.previews?.length) previews.push({ step: detail.step, first: detail.first ?? 0, images: detail.previews });
         drawn = loom.step(detail);
       },
       settled: () => drawn,
@@ -58,7 +58,7 @@ export class Stage {
     [this.#run, this.#index] = [run, index];
     this.#hold();
     this.#map = make("word-map", { className: "shown", data: run.maps[index] });
-    this.#map.append(this.#controls(), pointing());
+    this.#map.append(this.#controls(), pointing(run.kind));
     this.#root.replaceChildren(this.#strip(), this.#map);
     requestAnimationFrame(() => {
       this.#root.style.minHeight = "";
@@ -105,6 +105,7 @@ export class Stage {
       { slot: "controls", className: "controls" },
       this.#layers(),
       make("p", { className: "facts", textContent: facts.join(" · ") }),
+      ...(this.#run.notes ?? []).map((note) => make("p", { className: "facts remark", textContent: `Note: ${note}` })),
       this.#downloads(),
     );
   }
@@ -112,7 +113,7 @@ export class Stage {
   // One layer and one head in place of the mean.
   #layers() {
     const sites = (desk.info?.sites ?? []).filter(({ kind }) => kind === "cross");
-    if (sites.length === 0 || this.#run.kind === "edit") return "";
+    if (sites.length === 0 || this.#run.kind !== "paint") return "";
     const mean = make("option", { value: "", textContent: "those that point best" });
     const layer = make("select", { name: "layer" }, mean, ...sites.map(siteOption));
     const head = make("select", { name: "head", disabled: true });
@@ -130,7 +131,9 @@ export class Stage {
       const wanted = [layer.value, head.value].join();
       try {
         const data = layer.value === "" ? this.#run.maps[this.#index] : await this.#ask(layer.value, head.value);
-        if (wanted === [layer.value, head.value].join()) map.data = data;
+        if (wanted !== [layer.value, head.value].join()) return;
+        map.data = data;
+        map.querySelector(".note").replaceWith(pointing(layer.value === "" ? "paint" : "layer"));
       } catch (error) {
         problem.textContent = error.type === "not_found" ? FORGOTTEN : error.message;
         if (error.type === "not_found" && this.#onAgain) {
@@ -203,16 +206,23 @@ export function siteTitle(name) {
   return `${part} ${place === "" ? "" : `${place}.`}${layer} ${name.split(".").at(-1)}`;
 }
 
-// The honest figure of how well maps point, beside every map.
-export function pointing() {
-  const figures = desk.info?.pointing?.noun;
-  const text = figures
-    ? `How far to trust this: measured on this model's own pictures, the map of a noun and the pixels of its object ` +
-      `overlap by ${share(figures.iou)} (intersection over union; a perfect map of this resolution would reach ` +
-      `${share(figures.perfect)}, one that lights up everywhere ${share(figures.everywhere)}). Words for places and ` +
-      `relations hardly point at all.`
-    : "How well this model's words point was not measured: read its maps as hints.";
-  return make("p", { slot: "note", className: "note", textContent: text });
+// The honest figure of how well maps point, beside every map: of a picture that was painted, of one that was looked at, or
+// of one layer.
+export function pointing(kind) {
+  return make("p", { slot: "note", className: "note", textContent: trust(desk.info?.pointing, kind) });
 }
 
-const share = (value) => `${Math.round(100 * value)} %`;
+function trust(figures, kind) {
+  if (!figures?.noun) return "How well this model's words point was not measured: read its maps as hints.";
+  if (kind === "layer") return "How well single layers and heads point was not measured: read them as hints.";
+  const { noun, ...others } = figures;
+  const weak = ["relation", "place"].filter((name) => others[name]).map((name) => `${name} ${share(others[name].iou)}`);
+  return (
+    `How far to trust this: on this model's own pictures the map of a noun and the pixels of its object overlap by ` +
+    `${share(noun.iou)} (intersection over union; a perfect map of this resolution reaches ${share(noun.perfect)}, one that ` +
+    `lights up everywhere ${share(noun.everywhere)}). Other words point less: ${weak.join(", ")}.` +
+    (kind === "look" ? " On pictures of another kind than the model's own it was not measured." : "")
+  );
+}
+
+const share = (value) => `${Math.round(100 * value)}\u00a0%`;
