@@ -32,7 +32,7 @@ _WRITTEN_BY_PEOPLE = re.compile(
     r"|open_image|open_mask|_opened|attach_controls|_attached|Batch\.rows|Words\.(find|has|tokens|part)|HeatMaps\.part|parse_weights"
     r"|reweight|suppress|regional_attention|listed_regions|Region\.box|prompt_to_prompt|attend_and_excite|box_guidance"
     r"|classifier_free_guidance|guidance_interval|adaptive_projected_guidance|cfg_zero_star"
-    r"|perturbed_attention_guidance|_adapter"
+    r"|perturbed_attention_guidance|ablate|silence_site|_adapter"
 )
 
 

@@ -24,6 +24,8 @@ MISTAKES = {
     "evaluate scens": "unknown measurement 'scens'",
     "verify": "MODEL is missing",
     "convert folder model.ckpt": "model.ckpt would be a .ckpt file",
+    "serve --port x": "--port is 'x'",
+    "serve --lora-dir x": "the LoRAs of one prompt would change the model for everybody",
     "data check": "FOLDER is missing",
     "data chek": "unknown action 'chek'",
 }

@@ -50,9 +50,9 @@ def explain_query(
 ) -> Explanation:
     """Explain the query of the patch at a ``pixel`` (x, y) of a painting's one image.
 
-    ``noisy_latents`` [1, C, h, w] are those of a step, :attr:`gobelin.samplers.Step.noisy_latents`, and ``timestep`` is
-    its. The pass sees the prompt, and the painting's controls as they hold then. Raises :class:`UsageError` for a site,
-    a head and a pixel that there is not.
+    ``noisy_latents`` [1, C, h, w] and the ``timestep`` are those of a :class:`gobelin.samplers.Step`. The pass sees the
+    prompt, and the painting's controls as they hold then. Raises :class:`UsageError` for a site, a head or a pixel that
+    there is not.
     """
     (found,) = _sites_named(painting, site)
     factor = painting.model.vae.config.factor

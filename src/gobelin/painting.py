@@ -323,7 +323,7 @@ class Painting:
 
 
 @dataclass(kw_only=True)
-class Editing:
+class EditPainting:
     """An edit while it is painted: iterate over the steps of its paintings, or take the :attr:`result`.
 
     ``paintings`` yields each painting, with the number of steps of those that follow it, and returns the result;

@@ -27,7 +27,7 @@ from gobelin.formats.textual_inversion import read_textual_inversion
 from gobelin.images import ImageSource, open_image, tensor_to_images
 from gobelin.inpainting import InitImage
 from gobelin.look.heatmaps import HeatMaps
-from gobelin.painting import Editing, Painting, PaintingStep, Result
+from gobelin.painting import EditPainting, Painting, PaintingStep, Result
 from gobelin.plan import control_list, latent_size, make_plan
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.schedule import NoiseSchedule
@@ -116,7 +116,7 @@ class Pipeline:
         return self._start_edit(prompt, to, settings).result
 
     @takes_settings(EditSettings)
-    def start_edit(self, prompt: str, to: str, settings: EditSettings) -> Editing:
+    def start_edit(self, prompt: str, to: str, settings: EditSettings) -> EditPainting:
         """Start an edit, as :meth:`edit` makes it: check everything, and return what goes through the steps."""
         return self._start_edit(prompt, to, settings)
 
@@ -322,8 +322,8 @@ class Pipeline:
         plan = make_plan(self.model, prompt, settings, added)
         return Painting(model=self.model, plan=plan, engine=self._engine)
 
-    def _start_edit(self, prompt: str, to: str, settings: EditSettings) -> Editing:
-        return Editing(paintings=self._edit_paintings(prompt, to, settings))
+    def _start_edit(self, prompt: str, to: str, settings: EditSettings) -> EditPainting:
+        return EditPainting(paintings=self._edit_paintings(prompt, to, settings))
 
     def _edit_paintings(
         self, prompt: str, to: str, settings: EditSettings

@@ -5,8 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gobelin.scenes.captions import GROUNDS, TEMPLATES, TEST_TEMPLATES, Mention, Phrasing, phrase, pluralised
-from gobelin.scenes.world import CATEGORIES
+from gobelin.scenes.captions import (
+    GROUNDS,
+    TEMPLATES,
+    TEST_TEMPLATES,
+    Mention,
+    Phrasing,
+    phrase,
+    pluralised,
+    world_words,
+)
+from gobelin.scenes.sampling import sample
+from gobelin.scenes.world import CATEGORIES, WORLDS
 
 CIRCLE = Mention(things=(0,), shape="circle", colour="red", article="a", noun=0)
 SQUARE = Mention(things=(1,), shape="square", colour="orange", article="a", noun=0)
@@ -143,3 +153,13 @@ def test_articles_vary():
     texts = {phrase(rng, [("circle", "red")], None, "{a}").text for _ in range(300)}
     assert {"a red circle", "the red circle", "one red circle", "red circle", "a red disc"} <= texts
     assert all(re.fullmatch(r"((a|the|one) )?red (circle|disc)", text) for text in texts)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_words_of_a_world_are_those_of_its_captions(world):
+    """Every word of some hundred captions is listed, and most of what is listed comes up in them."""
+    listed = set(world_words(WORLDS[world]))
+    captions = [sample(0, index, WORLDS[world], split).caption for split in ("train", "test") for index in range(200)]
+    spoken = {word for caption in captions for word in re.findall(r"[a-z0-9]+", caption)}
+    assert spoken <= listed
+    assert len(spoken) > 0.7 * len(listed), sorted(listed - spoken)

@@ -309,7 +309,6 @@ def world_words(world: World) -> list[str]:
     texts += world.textures if len(world.textures) > 1 else ()
     if "count" in categories:
         texts += [text for number in COUNTS for text in (NUMBERS[number], str(number))]
-    relations = [name for name in WORDINGS if (name in RELATIONS) == ("relation" in categories)]
-    if {"relation", "inside"} & set(categories):
-        texts += [text for name in relations for pair in WORDINGS[name] for text in pair]
+    said = [*(RELATIONS if "relation" in categories else ()), *(("inside", "around") if "inside" in categories else ())]
+    texts += [text for name in said for pair in WORDINGS[name] for text in pair]
     return sorted({word for text in texts for word in re.findall(r"[a-z0-9]+", re.sub(r"\{\w+\}", " ", text))})

@@ -108,7 +108,7 @@ def describe_model(service: Service) -> dict[str, Any]:
 
 
 class _Health:
-    """Whether the model paints: asked for once at a time, however many ask."""
+    """Check of the model: made once at a time, however many ask."""
 
     def __init__(self, service: Service):
         self._service = service

@@ -7,7 +7,7 @@ _REQUEST_SECONDS = (0.001, 0.01, 0.1, 1, 10, 100)
 
 
 class Metrics:
-    """What is counted: jobs, images, steps, batches and requests."""
+    """Counters of jobs, images, steps, batches and requests."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()

@@ -20,7 +20,7 @@ from gobelin.server.jobs import BusyError, JobStore
 from gobelin.server.metrics import Metrics
 from gobelin.server.runs import Runner
 
-Returned = TypeVar("Returned")
+_Returned = TypeVar("_Returned")
 _MOST_TASKS = 64
 _SMALL_SIDE = 8  # latents
 FAILED = "the server could not finish this, and its own log says why"
@@ -74,9 +74,9 @@ class ModelWorker:
         """Wait until the thread has ended, after the store was closed."""
         self._thread.join(seconds)
 
-    def call(self, call: Callable[[], Returned]) -> Future[Returned]:
+    def call(self, call: Callable[[], _Returned]) -> Future[_Returned]:
         """Have the model's thread call a function, after its present step; raises :class:`BusyError`."""
-        future: Future[Returned] = Future()
+        future: Future[_Returned] = Future()
         with self._store.changed:
             if len(self._tasks) >= _MOST_TASKS or self._store.is_closed or not self._thread.is_alive():
                 raise BusyError("the model has more to answer than it can: try again in a moment", 2)

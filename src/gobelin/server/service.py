@@ -17,7 +17,7 @@ from gobelin.server.model_worker import ModelWorker
 from gobelin.server.schemas import request_models
 from gobelin.server.works import EditWork, LookWork, PaintWork
 
-Returned = TypeVar("Returned")
+_Returned = TypeVar("_Returned")
 
 
 class Service:
@@ -51,7 +51,7 @@ class Service:
         with self._planning:
             return make().checked(self.pipeline, self.limits)
 
-    async def ask_model(self, call: Callable[[], Returned]) -> Returned:
+    async def ask_model(self, call: Callable[[], _Returned]) -> _Returned:
         """Have the model's thread call a function, and wait for what it returns."""
         return await asyncio.wrap_future(self.worker.call(call))
 

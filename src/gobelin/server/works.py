@@ -9,7 +9,7 @@ from gobelin.captioned_images import LOOK_TIMESTEPS, fitted_size
 from gobelin.control import AnyControl, Region, regional_attention, reweight, suppress
 from gobelin.control.ablations import Ablation, ablate
 from gobelin.errors import UsageError
-from gobelin.painting import Editing, Painting
+from gobelin.painting import EditPainting, Painting
 from gobelin.pipeline import Pipeline
 from gobelin.server.data_urls import EncodedImage
 from gobelin.server.jobs import JobKind
@@ -142,7 +142,7 @@ class EditWork(_PromptWork):
     image_count: int = 1
     batch_key: Hashable | None = None
 
-    def start(self, pipeline: Pipeline) -> Editing:
+    def start(self, pipeline: Pipeline) -> EditPainting:
         """Start the edit."""
         settings = EditSettings(**self._opened, control=make_controls(self.controls), trace="sharp")
         return pipeline.start_edit(self.prompt, self.to, **settings)

@@ -5,6 +5,7 @@ import { getJson, request } from "./client.js";
 import { desk, differences } from "./desk.js";
 import { Loom } from "./loom.js";
 
+const WEAK = ["relation", "place"]; // kinds of words whose maps hardly point
 const FORGOTTEN = "The server no longer has this run. Paint it again to look into its layers.";
 
 export class Stage {
@@ -215,12 +216,15 @@ export function pointing(kind) {
 function trust(figures, kind) {
   if (!figures?.noun) return "How well this model's words point was not measured: read its maps as hints.";
   if (kind === "layer") return "How well single layers and heads point was not measured: read them as hints.";
-  const { noun, ...others } = figures;
-  const weak = ["relation", "place"].filter((name) => others[name]).map((name) => `${name} ${share(others[name].iou)}`);
+  const { noun, perfect, everywhere } = figures;
+  const bounds = perfect
+    ? `; a perfect map of this resolution reaches ${share(perfect)}, one that lights up everywhere ${share(everywhere)}`
+    : "";
+  const weak = WEAK.filter((name) => figures[name]).map((name) => `${name} ${share(figures[name])}`);
   return (
     `How far to trust this: on this model's own pictures the map of a noun and the pixels of its object overlap by ` +
-    `${share(noun.iou)} (intersection over union; a perfect map of this resolution reaches ${share(noun.perfect)}, one that ` +
-    `lights up everywhere ${share(noun.everywhere)}). Other words point less: ${weak.join(", ")}.` +
+    `${share(noun)} (intersection over union${bounds}). ` +
+    `Words of other kinds point less: ${weak.join(", ")}.` +
     (kind === "look" ? " On pictures of another kind than the model's own it was not measured." : "")
   );
 }
