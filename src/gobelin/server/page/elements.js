@@ -26,8 +26,11 @@ export const label = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAl
 // The words of a prompt as the server finds them, without weights: what stands between separators and has a letter.
 const SEPARATORS = /[\s,;|()[\]{}<>"“”„«»，。、；：！？（）「」]+/u;
 
+const WEIGHT = /:\s*[\d.]+(?=\s*\))/g; // as in (word:1.2)
+
 export function wordsOf(prompt) {
-  const words = prompt.split(SEPARATORS).map((word) => word.replace(/^[^\p{L}\p{N}]+|[^\p{L}\p{N}]+$/gu, ""));
+  const plain = prompt.replace(WEIGHT, "");
+  const words = plain.split(SEPARATORS).map((word) => word.replace(/^[^\p{L}\p{N}]+|[^\p{L}\p{N}]+$/gu, ""));
   return words.filter(Boolean);
 }
 

@@ -140,12 +140,12 @@ export class Loom {
   }
 }
 
-// Several pictures of one size as one, in rows.
+// Several pictures of one size as one, in rows, of the same form as each of them.
 function tiled(images) {
   if (images.length === 1) return images[0];
   const columns = Math.ceil(Math.sqrt(images.length));
   const [{ width, height }] = images;
-  const canvas = make("canvas", { width: width * columns, height: height * Math.ceil(images.length / columns) });
+  const canvas = make("canvas", { width: width * columns, height: height * columns });
   const context = canvas.getContext("2d");
   images.forEach((image, place) => {
     context.drawImage(image, (place % columns) * width, Math.floor(place / columns) * height);

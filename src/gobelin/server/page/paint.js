@@ -118,7 +118,7 @@ function warn(prompt) {
   const known = desk.info.words_known;
   if (!known) return;
   const there = new Set(known);
-  const strange = [...new Set(wordsOf(prompt.toLowerCase()))].filter((word) => !there.has(word.replace(/:[\d.]+$/, "")));
+  const strange = [...new Set(wordsOf(prompt.toLowerCase()))].filter((word) => !there.has(word));
   const named = strange.slice(0, MOST_NAMED).flatMap((word) => [make("bdi", { textContent: `“${word}”` }), ", "]);
   byId("unknown-words").replaceChildren(
     ...(strange.length > 0 ? ["This model never saw ", ...named.slice(0, -1), ": it will guess."] : []),
