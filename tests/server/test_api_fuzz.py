@@ -13,7 +13,7 @@ from schemathesis import GenerationMode
 from starlette.testclient import TestClient
 from tests.server.conftest import HOST
 
-_FEW, _MANY = 6, 160  # requests of each operation, valid and invalid ones each
+_FEW, _MANY = 2, 160  # requests of each operation, valid and invalid ones each
 
 
 @pytest.fixture(scope="module")

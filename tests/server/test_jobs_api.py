@@ -274,7 +274,8 @@ def test_self_attention_is_explained_too(client: TestClient) -> None:
     site = "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
     explained = client.post(f"/v1/jobs/{view['id']}/explain", json={"image": 0, "step": 1, "site": site}).json()
     rows, columns = explained["grid"]
-    assert (explained["kind"], len(explained["softmax"]), explained["tokens"]) == ("self", rows * columns, [])
+    patches = [str(patch) for patch in range(rows * columns)]
+    assert (explained["kind"], len(explained["softmax"]), explained["tokens"]) == ("self", rows * columns, patches)
 
 
 @pytest.mark.parametrize(

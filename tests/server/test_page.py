@@ -510,11 +510,12 @@ def test_the_figure_beside_a_map_is_the_published_one(tab: Page) -> None:
     """The model's file says what docs/attribution.md does, of sharp maps of own images at τ = 0.4."""
     published = (Path(__file__).parents[2] / "docs" / "attribution.md").read_text(encoding="utf-8")
     own = published.partition("own images that the grader found right")[2].partition("true scenes")[0]
-    rows = re.findall(r"^\| (\w+) \| sharp \| [^|]+ \| ([\d.]+) ±", own, re.MULTILINE)
+    rows = re.findall(r"^\| (\w+) \| sharp \| [^|]+ \| ([\d.]+) ± ([\d.]+)", own, re.MULTILINE)
     figures = tab.evaluate("async () => (await (await fetch('v1/info')).json()).pointing")
-    assert {kind: figures[kind] for kind, _ in rows} == {kind: float(iou) for kind, iou in rows}
-    assert f"1/1 {figures['perfect']} " in own
-    assert f"lights up everywhere: {figures['everywhere']} " in own
+    for kind, iou, interval in rows:
+        assert (figures[kind]["iou"], figures[kind]["interval"]) == (float(iou), float(interval)), kind
+    assert f"1/1 {figures['noun']['perfect']} " in own
+    assert f"lights up everywhere: {figures['noun']['everywhere']} " in own
 
 
 def test_lines_of_code_are_those_that_run() -> None:

@@ -159,10 +159,11 @@ def test_other_machines_need_a_token(serving: Callable[..., TestClient]) -> None
     client = serving(ServerOptions(host="0.0.0.0", token=TOKEN))
     asked = {"Host": "192.168.1.5:7860"}
     for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "gobelin_token=wrong"}, {"Authorization": TOKEN}):
-        for path in ("/v1/info", "/", "/healthz", "/metrics", "/openapi.json"):
+        for path in ("/v1/info", "/v1/jobs/abc", "/healthz", "/metrics", "/openapi.json"):
             answer = client.get(path, headers={**asked, **wrong})
-            assert answer.status_code == 401
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "token")
             assert TOKEN not in answer.text
+        assert client.get("/assets/word_map.js", headers={**asked, **wrong}).status_code == 200
     for right in ({"Authorization": f"Bearer {TOKEN}"}, {"Cookie": f"a=b; gobelin_token={TOKEN}"}):
         assert client.get("/v1/info", headers={**asked, **right}).status_code == 200
     named = {"Host": "evil.example", "Authorization": f"Bearer {TOKEN}"}
@@ -171,7 +172,8 @@ def test_other_machines_need_a_token(serving: Callable[..., TestClient]) -> None
 
 def test_a_browser_signs_in_once(serving: Callable[..., TestClient]) -> None:
     client = serving(ServerOptions(host="0.0.0.0", token=TOKEN))
-    assert client.get("/", params={"token": "wrong" * 4}, follow_redirects=False).status_code == 401
+    wrong = client.get("/", params={"token": "wrong" * 4}, follow_redirects=False)
+    assert "set-cookie" not in wrong.headers
     assert client.get("/v1/info", params={"token": TOKEN}).status_code == 401  # on the page's own address alone
     answer = client.get("/", params={"token": TOKEN}, follow_redirects=False)
     assert (answer.status_code, answer.headers["location"]) == (303, "/")

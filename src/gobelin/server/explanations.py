@@ -35,7 +35,6 @@ def explain_image(pipeline: Pipeline, job: Job, asked: ExplainRequest) -> dict[s
         raise UsageError(f"site is {site}, whose {rows}×{columns} patches are too many keys: choose a coarser one")
     latents = record.noisy_latents[index : index + 1]
     explained = explain_query(painting, latents, record.timesteps[index], site, asked.head, (asked.x, asked.y))
-    names = token_names(painting)
     return {
         "step": index,
         "timestep": record.timesteps[index],
@@ -44,7 +43,7 @@ def explain_image(pipeline: Pipeline, job: Job, asked: ExplainRequest) -> dict[s
         "head": explained.head,
         "patch": [explained.row, explained.column],
         "grid": list(explained.grid),
-        "tokens": names[: len(explained.keys)] if explained.site.kind == "cross" else [],
+        "tokens": token_names(painting) if explained.site.kind == "cross" else [str(n) for n in range(rows * columns)],
         **{
             name: _listed(getattr(explained, name))
             for name in ("query", "keys", "scores", "softmax", "probs", "values_norm", "output")

@@ -96,6 +96,9 @@ def describe_model(service: Service) -> dict[str, Any]:
     return {
         "model": pipeline.name,
         "size": [side, side],
+        "device": str(pipeline.unet.device),
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "engine": pipeline.engine,
         "recommended": dict(pipeline.recommended),
         "samplers": list(SAMPLERS),
         "examples": list(_EXAMPLES if world is None else _SCENE_EXAMPLES),

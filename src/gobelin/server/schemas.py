@@ -197,7 +197,7 @@ class ErrorDetail(BaseModel):
     """An error: one sentence, its kind, and the field that it is about, if any."""
 
     message: str
-    type: Literal["usage", "busy", "not_found", "cancelled", "failed"]
+    type: Literal["usage", "token", "busy", "not_found", "cancelled", "failed"]
     field: str | None = None
 
 

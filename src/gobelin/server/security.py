@@ -119,11 +119,11 @@ class Guard:
             if self._options.token is not None and self._signs_in(scope):
                 await self._sign_in(send_with_headers)
                 return
-            self._check_token(headers)
+            self._check_token(scope, headers)
             body = await self._read_body(scope, headers, receive, held)
             await self._app(scope, _replayed(body, receive), send_with_headers)
         except _RefusedError as refused:
-            kind = "busy" if refused.status == 503 else "usage"
+            kind = {401: "token", 503: "busy"}.get(refused.status, "usage")
             await _respond(send_with_headers, refused.status, str(refused), kind)
         finally:
             self._held -= held.size
@@ -169,8 +169,9 @@ class Guard:
             return False
         return True
 
-    def _check_token(self, headers: dict[str, str]) -> None:
-        if self._options.token is None:
+    def _check_token(self, scope: Scope, headers: dict[str, str]) -> None:
+        """Refuse a request without the token; the page's own files hold no secret, and say how to sign in."""
+        if self._options.token is None or scope["path"] == "/" or scope["path"].startswith("/assets/"):
             return
         given = headers.get("authorization", "")
         token = given[7:] if given[:7].lower() == "bearer " else ""

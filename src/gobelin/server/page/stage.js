@@ -216,14 +216,14 @@ export function pointing(kind) {
 function trust(figures, kind) {
   if (!figures?.noun) return "How well this model's words point was not measured: read its maps as hints.";
   if (kind === "layer") return "How well single layers and heads point was not measured: read them as hints.";
-  const { noun, perfect, everywhere } = figures;
+  const { iou, perfect, everywhere } = figures.noun;
   const bounds = perfect
     ? `; a perfect map of this resolution reaches ${share(perfect)}, one that lights up everywhere ${share(everywhere)}`
     : "";
-  const weak = WEAK.filter((name) => figures[name]).map((name) => `${name} ${share(figures[name])}`);
+  const weak = WEAK.filter((name) => figures[name]).map((name) => `${name} ${share(figures[name].iou)}`);
   return (
     `How far to trust this: on this model's own pictures the map of a noun and the pixels of its object overlap by ` +
-    `${share(noun)} (intersection over union${bounds}). ` +
+    `${share(iou)} (intersection over union${bounds}). ` +
     `Words of other kinds point less: ${weak.join(", ")}.` +
     (kind === "look" ? " On pictures of another kind than the model's own it was not measured." : "")
   );
