@@ -12,15 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import uvicorn
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 from gobelin.pipeline import Pipeline
 from gobelin.server import create_app
 
-PROMPT = "a yellow star above a purple ring"
-DESK, PHONE = {"width": 1200, "height": 900}, {"width": 360, "height": 740}
+PROMPT, LIT = "a red circle to the left of a blue star", "circle"
+DESK, PHONE = ViewportSize(width=1200, height=900), ViewportSize(width=360, height=740)
 
 
 @contextmanager
@@ -39,7 +40,9 @@ def serving() -> Iterator[str]:
     thread.join()
 
 
-def opened(browser: Browser, address: str, size: dict[str, int] = DESK, scheme: str = "light") -> Page:
+def opened(
+    browser: Browser, address: str, size: ViewportSize = DESK, scheme: Literal["light", "dark"] = "light"
+) -> Page:
     """Open the page in a browser that remembers nothing."""
     tab = browser.new_context(viewport=size, color_scheme=scheme, base_url=address).new_page()
     tab.goto("/")
@@ -47,16 +50,16 @@ def opened(browser: Browser, address: str, size: dict[str, int] = DESK, scheme: 
     return tab
 
 
-def paint(tab: Page, prompt: str = PROMPT) -> None:
+def paint(tab: Page) -> None:
     """Paint with seed 3, and light up a word."""
     tab.locator("#settings").evaluate("(fold) => { fold.open = true; }")
     tab.locator("#setting-seed").fill("3")
     tab.locator("#settings").evaluate("(fold) => { fold.open = false; }")
-    tab.locator("#prompt").fill(prompt)
+    tab.locator("#prompt").fill(PROMPT)
     tab.get_by_role("button", name="Paint", exact=True).click()
     shown = tab.locator("#paint-stage word-map")
     shown.locator("figcaption").get_by_text("Point at a word").wait_for()
-    shown.get_by_role("button", name=prompt.split()[-1], exact=True).hover()
+    shown.get_by_role("button", name=LIT, exact=True).hover()
     tab.wait_for_timeout(600)
 
 
@@ -68,9 +71,9 @@ def how_it_works(tab: Page) -> None:
 
 
 def edited(tab: Page) -> None:
-    """Change the last word but one."""
+    """Change a word."""
     tab.get_by_role("link", name="Change").click()
-    tab.get_by_label("The same picture, but").fill(PROMPT.replace("purple", "green"))
+    tab.get_by_label("The same picture, but").fill(PROMPT.replace("blue", "green"))
     tab.get_by_role("button", name="Change", exact=True).click()
     after = tab.locator("#change-result word-map").last
     after.get_by_role("button", name="green").hover()
@@ -87,8 +90,7 @@ def main(folder: Path, everything: bool) -> None:
         paint(tab)
         tab.screenshot(path=folder / "page.png")
         how_it_works(tab)
-        tab.locator("#how-keys").scroll_into_view_if_needed()
-        tab.evaluate("scrollTo(0, document.querySelector('#how-keys').closest('article').offsetTop - 110)")
+        tab.evaluate("scrollTo(0, document.querySelector('#how-keys').closest('article').offsetTop - 24)")
         tab.wait_for_timeout(300)
         tab.screenshot(path=folder / "how-it-works.png", clip={"x": 0, "y": 0, "width": 1200, "height": 760})
         if not everything:
@@ -99,8 +101,10 @@ def main(folder: Path, everything: bool) -> None:
         tab.get_by_role("link", name="Gallery").click()
         tab.wait_for_timeout(500)
         tab.screenshot(path=folder / "gallery.png")
-        for name, size, scheme in (("phone", PHONE, "light"), ("dark", DESK, "dark")):
-            tab = opened(browser, address, size, scheme)
+        for name, tab in (
+            ("phone", opened(browser, address, PHONE)),
+            ("dark", opened(browser, address, scheme="dark")),
+        ):
             paint(tab)
             tab.screenshot(path=folder / f"{name}.png", full_page=True)
             how_it_works(tab)
