@@ -2,7 +2,7 @@
 
 import { announce, button, byId, grow, make, sendOnEnter, wordsOf } from "./elements.js";
 import { runJob } from "./client.js";
-import { desk, gather } from "./desk.js";
+import { desk, gather, isRepeatable } from "./desk.js";
 import { MaskBoard, RegionBoard } from "./drawing.js";
 import { remember } from "./gallery.js";
 import { showPair } from "./pair.js";
@@ -29,7 +29,11 @@ export function startChange() {
     for (const panel of Object.values(panels)) panel.renew();
     byId("change-result").replaceChildren();
   });
-  byId("change-weights").addEventListener("change", () => !runner.busy && form.requestSubmit());
+  let isStale = false; // a slider was let go while the last one's picture was still being painted
+  byId("change-weights").addEventListener("change", () => {
+    if (runner.busy) isStale = true;
+    else form.requestSubmit();
+  });
 
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -39,6 +43,7 @@ export function startChange() {
       runner.say(refused, true);
       return;
     }
+    isStale = false;
     const body = panels[way()].body();
     const before = source.shown;
     const run = await runner.attempt(async (signal) => {
@@ -61,6 +66,7 @@ export function startChange() {
     await show(before, run);
     announce("The changed picture stands beside the first one.");
     await remember(run);
+    if (isStale && way() === "weights") form.requestSubmit();
   });
 
   desk.addEventListener("run", async ({ detail }) => {
@@ -89,19 +95,18 @@ async function show(before, run) {
 }
 
 // The changed picture of an edit, as a run of its own.
-const single = (run) => ({ ...run, kind: "paint", prompt: run.to, to: null, pictures: [run.pictures[1]], maps: [run.maps[1]] });
+const single = (run) => ({ ...run, kind: "paint", prompt: run.to, to: null, pictures: [run.pictures[1]], maps: [run.maps[1]], offset: 1 });
 
 // What is changed: the picture on the desk, or one of one's own.
 class Source extends EventTarget {
-  run = null;
   picture = null;
   map = null;
-  own = null; // the data URL of a picture of one's own
+  own = null; // the data URL of a picture that no settings paint again: one's own, or one that was changed
 
   constructor() {
     super();
     this.picker = pickImage(byId("change-file"), (source) => {
-      [this.own, this.run, this.map] = [source, null, null];
+      [this.own, this.map] = [source, null];
       this.picture = { source, settings: {} };
       this.dispatchEvent(new Event("change"));
     });
@@ -110,8 +115,8 @@ class Source extends EventTarget {
   }
 
   take({ run, index }) {
-    [this.run, this.own] = [run, null];
     this.picture = run.pictures[index];
+    this.own = isRepeatable(run) ? null : this.picture.source;
     this.map = run.maps[index] ?? null;
     byId("change-prompt").value = run.kind === "edit" && index > 0 ? run.to : run.prompt;
     this.picker.show(this.picture.source, false);
@@ -177,7 +182,7 @@ class Repainted {
   }
 
   get refusal() {
-    return this.source.own ? "This needs a picture that was painted here: for your own, change words or paint over." : null;
+    return this.source.own ? "This needs a picture that was painted from noise: in this one change words, or a part." : null;
   }
 
   body() {

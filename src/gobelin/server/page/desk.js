@@ -1,7 +1,8 @@
 // The desk: what is known of the server, and the run that lies on it, which all views share.
 //
 // A run is a finished job with all that the page shows of it, so that it can be put away and taken out again:
-// { key, kind, prompt, to, body, seconds, when, job, pictures: [{ source, width, height, settings }], maps, previews, notes }
+// { key, kind, prompt, to, body, seconds, when, job, pictures: [{ source, width, height, settings }], maps, previews, notes, offset }
+// `offset` is the number of its first picture in its job.
 
 import { dataUrl } from "./elements.js";
 import { getJson, request } from "./client.js";
@@ -50,6 +51,7 @@ export async function gather(job, body, previews = []) {
     pictures,
     maps,
     previews,
+    offset: 0,
   };
 }
 
@@ -63,6 +65,10 @@ export function differences({ body }) {
   });
   return [...controls, ...(body.broken ? [broken[body.broken]] : []), ...(body.settings?.mask ? ["a part painted anew"] : [])];
 }
+
+// Whether a run's settings alone paint it again: neither an image nor a control nor an edit took part.
+export const isRepeatable = ({ body }) =>
+  body.kind === "paint" && !body.broken && !body.settings?.init_image && (body.controls ?? []).length === 0;
 
 // Behind a proxy the server may not be at the root of its host.
 const relative = (url) => url.replace(/^\//, "");

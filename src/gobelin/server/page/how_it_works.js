@@ -1,6 +1,6 @@
 // How it works, of the run on the desk: one patch asks, the words answer, with the numbers of this run.
 
-import { announce, byId, loadImage, make } from "./elements.js";
+import { announce, button, byId, loadImage, make } from "./elements.js";
 import { getJson, post, runJob } from "./client.js";
 import { desk, gather } from "./desk.js";
 import { remember } from "./gallery.js";
@@ -15,7 +15,7 @@ const PAUSE = 120; // milliseconds that the pointer rests before the server is a
 const SIDE = 768; // pixels of the picture's canvas
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const SHOWN_TERMS = 4; // of the weighted sum
-const FORGOTTEN = "The server no longer has this run: paint it again, then its numbers can be seen.";
+const FORGOTTEN = "The server no longer has this run.";
 
 const figure = (value, digits = 2) => value.toFixed(digits).replace("-", "−");
 
@@ -180,7 +180,14 @@ class Lens {
       this.#drawOwn(patches);
       showShapes(patches, words);
     } catch (error) {
-      if (error.name !== "AbortError") byId("lens-problem").textContent = error.type === "not_found" ? FORGOTTEN : error.message;
+      if (error.name === "AbortError") return;
+      const { run } = desk;
+      const again = () => desk.dispatchEvent(new CustomEvent("again", { detail: { run } }));
+      const isForgotten = error.type === "not_found";
+      byId("lens-problem").replaceChildren(
+        isForgotten ? FORGOTTEN : error.message,
+        ...(isForgotten ? [" ", button("Paint it again", again)] : []),
+      );
     }
   }
 

@@ -19,10 +19,7 @@ export function startPaint() {
   const runner = new Runner(form);
   const stage = new Stage(byId("paint-stage"), {
     resting: "Your picture appears here. Then touch its words, or the picture itself.",
-    onAgain: (run) => {
-      fill(run.prompt, run.pictures[0].settings);
-      form.requestSubmit();
-    },
+    onAgain: (run) => again(run),
   });
 
   const summarize = () => {
@@ -35,6 +32,10 @@ export function startPaint() {
     } catch {
       // A browser that keeps nothing still paints.
     }
+  };
+  const again = (run) => {
+    fill(run.prompt, { ...run.pictures[0].settings, count: run.pictures.length });
+    form.requestSubmit();
   };
   const fill = (text, values) => {
     prompt.value = text;
@@ -85,6 +86,7 @@ export function startPaint() {
     const { run, index } = desk;
     if (run.kind === "paint" && !runner.busy) stage.show(run, index);
   });
+  desk.addEventListener("again", ({ detail }) => again(detail.run));
   desk.addEventListener("fill", ({ detail }) => fill(detail.prompt, detail.settings));
   takeDrops(runner);
 

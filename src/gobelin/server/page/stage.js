@@ -66,8 +66,9 @@ export class Stage {
     });
   }
 
-  get map() {
-    return this.#map;
+  // The number of the picture in its job.
+  get #number() {
+    return this.#index + (this.#run.offset ?? 0);
   }
 
   // The page below must not jump while one picture takes another's place.
@@ -138,7 +139,7 @@ export class Stage {
       } catch (error) {
         problem.textContent = error.type === "not_found" ? FORGOTTEN : error.message;
         if (error.type === "not_found" && this.#onAgain) {
-          problem.append(" ", button("Paint again", () => this.#onAgain(this.#run)));
+          problem.append(" ", button("Paint it again", () => this.#onAgain(this.#run)));
         }
       }
     };
@@ -159,7 +160,7 @@ export class Stage {
 
   #ask(site, head) {
     const query = new URLSearchParams(head === "" ? { site } : { site, head });
-    return getJson(`v1/jobs/${this.#run.job}/maps/${this.#index}?${query}`);
+    return getJson(`v1/jobs/${this.#run.job}/maps/${this.#number}?${query}`);
   }
 
   #downloads() {
@@ -170,7 +171,7 @@ export class Stage {
     const fetched = (what, ending) => async () => {
       problem.textContent = "";
       try {
-        const blob = await (await request(`v1/jobs/${job}/${what}/${this.#index}`)).blob();
+        const blob = await (await request(`v1/jobs/${job}/${what}/${this.#number}`)).blob();
         const kind = blob.type.split("/")[1]?.replace("jpeg", "jpg") ?? ending;
         download(`${stem}-${what}.${ending ?? kind}`, await dataUrl(blob));
       } catch (error) {
@@ -214,7 +215,7 @@ export function pointing(kind) {
 }
 
 function trust(figures, kind) {
-  if (!figures?.noun) return "How well this model's words point was not measured: read its maps as hints.";
+  if (!Number.isFinite(figures?.noun?.iou)) return "How well this model's words point was not measured: read its maps as hints.";
   if (kind === "layer") return "How well single layers and heads point was not measured: read them as hints.";
   const { iou, perfect, everywhere } = figures.noun;
   const bounds = perfect
