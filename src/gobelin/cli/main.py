@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "convert a model to a diffusers folder, or to a single file",
     "show": "print a model's modules, and the tensor shapes in its attention",
     "serve": "open the page and the HTTP API",
+    "mcp": "offer painting and looking as tools to language models (MCP)",
     "data": "write a dataset of scenes, or check a folder of captioned images",
 }
 

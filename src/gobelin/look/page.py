@@ -32,6 +32,7 @@ _PAGE = """\
   body {{ margin: 0; background: #fbfaf7; color: #5f6773; font: 14px/1.5 system-ui, sans-serif; }}
   h1 {{ max-width: 940px; margin: 20px auto -14px; padding: 0 20px; font: inherit; }}
   @media (max-width: 640px) {{ h1 {{ padding: 0 14px; }} }}
+  @media (prefers-color-scheme: dark) {{ body {{ background: #17191c; color: #a5abb5; }} }}
 </style>
 <main>
 <h1>Which word painted which pixel</h1>

@@ -43,9 +43,7 @@ def explain_image(pipeline: Pipeline, job: Job, asked: ExplainRequest) -> dict[s
         "head": explained.head,
         "patch": [explained.row, explained.column],
         "grid": list(explained.grid),
-        "tokens": token_names(painting)
-        if explained.site.kind == "cross"
-        else list(map(str, range(len(explained.keys)))),
+        "tokens": token_names(painting) if explained.site.kind == "cross" else [str(n) for n in range(rows * columns)],
         **{
             name: _listed(getattr(explained, name))
             for name in ("query", "keys", "scores", "softmax", "probs", "values_norm", "output")

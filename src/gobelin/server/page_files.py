@@ -6,7 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
+from gobelin.server.code_excerpts import code_excerpts
 from gobelin.server.jobs import NotFoundError
+from gobelin.server.responses import AsciiJsonResponse
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -25,6 +27,11 @@ def page_routes() -> APIRouter:
     @router.get("/")
     async def index() -> Response:
         return _answer(_INDEX)
+
+    @router.get("/v1/code")
+    async def code() -> Response:
+        """Return the lines of code that "How it works" shows."""
+        return AsciiJsonResponse(code_excerpts())
 
     @router.get("/assets/{name}")
     async def asset(name: Annotated[str, Path(max_length=100)]) -> Response:
