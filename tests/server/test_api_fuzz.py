@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from starlette.testclient import TestClient
-from tests.server.conftest import HOST
+from tests.server.conftest import HOST, done, paint
 
-_FEW, _MANY = 2, 160  # requests of each operation, valid and invalid ones each
+_FEW, _MANY = 2, 180  # requests of each operation, valid and invalid ones each
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,11 @@ def described(client: TestClient) -> Any:
 def send(client: TestClient) -> Iterator[Callable[[Any], None]]:
     """Send a made-up request, and look at its answer; at the end, count."""
     statuses: dict[int, int] = {}
+    real = done(client, paint(trace=True))["id"]
 
     def request(case: Any) -> None:
+        if "job_id" in case.path_parameters and sum(statuses.values()) % 2 and case.method == "GET":
+            case.path_parameters |= {"job_id": real, "number": 0}  # or all would be of jobs that there are not
         made = case.as_transport_kwargs(base_url=HOST)
         content = made.pop("data", None)
         made.pop("cookies", None)

@@ -306,3 +306,31 @@ def test_cancelled_and_unknown_jobs(client: TestClient) -> None:
     for path in ("/v1/jobs/abc", "/v1/jobs/abc/events", "/v1/jobs/abc/images/0"):
         answer = client.get(path)
         assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        paint("!!!", trace=True),
+        paint(trace=True, settings={"cache_interval": 2, "steps": 4}),
+        paint(trace=True, settings={"merge_tokens": 0.5}),
+        paint(trace=True, settings={"guidance": 1}),
+        paint(trace=True, settings={"sampler": "heun", "steps": 3}),
+        paint(trace=True, settings={"height": 40, "width": 88}),
+        paint(trace=True, settings={"seed": [5, 1], "count": 2}),
+        paint("a red circle " * 30, trace=True),
+        paint("(red:1.4) [circle]", trace=True, settings={"weights": "comfyui"}),
+    ],
+    ids=lambda body: str({**body["settings"], "prompt": body["prompt"][:20]}),
+)
+def test_traces_go_with_every_setting(client: TestClient, body: dict[str, Any]) -> None:
+    view = done(client, body)
+    data = client.get(view["maps"][0]).json()
+    assert data["steps"] == 1 + view["steps"]
+    assert client.get(view["maps"][0], params={"step": 0, "head": 0}).status_code == 200
+    assert client.post(f"/v1/jobs/{view['id']}/explain", json={"step": 1, "x": 30, "y": 30}).status_code == 200
+
+
+def test_a_trace_that_would_take_too_much_memory_is_refused(client: TestClient) -> None:
+    answer = client.post("/v1/jobs", json=paint("red " * 900, trace=True, settings={"steps": 150, "count": 2}))
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "trace")

@@ -16,6 +16,7 @@ from gobelin.server.schemas import ExplainRequest
 from gobelin.server.works import PaintWork
 
 _MOST_KEYS = 4096  # of one explanation: a grid of 64 × 64 patches
+_MOST_PASSES = 8  # of the U-Net for one map: others wait for them
 _DIGITS = 6
 
 
@@ -67,12 +68,16 @@ def explain_image(pipeline: Pipeline, job: Job, asked: ExplainRequest) -> dict[s
 def maps_of_image(
     pipeline: Pipeline, job: Job, number: int, step: int | None, site: str | None, head: int | None
 ) -> HeatMaps:
-    """Map an image again at one step, or at the mean of all, at one site or all, in one head or the mean of all."""
+    """Map an image again: at one step, or the mean of up to eight from the first to the last; at one site, or the mean
+    of all; in one head, or the mean of all."""
     work, kept, record = _painted(job, number)
-    chosen = slice(None) if step is None else slice(_step(record, step), _step(record, step) + 1)
+    last = len(record.timesteps) - 1
+    passes = min(_MOST_PASSES, last + 1)
+    spread = [round(last * place / max(1, passes - 1)) for place in range(passes)]
+    chosen = spread if step is None else [_step(record, step)]
     assert kept.heatmaps is not None
     painting = work.start_one(pipeline, number)
-    latents, timesteps = record.noisy_latents[chosen], record.timesteps[chosen]
+    latents, timesteps = record.noisy_latents[chosen], [record.timesteps[one] for one in chosen]
     return maps_at(painting, latents, timesteps, kept.heatmaps.image, site, head)
 
 

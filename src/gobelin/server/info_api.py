@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.concurrency import run_in_threadpool
 
 from gobelin.errors import DataError
 from gobelin.formats.generation_info.all_programs import read_generation_info
@@ -62,7 +61,7 @@ def info_routes(service: Service) -> APIRouter:
     async def image_settings(body: ImageSettingsBody) -> Any:
         """Read the settings that Gobelin, AUTOMATIC1111's web UI, ComfyUI or another program wrote into an image."""
         read = partial(_read_settings, body.image, service.limits.input_pixels)
-        return AsciiJsonResponse(await run_in_threadpool(read))
+        return AsciiJsonResponse(await service.open_images(read))
 
     @router.get("/healthz")
     async def healthz() -> Any:

@@ -27,6 +27,7 @@ from gobelin.server.works import EditWork, LookWork, PaintWork
 
 _PING_SECONDS = 15
 _SEND_SECONDS = 60  # for a reader that takes nothing: then the connection is closed
+_MOST_ON_SHEET = 60  # words
 _IMAGES = ("init_image", "mask")
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{1,64}$", description="A job's id.")]
 ImageNumber = Annotated[int, Path(ge=0, le=10_000, description="The number of an image of a job, 0 being the first.")]
@@ -113,7 +114,8 @@ def jobs_routes(service: Service) -> APIRouter:
         """Fetch a sheet of an image with the heat map of every word."""
         heatmaps = find_traced(job_id, number)[1].heatmaps
         assert heatmaps is not None
-        drawn = await run_in_threadpool(lambda: encode_png(word_sheet(heatmaps, range(len(heatmaps.words)))))
+        words = range(min(len(heatmaps.words), _MOST_ON_SHEET))
+        drawn = await run_in_threadpool(lambda: encode_png(word_sheet(heatmaps, words)))
         return Response(drawn, media_type="image/png")
 
     @router.get("/{job_id}/page/{number}", response_class=HTMLResponse)

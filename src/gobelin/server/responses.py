@@ -100,7 +100,7 @@ def field_of(error: BaseException) -> str | None:
 
 
 def _field_names() -> set[str]:
-    return {*field_docs(EditSettings), "caption", "timesteps", "site", "step", "head", "image"}
+    return {*field_docs(EditSettings), "caption", "timesteps", "site", "step", "head", "image", "trace"}
 
 
 def _sentence_of(found: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -41,15 +41,17 @@ class Service:
         Raises :class:`UsageError` for what cannot be painted, :class:`gobelin.server.jobs.BusyError` for a full queue.
         """
         self.store.refuse_when_full()
-        work, notes = await run_in_threadpool(self._checked, make)
+        work, notes = await self.open_images(lambda: make().checked(self.pipeline, self.limits))
         return self.store.submit(work, caller, previews, notes)
 
-    def _checked(
-        self, make: Callable[[], PaintWork | EditWork | LookWork]
-    ) -> tuple[PaintWork | EditWork | LookWork, list[str]]:
-        """Make and check a work: one at a time, as images are opened for it, which may be large."""
-        with self._planning:
-            return make().checked(self.pipeline, self.limits)
+    async def open_images(self, call: Callable[[], _Returned]) -> _Returned:
+        """Call what opens images of requests, in a thread: one at a time, as they may be large."""
+
+        def alone() -> _Returned:
+            with self._planning:
+                return call()
+
+        return await run_in_threadpool(alone)
 
     async def ask_model(self, call: Callable[[], _Returned]) -> _Returned:
         """Have the model's thread call a function, and wait for what it returns."""

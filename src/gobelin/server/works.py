@@ -16,10 +16,13 @@ from gobelin.server.jobs import JobKind
 from gobelin.server.limits import ServerLimits
 from gobelin.server.schemas import ControlBody, RegionsControl, ReweightControl
 from gobelin.settings import EditSettings, Settings
+from gobelin.text_conditioning import Chunks, chunk_prompt
 from gobelin.validation import shown
 from gobelin.words import Word
 
 _MOST_DRAWN = 2**31
+_MOST_WORDS = 300  # of a caption
+_MOST_SHARES = 16_000_000  # of words at every step: 64 MB
 _IMAGES_OF_AN_EDIT = 3  # the first, and both again while one becomes the other
 _IMAGES = ("init_image", "mask")
 
@@ -86,6 +89,8 @@ class PaintWork(_PromptWork):
         height, width = (side * pipeline.vae.config.factor for side in painting.plan.latent_size)
         limits.check(settings.filled(pipeline.recommended), (height, width))
         pipeline.start(work.prompt, **settings)  # all its seeds and images
+        if work.trace:
+            _check_trace(painting, work.image_count)
         most = max(1, min(limits.batch_images, limits.batch_pixels // (height * width)))
         return replace(work, height=height, width=width, most_at_once=most), _notes(painting)
 
@@ -153,7 +158,8 @@ class EditWork(_PromptWork):
         settings = EditSettings(**work._opened, control=make_controls(work.controls))
         if settings.count != 1 or isinstance(settings.seed, Sequence):
             raise UsageError("an edit is of one image: leave out count, and give one seed")
-        plain = {name: settings[name] for name in ("height", "width", "steps", "sampler", "init_image", "weights")}
+        names = ("height", "width", "steps", "sampler", "init_image", "mask", "weights")
+        plain = {name: settings[name] for name in names}
         painting = pipeline.start([work.prompt, work.to], **Settings(**plain))
         height, width = (side * pipeline.vae.config.factor for side in painting.plan.latent_size)
         limits.check(settings.filled(pipeline.recommended), (height, width), images=_IMAGES_OF_AN_EDIT)
@@ -183,23 +189,41 @@ class LookWork:
         """Check the work against the model; with notes on what is left out."""
         if not self.caption.strip():
             raise UsageError("the caption is empty: say in a few words what is to be seen in the image")
-        painting = pipeline.start(self.caption)  # which splits it as a look does
+        syntax = pipeline.recommended.weights or "a1111"
+        chunks = chunk_prompt(pipeline.tokenizer, self.caption, syntax)  # as a look does
         last = pipeline.schedule.config.num_train_timesteps - 1
         if max(self.timesteps) > last:
             raise UsageError(f"timesteps are {list(self.timesteps)}: give whole numbers from 0 to {last}")
         height, width = fitted_size(pipeline.model, self.image.open().size)
         limits.check(Settings(steps=len(self.timesteps)), (height, width))
-        return self, _notes(painting)
+        if len(chunks.words) > _MOST_WORDS:
+            raise UsageError(f"caption has {len(chunks.words)} words: give {_MOST_WORDS} at most")
+        return self, _cut_notes([chunks])
 
 
 def _notes(painting: Painting) -> list[str]:
     """Say what is left out: the end of a prompt that is too long, everything where a mask is black."""
     plan = painting.plan
-    notes = [
-        f"the prompt is longer than this model takes, so its end is left out: {chunks.cut[:200]!r}"
-        for chunks in {id(one): one for one in (*plan.texts, plan.negative)}.values()
-        if chunks.cut
-    ]
+    notes = _cut_notes([*{id(one): one for one in (*plan.texts, plan.negative)}.values()])
     if plan.init_image is not None and plan.init_image.mask is not None and not plan.init_image.mask.any():
         notes.append("nothing in the mask is white, so nothing is painted: white is inpainted")
     return notes
+
+
+def _cut_notes(prompts: Sequence[Chunks]) -> list[str]:
+    """Say which ends do not fit this model."""
+    return [
+        f"the prompt is longer than this model takes, so its end is left out: {chunks.cut[:200]!r}"
+        for chunks in prompts
+        if chunks.cut
+    ]
+
+
+def _check_trace(painting: Painting, images: int) -> None:
+    """Raise :class:`UsageError` for a trace whose words' shares at all steps would take too much memory."""
+    words, (h, w) = len(painting.plan.texts[0].words), painting.plan.latent_size
+    if words * len(painting) * h * w * images > _MOST_SHARES:
+        raise UsageError(
+            f"trace is asked for of {words} words at {len(painting)} steps in {images} images, which takes too much "
+            "memory: give a shorter prompt, fewer steps or fewer images"
+        )
