@@ -17,7 +17,7 @@ export async function showPair(root, before, after) {
 }
 
 function side({ title, source, map, actions = [] }) {
-  const heading = make("h3", { textContent: title });
+  const heading = make("h2", { className: "side", textContent: title });
   const shown = map ? make("word-map", { data: map }) : make("img", { className: "plain", src: source, alt: title });
   if (map) shown.append(pointing("paint"));
   const element = make("article", {}, heading, shown, make("div", { className: "downloads" }, ...actions));
