@@ -301,7 +301,7 @@ def sent(tab: Page, act: Callable[[], None]) -> dict[str, Any]:
 def test_a_word_is_given_a_place(painted: Page) -> None:
     painted.get_by_role("link", name="Change").click()
     painted.locator("#change label").filter(has_text="Places").click()
-    painted.locator("#places-words label").filter(has_text="circle").click()
+    painted.locator("#places-words label").filter(has_text="red circle").click()
     board = painted.locator("#places-board canvas")
     board.scroll_into_view_if_needed()
     box = board.bounding_box()
@@ -314,7 +314,7 @@ def test_a_word_is_given_a_place(painted: Page) -> None:
     body = sent(painted, painted.get_by_role("button", name="Change", exact=True).click)
     (control,) = body["controls"]
     assert control["kind"] == "regions"
-    assert control["regions"]["circle"] == pytest.approx([0.5, 0.5, 1, 1], abs=0.02)
+    assert control["regions"]["red circle"] == pytest.approx([0.5, 0.5, 1, 1], abs=0.02)
     assert body["settings"]["seed"] == 3
     expect(painted.locator("#change-result word-map")).to_have_count(2)
 
@@ -549,6 +549,28 @@ def test_only_what_is_covered_is_painted_anew(painted: Page) -> None:
     one, two = (np.asarray(opened(each.evaluate("(map) => map.data.image")).convert("RGB")) for each in maps.all())
     assert np.array_equal(one[mask < 128], two[mask < 128])
     assert not np.array_equal(one[mask >= 128], two[mask >= 128])
+
+
+@pytest.mark.slow
+def test_a_picture_of_ones_own_is_edited(tab: Page, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    image = Image.new("RGB", (64, 64), "#a0a0a0")
+    image.paste("#d02020", (10, 15, 40, 45))
+    image.save(photo)
+    open_view(tab, "change")
+    tab.locator("#change-file input").set_input_files(photo)
+    tab.locator("#change-file img").wait_for()
+    tab.get_by_label("What the picture shows").fill("a red square")
+    tab.get_by_label("The same picture, but").fill("a green square")
+    body = sent(tab, tab.get_by_role("button", name="Change", exact=True).click)
+    assert opened(body["settings"]["init_image"]).size == (64, 64)
+    before = tab.locator("#change-result word-map").first
+    before.get_by_role("button", name="red").wait_for()
+    shown = np.asarray(opened(before.evaluate("(map) => map.data.image")).convert("RGB"))
+    assert np.abs(shown.astype(int) - np.asarray(image)).max() <= 1  # not the model's idea of it
+    tab.locator("#change label").filter(has_text="Weights").click()
+    tab.locator("#weight-sliders").get_by_label("red").fill("2")
+    expect(tab.locator("#change-form .line")).to_contain_text("painted from noise")
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 // Its data is the object that gobelin.look.page.word_map_data makes, given as the property `data` or as JSON in a child
 // script of the type application/json. Nothing is loaded, and nothing outside the element is touched.
 //
-// A page around it may put controls under the image (slot "controls") and a remark beside it (slot "note"), hears of what
-// is pointed at by the event `word-map-point`, and points itself by `light(word, patch)`.
+// A page around it may put controls under the image (slot "controls") and a remark beside it (slot "note"). It hears
+// of what is pointed at by the event `word-map-point`, and points itself by `light(word, patch)`.
 
 const STYLE = `
   :host { --ink: #1f2328; --pale: #5f6773; --linen: #d8d5cc; --paper: #fbfaf7; --thread: #b3204d; --blush: #f3e3e7;
@@ -17,7 +17,8 @@ const STYLE = `
   * { box-sizing: border-box; }
   [hidden] { display: none !important; }
   .map { max-width: var(--word-map-width, 980px); margin: auto; padding: var(--word-map-padding, 20px); display: grid;
-    gap: 18px 36px; grid-template-columns: minmax(0, var(--word-map-picture, 600px)) minmax(220px, 1fr); align-items: start; }
+    gap: 18px 36px; grid-template-columns: minmax(0, var(--word-map-picture, 600px)) minmax(220px, 1fr);
+    align-items: start; }
   h2 { grid-column: 1 / -1; margin: 0; margin-inline-start: -4px; font-size: 26px; font-weight: 500; line-height: 1.7;
     overflow-wrap: anywhere; }
   h2.long { font-size: 18px; }
@@ -34,16 +35,16 @@ const STYLE = `
     font-variant-numeric: tabular-nums; white-space: nowrap; min-height: 24px; }
   .scale i { flex: 1; max-width: 220px; height: 10px; }
   .legend { flex-wrap: wrap; }
-  .legend button { font: inherit; color: var(--ink); background: none; border: 1px solid var(--linen); border-radius: 12px;
-    padding: 1px 9px; min-height: 24px; cursor: pointer; }
+  .legend button { font: inherit; color: var(--ink); background: none; border: 1px solid var(--linen);
+    border-radius: 12px; padding: 1px 9px; min-height: 24px; cursor: pointer; }
   .legend button::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-inline-end: 6px;
     border-radius: 50%; background: var(--pin); box-shadow: 0 0 0 1px var(--pale); }
   .legend button::after { content: " ×" / ""; color: var(--pale); }
   h3 { font-size: 16px; font-weight: 600; margin: 0; }
   .unit { margin: 0 0 10px; font-size: 13px; color: var(--pale); }
   ol { list-style: none; margin: 0; padding: 0; }
-  li { display: grid; grid-template-columns: minmax(0, 5.5em) 1fr 3.6em; gap: 10px; align-items: center; font-size: 15px;
-    min-height: 28px; }
+  li { display: grid; grid-template-columns: minmax(0, 5.5em) 1fr 3.6em; gap: 10px; align-items: center;
+    font-size: 15px; min-height: 28px; }
   li span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
   li span:last-child { text-align: end; color: var(--pale); font-variant-numeric: tabular-nums; }
   .bar { background: var(--bare); height: 10px; }
@@ -341,8 +342,7 @@ class WordMap extends HTMLElement {
     const column = Math.floor(((event.clientX - box.left) / box.width) * columns);
     const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
     this.#keyed = false;
-    this.#patch =
-      Math.min(rows - 1, Math.max(0, row)) * columns + Math.min(columns - 1, Math.max(0, column));
+    this.#patch = Math.min(rows - 1, Math.max(0, row)) * columns + Math.min(columns - 1, Math.max(0, column));
     this.#tell();
   }
 

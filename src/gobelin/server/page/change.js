@@ -1,6 +1,6 @@
 // Changing a picture: other words, words that weigh more or less, places for words, a part painted over.
 
-import { announce, button, byId, grow, make, sendOnEnter, wordsOf } from "./elements.js";
+import { announce, button, byId, grow, make, phrasesOf, sendOnEnter, wordsOf } from "./elements.js";
 import { runJob } from "./client.js";
 import { desk, gather, isRepeatable } from "./desk.js";
 import { MaskBoard, RegionBoard } from "./drawing.js";
@@ -16,7 +16,12 @@ export function startChange() {
   const form = byId("change-form");
   const runner = new Runner(form);
   const source = new Source();
-  const panels = { words: new Words(source), weights: new Weights(source), places: new Places(source), brush: new Brush(source) };
+  const panels = {
+    words: new Words(source),
+    weights: new Weights(source),
+    places: new Places(source),
+    brush: new Brush(source),
+  };
   const status = byId("change-progress");
   const way = () => form.elements.way.value;
   const choose = () => {
@@ -95,7 +100,15 @@ async function show(before, run) {
 }
 
 // The changed picture of an edit, as a run of its own.
-const single = (run) => ({ ...run, kind: "paint", prompt: run.to, to: null, pictures: [run.pictures[1]], maps: [run.maps[1]], offset: 1 });
+const single = (run) => ({
+  ...run,
+  kind: "paint",
+  prompt: run.to,
+  to: null,
+  pictures: [run.pictures[1]],
+  maps: [run.maps[1]],
+  offset: 1,
+});
 
 // What is changed: the picture on the desk, or one of one's own.
 class Source extends EventTarget {
@@ -182,7 +195,9 @@ class Repainted {
   }
 
   get refusal() {
-    return this.source.own ? "This needs a picture that was painted from noise: in this one change words, or a part." : null;
+    return this.source.own
+      ? "This needs a picture that was painted from noise: in this one change words, or a part."
+      : null;
   }
 
   body() {
@@ -236,23 +251,23 @@ class Places extends Repainted {
   }
 
   renew() {
-    const words = byId("places-words");
-    const { source } = this;
-    this.#board.word = source.words.at(-1) ?? null;
-    words.replaceChildren(
-      ...source.words.map((word) => {
-        const radio = make("input", { type: "radio", name: "place-word", value: word, checked: word === this.#board.word });
+    const phrases = phrasesOf(this.source.prompt);
+    this.#board.word = phrases.at(-1) ?? null;
+    byId("places-words").replaceChildren(
+      ...phrases.map((phrase) => {
+        const checked = phrase === this.#board.word;
+        const radio = make("input", { type: "radio", name: "place-word", value: phrase, checked });
         radio.addEventListener("change", () => {
-          this.#board.word = word;
+          this.#board.word = phrase;
         });
-        return make("label", { className: "choice" }, radio, make("span", { textContent: word, dir: "auto" }));
+        return make("label", { className: "choice" }, radio, make("span", { textContent: phrase, dir: "auto" }));
       }),
     );
-    if (source.picture) this.#board.show(source.picture.source);
+    if (this.source.picture) this.#board.show(this.source.picture.source);
   }
 
   get refusal() {
-    return super.refusal ?? (this.#board.regions.size === 0 ? "Choose a word, and draw a box for it." : null);
+    return super.refusal ?? (this.#board.regions.size === 0 ? "Choose words, and draw a box for them." : null);
   }
 
   controls() {

@@ -1,4 +1,4 @@
-// The server's HTTP interface: requests, jobs and their events, errors as sentences, and waiting where it is away or busy.
+// The server's HTTP interface: requests, jobs and their events, errors as sentences, patience where it is busy or away.
 
 const LONGEST_PAUSE = 10; // seconds between two questions whether the server is back
 
@@ -138,7 +138,10 @@ function follow(id, heard, signal) {
         if (error.type === "away") {
           connection.addEventListener("back", () => follow(id, heard, signal).then(resolve, reject), { once: true });
         } else if (error.type === "not_found") {
-          end(reject, new ServerError("The server was started again and has forgotten this picture: ask for it again."));
+          end(
+            reject,
+            new ServerError("The server was started again and has forgotten this picture: ask for it again."),
+          );
         } else {
           end(reject, error);
         }

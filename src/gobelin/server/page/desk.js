@@ -1,7 +1,8 @@
 // The desk: what is known of the server, and the run that lies on it, which all views share.
 //
 // A run is a finished job with all that the page shows of it, so that it can be put away and taken out again:
-// { key, kind, prompt, to, body, seconds, when, job, pictures: [{ source, width, height, settings }], maps, previews, notes, offset }
+// { key, kind, prompt, to, body, seconds, when, job, notes, pictures: [{ source, width, height, settings }], maps,
+//   previews: [{ step, first, images }], offset }
 // `offset` is the number of its first picture in its job.
 
 import { dataUrl } from "./elements.js";
@@ -38,6 +39,8 @@ export async function gather(job, body, previews = []) {
     }),
   );
   const maps = await Promise.all((job.maps ?? []).map((url) => getJson(relative(url))));
+  // Of a picture that an edit was given, the one in its map is no more than the model's idea of it.
+  for (const [place, map] of maps.entries()) map.image = pictures[place].source;
   return {
     key: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, // there is none where HTTPS is missing
     kind: body.kind,
@@ -59,11 +62,16 @@ export async function gather(job, body, previews = []) {
 export function differences({ body }) {
   const broken = { shuffle_words: "its words shuffled", silence_site: "a layer silenced", remove_bos: "BOS removed" };
   const controls = (body.controls ?? []).flatMap((control) => {
-    if (control.kind === "reweight") return Object.entries(control.words).map(([word, weight]) => `“${word}” ${weight}×`);
+    if (control.kind === "reweight")
+      return Object.entries(control.words).map(([word, weight]) => `“${word}” ${weight}×`);
     if (control.kind === "suppress") return [`without “${control.word}”`];
     return Object.keys(control.regions ?? {}).map((word) => `“${word}” in a place`);
   });
-  return [...controls, ...(body.broken ? [broken[body.broken]] : []), ...(body.settings?.mask ? ["a part painted anew"] : [])];
+  return [
+    ...controls,
+    ...(body.broken ? [broken[body.broken]] : []),
+    ...(body.settings?.mask ? ["a part painted anew"] : []),
+  ];
 }
 
 // Whether a run's settings alone paint it again: neither an image nor a control nor an edit took part.

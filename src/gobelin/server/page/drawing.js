@@ -54,14 +54,16 @@ class Board {
   }
 }
 
-// One box a word: drawn by dragging, moved by arrow keys, made larger and smaller by them with Shift.
+// One box for a word, or for words that go together: drawn by dragging, moved by arrow keys, made larger and smaller by them with Shift.
 export class RegionBoard extends Board {
   regions = new Map(); // word -> [left, top, right, bottom], fractions of the picture
   word = null;
   #from = null;
 
   constructor(onChange) {
-    super("Where the chosen word goes. Drag a box; arrow keys move it, with Shift they change its size, Delete removes it.");
+    super(
+      "Where the chosen words go. Drag a box; arrow keys move it, with Shift they change its size, Delete removes it.",
+    );
     this.onChange = onChange;
   }
 

@@ -34,6 +34,23 @@ export function wordsOf(prompt) {
   return words.filter(Boolean);
 }
 
+// Words that name nothing themselves, and those of relations, whose maps hardly point.
+export const SMALL_WORDS = new Set(
+  (
+    "a above an and at behind below beside between by for from in inside is it its left near of on or over right " +
+    "that the there this to under with"
+  ).split(" "),
+);
+
+// What a prompt names: words that stand together, with no small word or sign between them, as "red circle".
+export function phrasesOf(prompt) {
+  const small = [...SMALL_WORDS].join("|");
+  const pieces = prompt
+    .replace(WEIGHT, "")
+    .split(new RegExp(`[^\\p{L}\\p{N}\\s'’-]+|(?<!\\S)(?:${small})(?!\\S)`, "giu"));
+  return [...new Set(pieces.map((piece) => piece.trim().replace(/\s+/g, " ")).filter(Boolean))];
+}
+
 // A textarea as high as its text; where CSS does that, nothing is left to do.
 export function grow(area) {
   if (CSS.supports("field-sizing", "content")) return;

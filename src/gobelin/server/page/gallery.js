@@ -27,13 +27,17 @@ async function within(mode, act) {
   const asked = act(transaction.objectStore("runs"));
   return new Promise((resolve, reject) => {
     transaction.addEventListener("complete", () => resolve(asked.result));
-    for (const kind of ["abort", "error"]) transaction.addEventListener(kind, () => reject(transaction.error ?? asked.error));
+    for (const kind of ["abort", "error"])
+      transaction.addEventListener(kind, () => reject(transaction.error ?? asked.error));
   });
 }
 
 // Remember a run; says in words where that cannot be, as nothing else depends on it.
 export async function remember(run) {
-  const letters = run.previews.reduce((sum, { images }) => sum + images.reduce((all, image) => all + image.length, 0), 0);
+  const letters = run.previews.reduce(
+    (sum, { images }) => sum + images.reduce((all, image) => all + image.length, 0),
+    0,
+  );
   const kept = letters > MOST_PREVIEWS ? { ...run, previews: [] } : run;
   try {
     await within("readwrite", (runs) => runs.put(kept));

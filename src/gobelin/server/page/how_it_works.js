@@ -58,7 +58,9 @@ class Lens {
     if (finest) byId("lens-layer").value = finest.name;
     const offerHeads = () => {
       const heads = sites.find(({ name }) => name === byId("lens-layer").value)?.heads ?? 1;
-      const each = Array.from({ length: heads }, (_, n) => make("option", { value: n, textContent: `${n + 1} of ${heads}` }));
+      const each = Array.from({ length: heads }, (_, n) =>
+        make("option", { value: n, textContent: `${n + 1} of ${heads}` }),
+      );
       byId("lens-head").replaceChildren(...each);
     };
     offerHeads();
@@ -89,7 +91,9 @@ class Lens {
     const canvas = this.#canvas;
     const point = ({ clientX, clientY }) => {
       const box = canvas.getBoundingClientRect();
-      this.#at = [(clientX - box.left) / box.width, (clientY - box.top) / box.height].map((value) => Math.min(0.999, Math.max(0, value)));
+      this.#at = [(clientX - box.left) / box.width, (clientY - box.top) / box.height].map((value) =>
+        Math.min(0.999, Math.max(0, value)),
+      );
       this.#draw();
       this.#ask();
     };
@@ -241,19 +245,21 @@ function explain({ query, keys, scores, softmax, output, latents, denoised, ...t
       );
     }),
   );
-  byId("how-total").textContent = figure(softmax.reduce((sum, one) => sum + one, 0), 3);
+  byId("how-total").textContent = figure(
+    softmax.reduce((sum, one) => sum + one, 0),
+    3,
+  );
   const width = query.length;
   const best = order[0];
   byId("how-score").textContent =
-    `For “${tokens[best]}”: q · k = ${figure(scores[best] * Math.sqrt(width))}, over √${width} = ${figure(Math.sqrt(width))} ` +
-    `makes ${figure(scores[best])}; e to the power of it, over the sum of all, ${figure(softmax[best], 3)}.`;
+    `For “${tokens[best]}”: q · k = ${figure(scores[best] * Math.sqrt(width))}, ` +
+    `over √${width} = ${figure(Math.sqrt(width))} makes ${figure(scores[best])}; e to the power of it, ` +
+    `over the sum of all, ${figure(softmax[best], 3)}.`;
   const large = order.slice(0, SHOWN_TERMS).filter((place) => softmax[place] >= 0.001);
   const terms = large.map((place) => `${figure(softmax[place], 3)} · v(${tokens[place]})`);
   byId("how-sum").textContent = `${terms.join(" + ")} + … =`;
   byId("how-output").replaceChildren(vectorStrip(output, "The output"));
-  byId("how-values").textContent = large
-    .map((place) => `|v(${tokens[place]})| = ${figure(values[place])}`)
-    .join(", ");
+  byId("how-values").textContent = large.map((place) => `|v(${tokens[place]})| = ${figure(values[place])}`).join(", ");
 }
 
 const isPad = (token) => token === "<pad>";
@@ -269,7 +275,11 @@ function showTokens(tokens, softmax) {
   byId("how-tokens").replaceChildren(
     ...shownTokens(tokens).map(({ name, places }) => {
       const share = places.reduce((sum, place) => sum + softmax[place], 0);
-      const chip = make("li", { textContent: name, dir: "auto", title: `${(100 * share).toFixed(1)} % of this patch's attention` });
+      const chip = make("li", {
+        textContent: name,
+        dir: "auto",
+        title: `${(100 * share).toFixed(1)} % of this patch's attention`,
+      });
       chip.style.setProperty("--share", Math.sqrt(share).toFixed(3));
       return chip;
     }),
@@ -297,7 +307,12 @@ function startBreaking() {
     if (runner.busy) return;
     const { run, picture, map, index } = desk;
     const broken = form.elements.broken.value;
-    const body = { ...run.body, broken, previews: false, settings: { ...run.body.settings, seed: picture.settings.seed, count: 1 } };
+    const body = {
+      ...run.body,
+      broken,
+      previews: false,
+      settings: { ...run.body.settings, seed: picture.settings.seed, count: 1 },
+    };
     if (broken === "silence_site") body.site = byId("lens-layer").value;
     const made = await runner.attempt(async (signal) => {
       const heard = { step: ({ step, steps }) => runner.say(`Step ${step} of ${steps}.`) };

@@ -23,7 +23,13 @@ export class Loom {
 
   constructor() {
     const figure = make("figure", {}, this.#canvas, make("figcaption", {}, this.#line), this.#bar);
-    this.element = make("div", { className: "loom" }, this.#prompt, figure, make("section", {}, this.#heading, this.#frames));
+    this.element = make(
+      "div",
+      { className: "loom" },
+      this.#prompt,
+      figure,
+      make("section", {}, this.#heading, this.#frames),
+    );
     this.#canvas.role = "img";
   }
 

@@ -128,7 +128,8 @@ function warn(prompt) {
 }
 
 // Whether files are dragged, and not over a place that takes them for itself.
-const ours = ({ dataTransfer, target }) => dataTransfer?.types.includes("Files") && !target.closest?.("[data-takes-files]");
+const ours = ({ dataTransfer, target }) =>
+  dataTransfer?.types.includes("Files") && !target.closest?.("[data-takes-files]");
 
 // A picture that is dropped anywhere, or opened, gives its prompt and settings back.
 function takeDrops(runner) {

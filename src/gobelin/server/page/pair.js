@@ -1,9 +1,9 @@
-// Two pictures side by side, before and after, with their word maps linked: what is pointed at in one lights up in both.
+// Two pictures side by side, before and after, their word maps linked: what is pointed at in one lights up in both.
 
 import { loadImage, make } from "./elements.js";
 import { pointing } from "./stage.js";
 
-const CHANGED = 16; // levels of 255 in a channel, from which a pixel counts as changed (as in the measurements of editing)
+const CHANGED = 16; // levels of 255 in a channel by which a pixel counts as changed, as where editing is measured
 
 // `before` and `after` are { title, source, map or null, actions }, actions being elements to put under the picture.
 export async function showPair(root, before, after) {
@@ -17,10 +17,8 @@ export async function showPair(root, before, after) {
 }
 
 function side({ title, source, map, actions = [] }) {
-  const heading = make("h3", { textContent: title });
-  const shown = map
-    ? make("word-map", { data: map })
-    : make("img", { className: "plain", src: source, alt: title });
+  const heading = make("h2", { className: "side", textContent: title });
+  const shown = map ? make("word-map", { data: map }) : make("img", { className: "plain", src: source, alt: title });
   if (map) shown.append(pointing("paint"));
   const element = make("article", {}, heading, shown, make("div", { className: "downloads" }, ...actions));
   return { element, map: map ? shown : null };
@@ -35,8 +33,8 @@ function link(maps) {
   });
 }
 
-// The word of another prompt that a word stands for: the same word at the same of its occurrences, or, where the prompts
-// are equally long, the one at the same place.
+// The word of another prompt that a word stands for: the same word in the same of its occurrences, or, where both
+// prompts are equally long, the one at the same place.
 function twin({ words }, { words: others }, word) {
   const occurrence = words.slice(0, word).filter((one) => one === words[word]).length;
   const same = others.flatMap((one, place) => (one === words[word] ? [place] : []))[occurrence];

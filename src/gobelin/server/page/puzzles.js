@@ -1,11 +1,10 @@
-// Three small puzzles about the picture on the desk: which word painted this, what is behind that patch, where is a word.
+// Three small puzzles about the picture on the desk: which word painted this, which is behind a patch, where is one.
 
-import { announce, button, loadImage, make } from "./elements.js";
+import { SMALL_WORDS, announce, button, loadImage, make } from "./elements.js";
 import { desk } from "./desk.js";
 import { drawHeat, drawPicture, fitCanvas, framePatch } from "./overlay.js";
 import { Shares } from "./word_map.js";
 
-const SMALL_WORDS = new Set("a an and at by for from in is it its of on or that the there this to with".split(" "));
 const SIDE = 512; // pixels of a puzzle's canvas
 const RIGHT = 0.5; // of a word's range: a patch above it is the word's
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -24,7 +23,9 @@ export class Puzzles {
     const words = map ? pointed(map) : [];
     if (words.length < 2) {
       this.#root.replaceChildren(
-        make("p", { textContent: "Paint a prompt that names at least two things, and come back: there must be a choice." }),
+        make("p", {
+          textContent: "Paint a prompt that names at least two things, and come back: there must be a choice.",
+        }),
       );
       return;
     }
@@ -68,7 +69,11 @@ export class Puzzles {
   // A word without its place: point at it.
   #where(map, image, word, score) {
     const name = map.words[word];
-    const board = new PuzzleBoard(map, image, `The picture. Arrow keys move the frame, Enter answers: where is “${name}”?`);
+    const board = new PuzzleBoard(
+      map,
+      image,
+      `The picture. Arrow keys move the frame, Enter answers: where is “${name}”?`,
+    );
     const answer = make("p", { className: "answer", role: "status" });
     const values = board.shares.values(0, word);
     board.plain();
@@ -76,9 +81,9 @@ export class Puzzles {
       const isRight = values[patch] > RIGHT;
       board.heat(word);
       board.frame(patch);
-      answer.textContent = `${isRight ? "Yes." : "No: it is where the map is bright now."} Here “${name}” is at ${Math.round(
-        100 * values[patch],
-      )} % of its greatest share.`;
+      const verdict = isRight ? "Yes." : "No: it is where the map is bright now.";
+      const share = Math.round(100 * values[patch]);
+      answer.textContent = `${verdict} Here “${name}” is at ${share} % of its greatest share.`;
       this.#score(isRight, score);
     });
     return puzzle(`Where is “${name}”? Press on the picture.`, board, answer);
@@ -86,23 +91,33 @@ export class Puzzles {
 
   #choices(map, words, right, score, explain) {
     const answer = make("p", { className: "answer", role: "status" });
-    const offered = words.toSorted((a, b) => a - b).map((word) =>
-      button(map.words[word], ({ currentTarget }) => {
-        for (const each of offered) each.disabled = true;
-        const isRight = map.words[word] === map.words[right];
-        currentTarget.classList.add(isRight ? "right" : "wrong");
-        answer.textContent = `${isRight ? "Yes." : `No, it was “${map.words[right]}”.`} ${explain()}`;
-        this.#score(isRight, score);
-      }),
+    const offered = words
+      .toSorted((a, b) => a - b)
+      .map((word) =>
+        button(map.words[word], ({ currentTarget }) => {
+          for (const each of offered) each.disabled = true;
+          const isRight = map.words[word] === map.words[right];
+          currentTarget.classList.add(isRight ? "right" : "wrong");
+          answer.textContent = `${isRight ? "Yes." : `No, it was “${map.words[right]}”.`} ${explain()}`;
+          this.#score(isRight, score);
+        }),
+      );
+    return make(
+      "div",
+      {},
+      make("div", { className: "choices", role: "group", ariaLabel: "Answers" }, ...offered),
+      answer,
     );
-    return make("div", {}, make("div", { className: "choices", role: "group", ariaLabel: "Answers" }, ...offered), answer);
   }
 
   #score(isRight, line) {
     this.#scored.push(isRight);
     if (this.#scored.length < 3) return;
     line.textContent = `${this.#scored.filter(Boolean).length} of 3 right.`;
-    line.append(" ", button("Three more", () => this.renew()));
+    line.append(
+      " ",
+      button("Three more", () => this.renew()),
+    );
     announce(line.textContent);
   }
 }

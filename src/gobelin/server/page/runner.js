@@ -1,4 +1,4 @@
-// The runner of a form: its button asks the server for a job, and while that goes on cancels it; a line says how it went.
+// The runner of a form: its button asks the server for a job, and cancels it while it goes on; a line says how it went.
 
 import { announce } from "./elements.js";
 import { runJob } from "./client.js";
@@ -30,8 +30,8 @@ export class Runner {
     this.#line.classList.toggle("problem", isProblem);
   }
 
-  // Do what is asked, a function of a signal, and return what it returns; null where it failed or was cancelled, which the
-  // line then says. `blame(field, message)` may show an error at its field, and says whether it did.
+  // Do what is asked, a function of a signal, and return what it returns; null where it failed or was cancelled, which
+  // the line then says. `blame(field, message)` may show an error at its field, and says whether it did.
   async attempt(act, blame = () => false) {
     if (this.#going) return null;
     this.#going = new AbortController();

@@ -84,7 +84,8 @@ export class SettingsForm {
   #kind(name, schema) {
     if (name === "sampler") return { choices: this.#info.samplers };
     const all = (schema.anyOf ?? [schema]).map((one) => resolved(one, this.#info.settings));
-    const one = all.find(({ type }) => type === "integer" || type === "number") ?? all.find(({ type }) => type === "string");
+    const one =
+      all.find(({ type }) => type === "integer" || type === "number") ?? all.find(({ type }) => type === "string");
     const choices = all.find((each) => each.enum)?.enum;
     if (choices) return { choices };
     if (!one) return null;
@@ -101,7 +102,12 @@ function hintOf({ description = "" }, { choices }) {
 }
 
 function resolved(schema, root) {
-  return schema.$ref ? schema.$ref.slice(2).split("/").reduce((part, key) => part[key], root) : schema;
+  return schema.$ref
+    ? schema.$ref
+        .slice(2)
+        .split("/")
+        .reduce((part, key) => part[key], root)
+    : schema;
 }
 
 function typed({ number, minimum, maximum, step }, recommended) {
@@ -119,6 +125,9 @@ function typed({ number, minimum, maximum, step }, recommended) {
 }
 
 function chosen(choices, recommended) {
-  const first = make("option", { value: "", textContent: recommended === null ? "as recommended" : `${recommended}, as recommended` });
+  const first = make("option", {
+    value: "",
+    textContent: recommended === null ? "as recommended" : `${recommended}, as recommended`,
+  });
   return make("select", {}, first, ...choices.map((value) => make("option", { value, textContent: value })));
 }

@@ -38,7 +38,8 @@ export class Stage {
       queued: (detail) => loom.queued(detail),
       started: (detail) => loom.started(detail),
       step: (detail) => {
-        if (detail.previews?.length) previews.push({ step: detail.step, first: detail.first ?? 0, images: detail.previews });
+        if (detail.previews?.length)
+          previews.push({ step: detail.step, first: detail.first ?? 0, images: detail.previews });
         drawn = loom.step(detail);
       },
       settled: () => drawn,
@@ -123,7 +124,9 @@ export class Stage {
     const offerHeads = () => {
       const heads = sites.find(({ name }) => name === layer.value)?.heads ?? 0;
       const all = make("option", { value: "", textContent: "mean of all" });
-      const each = Array.from({ length: heads }, (_, n) => make("option", { value: n, textContent: `${n + 1} of ${heads}` }));
+      const each = Array.from({ length: heads }, (_, n) =>
+        make("option", { value: n, textContent: `${n + 1} of ${heads}` }),
+      );
       head.replaceChildren(all, ...each);
       head.disabled = heads === 0;
     };
@@ -139,7 +142,10 @@ export class Stage {
       } catch (error) {
         problem.textContent = error.type === "not_found" ? FORGOTTEN : error.message;
         if (error.type === "not_found" && this.#onAgain) {
-          problem.append(" ", button("Paint it again", () => this.#onAgain(this.#run)));
+          problem.append(
+            " ",
+            button("Paint it again", () => this.#onAgain(this.#run)),
+          );
         }
       }
     };
@@ -208,14 +214,15 @@ export function siteTitle(name) {
   return `${part} ${place === "" ? "" : `${place}.`}${layer} ${name.split(".").at(-1)}`;
 }
 
-// The honest figure of how well maps point, beside every map: of a picture that was painted, of one that was looked at, or
-// of one layer.
+// The honest figure of how well maps point, beside every map: of a picture that was painted, of one that was looked
+// at, or of one layer.
 export function pointing(kind) {
   return make("p", { slot: "note", className: "note", textContent: trust(desk.info?.pointing, kind) });
 }
 
 function trust(figures, kind) {
-  if (!Number.isFinite(figures?.noun?.iou)) return "How well this model's words point was not measured: read its maps as hints.";
+  if (!Number.isFinite(figures?.noun?.iou))
+    return "How well this model's words point was not measured: read its maps as hints.";
   if (kind === "layer") return "How well single layers and heads point was not measured: read them as hints.";
   const { iou, perfect, everywhere } = figures.noun;
   const bounds = perfect
