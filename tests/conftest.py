@@ -27,9 +27,9 @@ _beartype = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any}), i
 # These are given what people write, and say what is wrong with it in sentences of their own.
 _WRITTEN_BY_PEOPLE = re.compile(
     r"\w*(Config|Settings|Trace|AttentionEdit|AttentionPatch|Guidance|FlowEdit|LocalBlend|Region)\.__init__"
-    r"|Pipeline\.(__call__|start|edit|_start|_encoded|words|encode_text|to|from_pretrained|use|look|features|erase)"
-    r"|erase_words|find_device|find_dtype"
-    r"|choose_sites|choose_layers|look_at_images|features_of_images|LookOptions\.of|_open_images|cluster_patches|correspond"
+    r"|Pipeline\.(__call__|start|edit|_start|_encoded|words|encode_text|to|from_pretrained|use|look|features|presence|erase)"
+    r"|erase_words|find_device|find_dtype|choose_sites|choose_layers|look_at_images|features_of_images|presence_in_images"
+    r"|_check_timesteps|LookOptions\.of|_open_images|cluster_patches|correspond"
     r"|similarity_map|PatchFeatures\.at"
     r"|make_plan|control_list|_prompts|_images|_one_each|find_trace|chunk_prompts|caption_list|fitted_size"
     r"|open_image|open_mask|_opened|attach_controls|_attached|Batch\.rows|Words\.(find|has|tokens|part)|HeatMaps\.(part|__getitem__)|parse_weights"

@@ -251,3 +251,56 @@ def test_models_that_inpaint_and_long_captions_have_features(clip_model: Any) ->
     for channels in (4, 9):
         features = Pipeline(clip_model(channels)).features(noise_image(), " ".join(["red"] * 90), noises=1)
         assert features.values.isfinite().all()
+
+
+@torch.no_grad()
+def test_presence_is_the_share_of_the_error_that_a_text_takes_away(pipe: Pipeline) -> None:
+    side, image = own_side(pipe), noise_image()
+    texts = ["a red circle", "a blue star"]
+    (found,) = pipe.presence(image, texts, timesteps=[300, 700], noises=2, seed=4)
+    resized = image.resize((side, side), Image.Resampling.LANCZOS)
+    latents = pipe.vae.config.scaling_factor * pipe.vae.encode(images_to_tensor([resized])).mean
+    generator = torch.Generator().manual_seed(4)
+    shares: dict[str, list[float]] = {text: [] for text in texts}
+    for timestep in (300, 700):
+        errors = dict.fromkeys(("", *texts), 0.0)
+        alpha = pipe.schedule.alphas_cumprod[timestep]
+        for _ in range(2):
+            noise = torch.randn(latents.shape[1:], generator=generator)[None]
+            noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+            for text in errors:
+                conditioning = pipe.encode_text(text)
+                prediction = pipe.unet(noisy, torch.tensor([timestep]), conditioning.embeddings, conditioning.mask)
+                _, predicted = pipe.schedule.split(prediction, noisy, alpha.item())
+                errors[text] += (predicted - noise).square().mean().item()
+        for text in texts:
+            shares[text].append(1 - errors[text] / errors[""])
+    for text in texts:
+        assert found[text] == pytest.approx(np.mean(shares[text]), abs=1e-4)
+    several = pipe.presence([image, noise_image(96, seed=1)], texts, timesteps=[300, 700], seed=4)
+    assert several[0] == pytest.approx(found, abs=1e-4)
+    assert list(several[1]) == texts
+
+
+NO_PRESENCE: dict[str, tuple[dict[str, Any], str]] = {
+    "no text": ({"texts": []}, "a text is empty, or there is none"),
+    "an empty text": ({"texts": ["a", " "]}, "a text is empty, or there is none"),
+    "text by itself": ({"texts": "a dog"}, "texts is 'a dog': give texts, as in"),
+    "texts that are none": ({"texts": [3]}, "texts is"),
+    "no timestep": ({"timesteps": []}, "timesteps"),
+    "half a noise": ({"noises": 0.5}, "noises is 0.5"),
+    "no images": ({"images": []}, "no image"),
+}
+
+
+@pytest.mark.parametrize("case", NO_PRESENCE)
+def test_presence_that_cannot_be_is_refused(pipe: Pipeline, case: str) -> None:
+    changes, said = NO_PRESENCE[case]
+    with pytest.raises(UsageError, match=said):
+        pipe.presence(**{"images": noise_image(), "texts": ["a dog"], **changes})
+
+
+def test_models_that_inpaint_and_long_texts_have_presence(clip_model: Any) -> None:
+    for channels in (4, 9):
+        (found,) = Pipeline(clip_model(channels)).presence(noise_image(), [" ".join(["red"] * 90), "a"], noises=1)
+        assert all(math.isfinite(share) for share in found.values())

@@ -12,16 +12,17 @@ from typing import Annotated, Literal, Self
 
 import torch
 from annotated_types import Ge, Interval, Len
+from jaxtyping import Float
 from PIL import Image
 from torch import Generator, Tensor
 
-from gobelin.attention import Trace, choose_layers
+from gobelin.attention import Trace, choose_layers, choose_sites
 from gobelin.checkpoint import Model
 from gobelin.engines import Engine, NoisePredictor
 from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet, Predictions
 from gobelin.images import ImageSource, images_to_tensor, open_image, tensor_to_images
-from gobelin.look.heatmaps import Collector, HeatMaps
+from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
 from gobelin.look.patch_features import PatchFeatures, join_layers
 from gobelin.plan import check_clip_skip, chunk_prompts, chunk_words, find_trace, inpaints, latent_size
 from gobelin.prompt_weighting import PromptSyntax
@@ -40,7 +41,9 @@ from gobelin.validation import Count, shown, validated
 
 LOOK_TIMESTEPS = (100, 300, 500)
 """From the last step of painting, where little is undecided, to the middle, where words still say what comes."""
-FEATURE_TIMESTEP, FEATURE_NOISES = 100, 8
+FEATURE_TIMESTEP, FEATURE_NOISES = 261, 8
+"""Tang et al. 2023 (arXiv 2306.03881) chose these for Stable Diffusion; on scenes other timesteps are no better."""
+PRESENCE_TIMESTEPS, PRESENCE_NOISES = (300, 500, 700), 2
 _Side = Annotated[int, Ge(1)] | None
 _Skip = Annotated[int, Ge(0)] | None
 MAX_TRACED_PIXELS = 2**20  # at once: four images of 512×512 pixels
@@ -133,9 +136,7 @@ def look_at_images(
 ) -> list[HeatMaps]:
     """Do as :meth:`gobelin.pipeline.Pipeline.look`; images of one size are traced together."""
     opened = _open_images(images)
-    last = model.schedule.config.num_train_timesteps - 1
-    whole = Annotated[int, Interval(ge=0, le=last)]
-    validated("timesteps", timesteps, Annotated[Sequence[whole], Len(1), f"whole numbers from 0 to {last}"])
+    _check_timesteps(model, timesteps)
     texts = caption_list(captions, len(opened))
     distinct = chunk_prompts(model, texts, options.syntax, stacklevel=4)
     beside = Trace(also=also).also
@@ -178,12 +179,12 @@ def features_of_images(
     last = model.schedule.config.num_train_timesteps - 1
     validated("timestep", timestep, Annotated[int, Interval(ge=0, le=last)])
     validated("noises", noises, Count)
-    chosen = choose_layers(model.unet.layer_names, feature_layer(model.unet) if layers is None else layers)
     texts = [""] * len(opened) if captions == "" else caption_list(captions, len(opened))
     distinct = chunk_prompts(model, texts, options.syntax, stacklevel=4)
     size, *others = {options.latent_size(model, image): None for image in opened}
     if others:
         raise UsageError("the images are of several shapes, and features of one: give the height and width for all")
+    chosen = choose_layers(model.unet.layer_names, feature_layer(model.unet, size) if layers is None else layers)
     resized, values = [], []
     for part in _parts(model, len(opened), size):
         pixels = _resized(model, opened[part], size)
@@ -193,9 +194,47 @@ def features_of_images(
     return PatchFeatures(values=torch.cat(values), images=resized, layers=chosen)
 
 
-def feature_layer(unet: UNet) -> str:
-    """Choose the layer whose features correspond best."""
-    return unet.layer_names[-1]
+@torch.no_grad()
+def presence_in_images(
+    model: Model,
+    engine: Engine,
+    images: ImageSource | Sequence[ImageSource],
+    texts: Sequence[str],
+    *,
+    timesteps: Sequence[int],
+    noises: int,
+    options: LookOptions,
+) -> list[dict[str, float]]:
+    """Do as :meth:`gobelin.pipeline.Pipeline.presence`."""
+    opened = _open_images(images)
+    _check_timesteps(model, timesteps)
+    validated("noises", noises, Count)
+    listed = list(dict.fromkeys(validated("texts", texts, Annotated[Sequence[str], "texts, as in ['a dog', 'a cat']"])))
+    if not listed or not all(text.strip() for text in listed):
+        raise UsageError("a text is empty, or there is none: say in a few words what might be in the image")
+    chunks = chunk_prompts(model, ["", *listed], options.syntax, stacklevel=4)
+    text = _encode_captions(model, list(chunks.values()), options)
+    gains: list[dict[str, float]] = []
+    for image in opened:
+        size = options.latent_size(model, image)
+        noised = NoisedImages(model, _resized(model, [image], size), options.seed)
+        errors = torch.zeros(len(timesteps), len(chunks))
+        for step, timestep in enumerate(timesteps):
+            for _ in range(noises):
+                errors[step] += noised.errors(engine.unet, text, timestep).cpu()
+        share = 1 - errors[:, 1:] / errors[:, :1]
+        gains.append(dict(zip(listed, share.mean(dim=0).tolist(), strict=True)))
+    return gains
+
+
+def feature_layer(unet: UNet, latent_size: tuple[int, int]) -> str:
+    """Choose the layer whose features correspond best: the first of the decoder's level that sharp maps are made of.
+
+    Measured on scenes (docs/decisions.md, *Features that correspond*); with Stable Diffusion at 512 pixels it is the
+    layer after the one that Tang et al. 2023 chose.
+    """
+    first, *_ = choose_sites(unet.attention_sites, sharp_trace(unet.attention_sites, latent_size).sites)
+    return next(name for name in unet.layer_names if first.name.startswith(f"{name}."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +297,25 @@ class NoisedImages:
 
     def at(self, timestep: int) -> Latents:
         """Add the next noise to the latents, as much as there is at a timestep."""
-        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=each) for each in self._generators])
+        return self._noised(timestep)[0]
+
+    def _noised(self, timestep: int) -> tuple[Latents, Latents]:
+        """Draw the next noise; return the noisy latents and the noise."""
+        drawn = [torch.randn(self.latents.shape[1:], generator=each) for each in self._generators]
+        noise = torch.stack(drawn).to(self.latents.device)
         timesteps = torch.full((len(self.latents),), timestep)
-        return self.model.schedule.add_noise(self.latents, noise.to(self.latents.device), timesteps)
+        return self.model.schedule.add_noise(self.latents, noise, timesteps), noise
+
+    def errors(self, unet: NoisePredictor, text: TextConditioning, timestep: int) -> Float[Tensor, " texts"]:
+        """Compute the mean squared error of the noise that each text predicts in one image, under the next noise."""
+        noisy_latents, noise = self._noised(timestep)
+        schedule, count = self.model.schedule, len(text.embeddings)
+        timesteps = torch.full((1,), timestep, dtype=torch.float32, device=noisy_latents.device)
+        inputs = self.network(unet, text).inputs(noisy_latents)
+        prediction = unet(inputs, timesteps, text.embeddings, text.mask).float()
+        alpha = schedule.alphas_cumprod[timestep].item()
+        _, found = schedule.split(prediction, noisy_latents.expand(count, -1, -1, -1), alpha)
+        return (found - noise).square().mean(dim=(1, 2, 3))
 
     def network(self, unet: NoisePredictor, text: TextConditioning) -> ConditionedUNet:
         """Condition a U-Net on a text for each image."""
@@ -294,6 +349,12 @@ def _open_images(images: ImageSource | Sequence[ImageSource]) -> list[Image.Imag
     if not sources:
         raise UsageError("there is no image to look at: give one, or several")
     return [open_image(image) for image in sources]
+
+
+def _check_timesteps(model: Model, timesteps: Sequence[int]) -> None:
+    last = model.schedule.config.num_train_timesteps - 1
+    whole = Annotated[int, Interval(ge=0, le=last)]
+    validated("timesteps", timesteps, Annotated[Sequence[whole], Len(1), f"whole numbers from 0 to {last}"])
 
 
 def _parts(model: Model, count: int, size: tuple[int, int]) -> Iterator[slice]:

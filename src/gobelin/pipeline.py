@@ -19,9 +19,12 @@ from gobelin.captioned_images import (
     FEATURE_NOISES,
     FEATURE_TIMESTEP,
     LOOK_TIMESTEPS,
+    PRESENCE_NOISES,
+    PRESENCE_TIMESTEPS,
     LookOptions,
     features_of_images,
     look_at_images,
+    presence_in_images,
 )
 from gobelin.checkpoint import Model, open_model
 from gobelin.checkpoint.diffusers_folder import save_folder
@@ -214,6 +217,32 @@ class Pipeline:
         erase_words(self.model, [words] if isinstance(words, str) else words, instead, prompts, preserve, ridge)
         self.use(self.engine)  # whose copies of the weights are older
         return self
+
+    def presence(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        texts: Sequence[str],
+        *,
+        timesteps: Sequence[int] = PRESENCE_TIMESTEPS,
+        noises: int = PRESENCE_NOISES,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        weights: PromptSyntax | None = None,
+        clip_skip: int | None = None,
+    ) -> list[dict[str, float]]:
+        """Score how far each text is in an image: the share of the error of predicting its noise that the text takes
+        away, beside no text (Li et al. 2023, Diffusion Classifier, arXiv 2303.16203).
+
+        ``pipe.presence("photo.jpg", ["a dog", "a cat", "a chair"])[0]``: what is there scores higher than what is not,
+        and 0 or less says nothing; compare texts of one kind, in one image. An image is resized as in :meth:`look`, and
+        noised ``noises`` times to each of the ``timesteps``. Attention is no such score: a word that is not there finds
+        its patches too (docs/attribution.md). Raises as :meth:`look` does.
+        """
+        options = LookOptions.of(self.model, seed=seed, size=(height, width), weights=weights, clip_skip=clip_skip)
+        return presence_in_images(
+            self.model, self._engine, images, texts, timesteps=timesteps, noises=noises, options=options
+        )
 
     def words(self, prompt: str, weights: PromptSyntax = "a1111") -> Words:
         """Find the words of a prompt, without its weights, and the tokens of each, through all its chunks."""

@@ -6,7 +6,10 @@ import shutil
 import pytest
 from PIL import Image
 
-MEASUREMENTS = ("scenes", "images", "prompts", "attribution", "editing", "patching", "erasure", "fidelity")
+MEASUREMENTS = (
+    *("scenes", "images", "prompts", "attribution", "editing", "patching", "erasure", "correspondence", "presence"),
+    "fidelity",
+)
 
 
 def is_one_sentence(text):
@@ -34,6 +37,8 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
         "editing": {"json", "report", "dtype"},
         "patching": {"json", "report", "dtype"},
         "erasure": {"json", "report", "dtype"},
+        "correspondence": {"json", "report", "dtype"},
+        "presence": {"json", "report", "dtype"},
         "fidelity": {"json", "report", "sampler", "dtype", "out"},
     }[name]
 
@@ -47,10 +52,14 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
             ["zebra"],
             2,
             "unknown measurement 'zebra': the choices are scenes, images, prompts, attribution, editing, patching, "
-            "erasure, fidelity",
+            "erasure, correspondence, presence, fidelity",
         ),
         (["--limit", "2"], 2, "unknown measurement '--limit'"),
         (["attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),
+        (["correspondence", "--limit", "1"], 2, "limit is 1: give a number from 2"),
+        (["correspondence", "--limit", "2", "--layers", "attn9"], 2, "'attn9' matches no layer of this U-Net"),
+        (["correspondence", "--limit", "2", "--timestep", "1000"], 2, "timestep is 1000"),
+        (["presence", "--split", "train"], 2, "--split is 'train': give one of"),
         (["editing", "--limit", "1001"], 2, "limit is 1001: give a number from 2 to 1000"),
         (["scenes", "--sheet", "sheet"], 2, "--sheet is sheet: give a name that ends in .png or .jpg"),
         (
@@ -121,6 +130,32 @@ def test_scenes_reports_scores_with_intervals(gobelin, trained, tmp_path):
     assert "| colours | held out |" in files["scores.md"].read_text()
     with Image.open(files["sheet.png"]) as sheet:
         assert sheet.width > 500
+
+
+def test_correspondence_finds_points_again(gobelin, trained, tmp_path):
+    file, report = tmp_path / "found.json", tmp_path / "found.md"
+    options = ("--world", "core", "--limit", 2, "--layers", "up_blocks.*", "--timestep", 0, "--json", file)
+    status, out, err = gobelin("evaluate", "correspondence", trained, *options, "--report", report)
+    assert status == 0, err
+    found = json.loads(file.read_text())
+    assert found["timestep"] == 0
+    assert {name.split(".")[0] for name in found["layers"]} == {"up_blocks"}
+    assert all(shares["features"]["object"]["n"] == 16 for shares in found["found"].values())
+    assert "raw pixels" in report.read_text()
+    assert "in the right object" in out
+
+
+def test_presence_tells_scores_apart(gobelin, trained, tmp_path):
+    file, report = tmp_path / "told.json", tmp_path / "told.md"
+    options = ("--world", "nano", "--limit", 3, "--split", "dev", "--json", file, "--report", report)
+    status, out, err = gobelin("evaluate", "presence", trained, *options)
+    assert status == 0, err
+    found = json.loads(file.read_text())
+    assert found["images"] == 3
+    for auc in found["told"].values():
+        assert 0 <= auc["low"] <= auc["value"] <= auc["high"] <= 1
+    assert "denoising" in report.read_text()
+    assert "AUC" in out
 
 
 def test_attribution_compares_words_with_objects(gobelin, trained, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gobelin.evaluate.intervals import Mean, Share
+from gobelin.evaluate.intervals import Auc, Mean, Share
 
 
 @given(hits=st.integers(0, 60), misses=st.integers(0, 60), size=st.integers(1, 5))
@@ -89,3 +89,35 @@ def test_the_margin_knows_which_words_share_a_picture() -> None:
     assert apart.n == together.n == 100
     assert together.margin == pytest.approx(apart.margin * 2**0.5, rel=0.02)
     assert apart.margin == pytest.approx(1.96 * 0.5 / 10, rel=0.02)
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_told_apart():
+    rng = np.random.default_rng(3)
+    present = rng.random(80) < 0.3
+    scores = np.round(present + rng.normal(size=80), 1)  # with ties
+    pairs = [(a > b) + (a == b) / 2 for a in scores[present] for b in scores[~present]]
+    auc = Auc.of(scores.tolist(), present.tolist(), range(80))
+    assert auc.value == pytest.approx(np.mean(pairs))
+    assert 0.5 < auc.low < auc.value < auc.high < 1
+    assert auc == Auc.of(scores.tolist(), present.tolist(), range(80))
+
+
+def test_groups_that_agree_make_the_interval_of_an_area_wide():
+    rng = np.random.default_rng(4)
+    present = np.tile([True, False], 40)
+    scores = present + 2 * rng.normal(size=80)
+    alone = Auc.of(scores.tolist(), present.tolist(), range(80))
+    fours = [np.repeat(one, 4).tolist() for one in (scores, present, np.arange(80))]
+    together = Auc.of(*fours)
+    assert together.value == pytest.approx(alone.value)
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.15)
+    many = Auc.of(fours[0], fours[1], range(320))
+    assert many.high - many.low < 0.7 * (alone.high - alone.low)
+
+
+def test_an_area_without_both_kinds_is_none():
+    for present in ([True, True], [False, False], []):
+        auc = Auc.of([0.5] * len(present), present, range(len(present)))
+        assert np.isnan([auc.value, auc.low, auc.high]).all()
+    assert Auc.of([1, 0], [True, False], ["a", "a"]).value == 1
+    assert Auc.of([1, 1], [True, False], ["a", "a"]).value == 0.5

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gobelin.cli.options import Positional, parse
 from gobelin.cli.painting_options import PipelineOptions
@@ -25,14 +25,16 @@ _HELP = """usage: gobelin evaluate MEASUREMENT [OPTIONS]
 Measure a model: on scenes whose truth is known, or by the distance of its images from true ones.
 
 measurements:
-  scenes       generate images of six tasks, and score them without a look at their prompts
-  images       score a folder of images that another program generated
-  prompts      write the list of prompts and seeds for another program
-  attribution  compare the heat map of each word with the object that it speaks of
-  editing      change one word, and see whether what it is about changes and nothing else
-  patching     give some attention another caption's text, and see whether colour, shape, number or place follow
-  erasure      erase a colour or a shape, and see whether it is gone and what else broke
-  fidelity     compare images painted from captions with the true ones: FID, KID, CLIP score
+  scenes          generate images of six tasks, and score them without a look at their prompts
+  images          score a folder of images that another program generated
+  prompts         write the list of prompts and seeds for another program
+  attribution     compare the heat map of each word with the object that it speaks of
+  editing         change one word, and see whether what it is about changes and nothing else
+  patching        give some attention another caption's text, and see whether colour, shape, number or place follow
+  erasure         erase a colour or a shape, and see whether it is gone and what else broke
+  correspondence  find points of objects again in other scenes by the U-Net's features
+  presence        tell by a score whether what a word names is in an image
+  fidelity        compare images painted from captions with the true ones: FID, KID, CLIP score
 
   gobelin evaluate MEASUREMENT --help   options and examples
 
@@ -44,6 +46,8 @@ examples:
   gobelin evaluate attribution --limit 64
   gobelin evaluate editing --limit 50
   gobelin evaluate patching --limit 30
+  gobelin evaluate correspondence --limit 32
+  gobelin evaluate presence --limit 64
   gobelin evaluate fidelity my-images --model runs/mine --features model
 """
 
@@ -210,6 +214,45 @@ class EvaluateErasure(ReportFiles, _ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateCorrespondence(ReportFiles, _ModelOptions):
+    """Find points of objects again in scenes where these have moved or changed colours, by the U-Net's features.
+
+    Beside raw pixels, the VAE's latents and chance. Without a layer and a timestep, those that are the defaults of
+    Pipeline.features.
+
+    Some examples:
+      gobelin evaluate correspondence --limit 32
+      gobelin evaluate correspondence --layers up_blocks.1.attentions.1 --timestep 261 --json correspondence.json
+    """
+
+    limit: int = 100
+    """The number of scenes, 2 or more; each is changed in three ways."""
+    layers: tuple[str, ...] = ()
+    """Layers of the U-Net, names or patterns."""
+    timestep: int | None = None
+    """Timestep, 0 to 999, to which images are noised."""
+    split: Literal["dev", "test"] = "test"
+    """dev: the scenes for every choice; test: others, for the final table only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatePresence(ReportFiles, _ModelOptions):
+    """Measure how well scores tell words for what is in an image from words for what is not, in true scenes.
+
+    Attention, and the error of denoising, with the area under the ROC curve.
+
+    Some examples:
+      gobelin evaluate presence --limit 64
+      gobelin evaluate presence runs/mine --split dev --json presence.json --report presence.md
+    """
+
+    limit: int = 100
+    """The number of scenes, 2 or more."""
+    split: Literal["dev", "test"] = "test"
+    """dev: the scenes for every choice; test: others, for the final table only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateFidelity(ReportFiles, PipelineOptions):
     """Compare images painted from a folder's captions with its true images: FID, KID, and a CLIP score.
 
@@ -368,6 +411,33 @@ def _erasure(options: EvaluateErasure) -> None:
     publish(options, content, erasure_report(content))
 
 
+def _correspondence(options: EvaluateCorrespondence) -> None:
+    """Measure correspondence by features."""
+    from gobelin.evaluate.correspondence import correspondence_report, measure_correspondence
+    from gobelin.evaluate.scene_models import open_scene_model
+
+    _require_captions(options.limit)
+    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    given = {"layers": options.layers or None, "timestep": options.timestep}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    with progress_bar("comparing") as advance:
+        found = measure_correspondence(pipeline, world, options.limit, lambda: advance(1), options.split, **chosen)
+    content = found.to_json()
+    publish(options, content, correspondence_report(content))
+
+
+def _presence(options: EvaluatePresence) -> None:
+    """Measure scores of presence."""
+    from gobelin.evaluate.presence import measure_presence, presence_report
+    from gobelin.evaluate.scene_models import open_scene_model
+
+    _require_captions(options.limit)
+    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    with progress_bar("asking") as advance:
+        content = measure_presence(pipeline, world, options.limit, lambda: advance(1), options.split).to_json()
+    publish(options, content, presence_report(content))
+
+
 def _fidelity(options: EvaluateFidelity) -> None:
     """Compare painted images with true ones."""
     from gobelin.cli.evaluate_fidelity import evaluate_fidelity
@@ -383,6 +453,8 @@ _MEASUREMENTS: dict[str, Callable[[Sequence[str]], None]] = {
     "editing": lambda rest: _editing(parse(EvaluateEditing, "evaluate editing", rest)),
     "patching": lambda rest: _patching(parse(EvaluatePatching, "evaluate patching", rest)),
     "erasure": lambda rest: _erasure(parse(EvaluateErasure, "evaluate erasure", rest)),
+    "correspondence": lambda rest: _correspondence(parse(EvaluateCorrespondence, "evaluate correspondence", rest)),
+    "presence": lambda rest: _presence(parse(EvaluatePresence, "evaluate presence", rest)),
     "fidelity": lambda rest: _fidelity(parse(EvaluateFidelity, "evaluate fidelity", rest)),
 }
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from jaxtyping import Float, Int
 from PIL import Image
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from gobelin.errors import UsageError
@@ -83,6 +82,8 @@ def cluster_patches(features: PatchFeatures, count: int) -> Int[Tensor, "images 
     k-means by directions (features of length 1). It starts from the patch most like the mean, and then from the one
     least like those before, so that nothing is drawn (farthest-first traversal, Gonzalez 1985).
     """
+    from scipy.cluster.vq import kmeans2  # which painting does without
+
     images, channels, rows, columns = features.values.shape
     patches = images * rows * columns
     validated("count", count, Annotated[int, Interval(ge=1, le=patches)])
