@@ -5,12 +5,16 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from PIL import Image
+
 from gobelin.captioned_images import LOOK_TIMESTEPS, fitted_size
 from gobelin.control import AnyControl, Region, regional_attention, reweight, suppress
 from gobelin.control.ablations import Ablation, ablate
 from gobelin.errors import UsageError
+from gobelin.images import open_image
 from gobelin.painting import EditPainting, Painting
 from gobelin.pipeline import Pipeline
+from gobelin.plan import latent_size
 from gobelin.server.data_urls import EncodedImage
 from gobelin.server.jobs import JobKind
 from gobelin.server.limits import ServerLimits
@@ -85,10 +89,8 @@ class PaintWork(_PromptWork):
         self._check_site(pipeline)
         work = self._with_seed()
         settings = work.settings()
-        painting = pipeline.start(work.prompt, **replace(settings, count=1, seed=work.seeds[0]))
-        height, width = (side * pipeline.vae.config.factor for side in painting.plan.latent_size)
-        limits.check(settings.filled(pipeline.recommended), (height, width))
-        pipeline.start(work.prompt, **settings)  # all its seeds and images
+        height, width = _checked_size(pipeline, limits, settings)
+        painting = pipeline.start(work.prompt, **settings)
         if work.trace:
             _check_trace(painting, work.image_count)
         most = max(1, min(limits.batch_images, limits.batch_pixels // (height * width)))
@@ -158,11 +160,10 @@ class EditWork(_PromptWork):
         settings = EditSettings(**work._opened, control=make_controls(work.controls))
         if settings.count != 1 or isinstance(settings.seed, Sequence):
             raise UsageError("an edit is of one image: leave out count, and give one seed")
+        _checked_size(pipeline, limits, settings, images=_IMAGES_OF_AN_EDIT)
         names = ("height", "width", "steps", "sampler", "init_image", "mask", "weights")
         plain = {name: settings[name] for name in names}
         painting = pipeline.start([work.prompt, work.to], **Settings(**plain))
-        height, width = (side * pipeline.vae.config.factor for side in painting.plan.latent_size)
-        limits.check(settings.filled(pipeline.recommended), (height, width), images=_IMAGES_OF_AN_EDIT)
         if settings.init_image is None:  # else its latents are needed, and only the model's thread encodes
             work.start(pipeline)
         return work, _notes(painting)
@@ -199,6 +200,16 @@ class LookWork:
         if len(chunks.words) > _MOST_WORDS:
             raise UsageError(f"caption has {len(chunks.words)} words: give {_MOST_WORDS} at most")
         return self, _cut_notes([chunks])
+
+
+def _checked_size(pipeline: Pipeline, limits: ServerLimits, settings: Settings, images: int = 1) -> tuple[int, int]:
+    """Find the height and width of what would be painted; raises :class:`UsageError` for too much of it."""
+    filled, factor = settings.filled(pipeline.recommended), pipeline.vae.config.factor
+    init_image = filled.init_image
+    given = open_image(init_image, "init_image").size if isinstance(init_image, Image.Image) else None
+    h, w = latent_size(pipeline.model, filled.height, filled.width, given)
+    limits.check(filled, (h * factor, w * factor), images)
+    return h * factor, w * factor
 
 
 def _notes(painting: Painting) -> list[str]:
