@@ -462,7 +462,8 @@ class Pipeline:
         yield painting, 0
         result = painting.result
         before = first or result
-        traced = None if result.traced is None else [before.heatmaps[0], result.heatmaps[1]]
+        # An image that was given is shown as it is, and not as the VAE returns it.
+        traced = None if result.traced is None else [replace(before.heatmaps[0], image=image), result.heatmaps[1]]
         return Result(
             images=[image, result.images[1]],
             latents=result.latents,
