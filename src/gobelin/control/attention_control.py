@@ -121,8 +121,8 @@ def regional_attention(
     """Regional attention: words are attended to ``strength`` times as much from inside their regions, and not from
     outside.
 
-    It holds until the share ``end`` of the way, when the layout is settled. With :func:`box_guidance`, which moves
-    what is there already, it goes together.
+    It holds until the share ``end`` of the way, when the layout is settled. Name whole phrases, as in
+    ``{"blue ring": region}``: of a noun alone few things follow (docs/decisions.md, *On the page a box is for a phrase*).
     """
     regions = listed_regions(regions)
     validated("rows", rows, Rows)

@@ -140,8 +140,8 @@ def box_guidance(
     2304.03373, equation 4).
 
     The loss is the share of a word's attention that is outside of its regions, a mean over words and over the finest
-    sites with at most 16×16 patches. Where :func:`regional_attention` forbids, this moves what is there: the two go
-    together.
+    sites with at most 16×16 patches. Where :func:`regional_attention` forbids, this moves what is there; beside it
+    nothing is left outside to move. Name whole phrases (docs/decisions.md, *On the page a box is for a phrase*).
     """
     regions = listed_regions(regions)
     if not regions:
