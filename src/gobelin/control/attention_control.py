@@ -122,7 +122,7 @@ def regional_attention(
     outside.
 
     It holds until the share ``end`` of the way, when the layout is settled. Name whole phrases, as in
-    ``{"blue ring": region}``: of a noun alone few things follow (docs/decisions.md, *On the page a box is for a phrase*).
+    ``{"blue ring": region}``: a noun alone moves few things (docs/decisions.md, *On the page a box is for a phrase*).
     """
     regions = listed_regions(regions)
     validated("rows", rows, Rows)
