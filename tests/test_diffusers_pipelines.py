@@ -408,6 +408,7 @@ def test_several_calls_and_what_they_leave(pipe: StableDiffusionPipeline) -> Non
         assert isinstance(pipe, kind)
         with pytest.raises(UsageError, match="nothing has been painted"):
             _ = look.heatmaps
+        assert look._repr_html_() is None
         painted(pipe)
         first = look.heatmaps[0]
         painted(pipe, "a star", height=64, width=128)
@@ -418,6 +419,8 @@ def test_several_calls_and_what_they_leave(pipe: StableDiffusionPipeline) -> Non
             _ = look.heatmaps
         with pytest.raises(TypeError):
             pipe(PROMPT, prompt=PROMPT)
+        with pytest.raises(UsageError, match="the prompt is 3"):
+            painted(pipe, 3)
         painted(pipe)
         assert difference(look.heatmaps[0], first) == 0
         assert is_untouched(pipe, processors)
@@ -432,6 +435,7 @@ def test_several_calls_and_what_they_leave(pipe: StableDiffusionPipeline) -> Non
     with look:
         painted(pipe, "two")
     assert look.heatmaps[0].words.text == "two"
+    assert look._repr_html_() == look.heatmaps[0]._repr_html_()
     with pytest.raises(RuntimeError, match="broken"), gobelin.look_into(pipe):
         raise RuntimeError("broken")
     assert type(pipe) is kind
