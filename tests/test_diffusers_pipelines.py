@@ -73,9 +73,7 @@ def looked(pipe: Any, prompt: Any = PROMPT, trace: Any = ALL, look: dict[str, An
     before = painted(pipe, prompt, **options)
     with gobelin.look_into(pipe, trace, **(look or {})) as look_in:
         during = painted(pipe, prompt, **options)
-    after = painted(pipe, prompt, **options)
-    for one in (before, after):
-        assert all(np.array_equal(a, b) for a, b in zip(one.images, during.images, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(before.images, during.images, strict=True))
     return look_in.heatmaps
 
 
@@ -107,7 +105,7 @@ class Storing:
             del attn.get_attention_scores
 
 
-SAMPLERS = ("ddim", "pndm", "euler", "dpmpp_2m", "heun", "dpm_2", "lcm")
+SAMPLERS = ("ddim", "pndm", "dpmpp_2m", "heun", "dpm_2")
 TRACES = {"all": ALL, "plain": True, "sharp": "sharp", "late": Trace(start=0.6)}
 
 
@@ -146,14 +144,14 @@ def test_maps_are_those_that_diffusers_attends_by(pipe: StableDiffusionPipeline)
 
 def test_every_image_of_a_batch_has_its_own_maps(pipe: StableDiffusionPipeline) -> None:
     """Prompts come first, then their images, as in Gobelin."""
-    prompts, other = [PROMPT, "two stars"], torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    together = looked(pipe, prompts, num_images_per_prompt=2, latents=other, height=64, width=64)
+    prompts, noise = [PROMPT, "two stars"], torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    together = looked(pipe, prompts, num_images_per_prompt=2, latents=noise)
     assert [maps.words.text for maps in together] == [PROMPT, PROMPT, "two stars", "two stars"]
-    for index, maps in enumerate(together):
-        latents = other[index : index + 1]
-        (alone,) = looked(pipe, maps.words.text, latents=latents, height=64, width=64)
-        assert difference(maps, alone) < 1e-5
-        assert np.abs(np.asarray(maps.image, dtype=int) - np.asarray(alone.image, dtype=int)).max() <= 1
+    for index in (1, 2):
+        (alone,) = looked(pipe, together[index].words.text, latents=noise[index : index + 1])
+        assert difference(together[index], alone) < 1e-5
+        levels = [np.asarray(maps.image, dtype=int) for maps in (together[index], alone)]
+        assert np.abs(levels[0] - levels[1]).max() <= 1
     assert difference(together[0], together[1]) > 1e-3
 
 
@@ -225,7 +223,7 @@ def test_image_to_image_and_inpainting(parts: dict[str, Any], pipe: Any, words: 
         filling = {**parts, **({"unet": small_pipeline(words, 9).unet} if nine else {})}
         painter = quiet(StableDiffusionInpaintPipeline(**filling))
         options = {"image": image, "mask_image": mask, "height": 64, "width": 96}
-        (maps,) = looked(painter, **options)
+        (maps,) = looked(painter, steps=1, **options)
         assert maps["circle"].raw.shape == (64, 96)
         with gobelin.look_into(painter), pytest.raises(UsageError, match="padding_mask_crop"):
             painted(painter, **options, padding_mask_crop=8)
@@ -241,7 +239,7 @@ def test_controlnet(parts: dict[str, Any], pipe: Any) -> None:
     painter = quiet(StableDiffusionControlNetPipeline(**parts, controlnet=control))
     image = Image.new("RGB", (64, 64), "red")
     for guess in (False, True):
-        (maps,) = looked(painter, image=image, guess_mode=guess)
+        (maps,) = looked(painter, image=image, guess_mode=guess, steps=1)
         assert sum(maps.shares().values()) == pytest.approx(1)
 
 
@@ -303,12 +301,12 @@ def test_ways_of_running(parts: dict[str, Any], pipe: StableDiffusionPipeline, w
 def test_offloading(words: Path) -> None:
     """The whole network, and layer by layer, whose weights are away in between."""
     painter = quiet(small_pipeline(words))
-    plain = looked(painter)[0]
+    plain = looked(painter, steps=1)[0]
     painter.enable_model_cpu_offload(device="cpu")
-    assert difference(looked(painter)[0], plain) == 0
+    assert difference(looked(painter, steps=1)[0], plain) == 0
     painter.remove_all_hooks()
     accelerate.cpu_offload(painter.unet, torch.device("cpu"))
-    assert difference(looked(painter)[0], plain) == 0
+    assert difference(looked(painter, steps=1)[0], plain) == 0
 
 
 def test_an_ip_adapters_image_leaves_the_words_their_own_attention(words: Path) -> None:
@@ -325,9 +323,9 @@ def test_an_ip_adapters_image_leaves_the_words_their_own_attention(words: Path) 
             tensors["ip_adapter"][f"{2 * number + 1}.to_{name}_ip.weight"] = torch.randn(width, 64) / 8
     painter.unet._load_ip_adapter_weights([tensors])
     embeddings = [torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(0))]
-    with_image = looked(painter, trace=True, ip_adapter_image_embeds=embeddings)[0]
+    with_image = looked(painter, trace=True, steps=1, ip_adapter_image_embeds=embeddings)[0]
     assert sum(with_image.shares().values()) == pytest.approx(1, abs=1e-5)
-    other = looked(painter, trace=True, ip_adapter_image_embeds=[-embeddings[0]])[0]
+    other = looked(painter, trace=True, steps=1, ip_adapter_image_embeds=[-embeddings[0]])[0]
     assert difference(with_image, other) > 1e-5
 
 
@@ -363,30 +361,25 @@ LONG = ", ".join(["a red circle left of a blue square"] * 12) + " and a star"
 
 def test_embeddings_of_several_chunks_have_the_words_of_a_text(words: Path) -> None:
     painter = long_pipeline(words)
-    both = {name: torch.randn(1, 154, 64) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    (maps,) = looked(painter, None, look={"prompt": LONG}, **both)
-    assert {probs.shape[-1] for site, probs in maps.maps.items() if site.kind == "cross"} == {154}
+    both = {name: torch.randn(2, 154, 64) for name in ("prompt_embeds", "negative_prompt_embeds")}
+
+    def maps_of(prompt: Any, rows: int = 1, length: int = 154, **more: Any) -> list[HeatMaps]:
+        embeddings = {name: tensor[:rows, :length] for name, tensor in both.items()}
+        return looked(painter, None, trace=True, look={"prompt": prompt, **more}, steps=1, **embeddings)
+
+    (maps,) = maps_of(LONG)
+    assert {probs.shape[-1] for probs in maps.maps.values()} == {154}
     assert max(maps.words.tokens("star")) > 77
     assert [span.word for span in maps.words.spans] == LONG.replace(",", "").split()
     assert sum(maps.shares().values()) == pytest.approx(1, abs=1e-5)
-    first = {name: tensor[:, :77] for name, tensor in both.items()}
-    (cut,) = looked(painter, None, look={"prompt": LONG}, **first)
+    (cut,) = maps_of(LONG, length=77)
     assert cut.words.length == 77
     assert not cut.words.has("star")
-    (padded,) = looked(painter, None, look={"prompt": "a star"}, **both)
-    assert len(padded.words.part("padding")) == 154 - 77 + 77 - 2 - len(padded.words.part("text"))
-    (weighed,) = looked(painter, None, look={"prompt": "a (star:1.3) BREAK two", "weights": "a1111"}, **both)
+    padded, two = maps_of(["a star", "two"], rows=2)
+    assert len(padded.words.part("padding")) == 154 - 2 - len(padded.words.part("text"))
+    assert two.words.text == "two"
+    (weighed,) = maps_of("a (star:1.3) BREAK two", weights="a1111")
     assert weighed.words.tokens("two")[0] == 78
-    (two,) = [
-        looked(
-            painter,
-            None,
-            look={"prompt": ["a star", "two"]},
-            prompt_embeds=both["prompt_embeds"].repeat(2, 1, 1),
-            negative_prompt_embeds=both["prompt_embeds"].repeat(2, 1, 1),
-        )
-    ]
-    assert [one.words.text for one in two] == ["a star", "two"]
 
 
 def test_a_prompt_that_diffusers_cuts_has_the_words_that_are_left(pipe: StableDiffusionPipeline) -> None:
@@ -400,7 +393,7 @@ def test_kinds_of_output(pipe: StableDiffusionPipeline) -> None:
     for kind in ("pil", "np", "pt", "latent"):
         for as_dict in (True, False):
             with gobelin.look_into(pipe) as look:
-                output = painted(pipe, [PROMPT, "a star"], output_type=kind, return_dict=as_dict)
+                output = painted(pipe, [PROMPT, "a star"], steps=1, output_type=kind, return_dict=as_dict)
             images = output.images if as_dict else output[0]
             assert [maps.image.size for maps in look.heatmaps] == [(64, 64)] * 2
             if kind == "np":
@@ -415,6 +408,7 @@ def test_several_calls_and_what_they_leave(pipe: StableDiffusionPipeline) -> Non
         assert isinstance(pipe, kind)
         with pytest.raises(UsageError, match="nothing has been painted"):
             _ = look.heatmaps
+        assert look._repr_html_() is None
         painted(pipe)
         first = look.heatmaps[0]
         painted(pipe, "a star", height=64, width=128)
@@ -425,6 +419,8 @@ def test_several_calls_and_what_they_leave(pipe: StableDiffusionPipeline) -> Non
             _ = look.heatmaps
         with pytest.raises(TypeError):
             pipe(PROMPT, prompt=PROMPT)
+        with pytest.raises(UsageError, match="the prompt is 3"):
+            painted(pipe, 3)
         painted(pipe)
         assert difference(look.heatmaps[0], first) == 0
         assert is_untouched(pipe, processors)
@@ -439,6 +435,7 @@ def test_several_calls_and_what_they_leave(pipe: StableDiffusionPipeline) -> Non
     with look:
         painted(pipe, "two")
     assert look.heatmaps[0].words.text == "two"
+    assert look._repr_html_() == look.heatmaps[0]._repr_html_()
     with pytest.raises(RuntimeError, match="broken"), gobelin.look_into(pipe):
         raise RuntimeError("broken")
     assert type(pipe) is kind

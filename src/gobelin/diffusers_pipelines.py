@@ -101,6 +101,10 @@ class PipelineLook:
         state = "looking" if self._own_class is not None else "not looking"
         return f"PipelineLook({type(self.pipe).__name__}, trace={self.trace!r}, {state})"
 
+    def _repr_html_(self) -> str | None:
+        maps = self._heatmaps
+        return None if isinstance(maps, GobelinError) else "".join(one._repr_html_() for one in maps)
+
     def __enter__(self) -> Self:
         """Begin to look: until the block ends, a call of the pipeline goes through :meth:`_watch`.
 
@@ -184,8 +188,8 @@ class PipelineLook:
                     f"the pipeline is given {name}_embeds and no text, so nothing says which words they are: give "
                     "look_into(pipe, prompt=…)"
                 )
-        texts = [said or ""] * count if said is None or isinstance(said, str) else list(said)
-        if len(texts) != count or not all(isinstance(text, str) for text in texts):
+        texts = [said or ""] * count if said is None or isinstance(said, str) else said
+        if not isinstance(texts, Sequence) or len(texts) != count or not all(isinstance(text, str) for text in texts):
             raise UsageError(f"the {name} is {shown(said)} for {count} prompts: give text, one for all, or one of each")
         tokenizer = self._find_tokenizer()
         words = {text: tokenizer.prompt_words(self.pipe, text, self.weights) for text in dict.fromkeys(texts)}
