@@ -39,8 +39,8 @@ from gobelin.types import Images, Latents
 from gobelin.unet import UNet
 from gobelin.validation import Count, shown, validated
 
-LOOK_TIMESTEPS = (100, 300, 500)
-"""From the last step of painting, where little is undecided, to the middle, where words still say what comes."""
+LOOK_TIMESTEPS = (20,)
+"""Nearly no noise: maps point best there, and more timesteps add nothing (docs/decisions.md, *Where to look*)."""
 FEATURE_TIMESTEP, FEATURE_NOISES = 261, 8
 """Tang et al. 2023 (arXiv 2306.03881) chose these for Stable Diffusion; on scenes other timesteps are no better."""
 PRESENCE_TIMESTEPS, PRESENCE_NOISES = (300, 500, 700), 2

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from gobelin.attention import AttentionSite
 from gobelin.look.heatmaps import HeatMaps
 from gobelin.look.page import word_map_element, word_map_page
 from gobelin.tokenizer import Tokenizer
+from gobelin.words import list_words
 
 ROWS, COLUMNS = 4, 6
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -88,6 +90,20 @@ def pixel(tab: Page, column: int, row: int) -> list[int]:
         }""",
         where,
     )
+
+
+@on_a_desk
+def test_words_beside_light_up_and_those_of_no_rank_are_not_listed(tab: Page, tmp_path: Path) -> None:
+    maps = word_maps()
+    also = replace(maps, words=list_words(["a dog"], [1]))  # whose share is that of BOS: 10 % everywhere
+    negative = word_maps()
+    page = opened(tab, tmp_path, word_map_page(replace(maps, also_traced=also, negative_traced=negative), ["bos"]))
+    assert "looked for beside it" in page.locator("h2").inner_text()
+    page.get_by_role("button", name="a dog").hover()
+    assert "“a dog”: up to 10 %" in page.locator("figcaption").inner_text()
+    assert sorted(word for word, *_ in ranking(page)) == ["a", "a dog", "red", "ring"]
+    page.get_by_role("button", name="red").last.hover()  # the negative prompt's
+    assert sum(pixel(page, 1, 1)) > sum(pixel(page, 4, 1)) + 100
 
 
 def ranking(tab: Page | Locator) -> list[tuple[str, str]]:

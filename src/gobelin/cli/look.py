@@ -35,7 +35,7 @@ class Look(PaintingOptions):
     caption: str | None = None
     """Text that says what is to be seen in the image: it is not painted again, but noised and predicted."""
     timesteps: tuple[int, ...] = ()
-    """With --caption: timesteps, 0 to 999, to which the image is noised; without any, 100, 300 and 500."""
+    """With --caption: timesteps, 0 to 999, to which the image is noised; without any, 20."""
     words: tuple[str, ...] = ()
     """Words or phrases to look at; without any, every word. Where the prompt has no such word, bos, eos and padding are
     the tokens around its own."""
