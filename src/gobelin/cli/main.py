@@ -12,6 +12,7 @@ from gobelin.errors import GobelinError, UsageError, is_out_of_memory
 COMMANDS = {
     "generate": "paint images from prompts",
     "look": "see which word painted which pixel",
+    "page": "write a page that paints in the browser, without a server",
     "edit": "change words of a prompt, and keep its image",
     "train": "train a model from scratch or from a model, or resume a run",
     "report": "write a page that tells how a training run went",

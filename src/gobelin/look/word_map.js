@@ -2,10 +2,12 @@
 //
 // Its data is the object that gobelin.look.page.word_map_data makes, given as the property `data` or as JSON in a child
 // script of the type application/json. Nothing is loaded, and nothing outside the element is touched.
+//
+// A page that paints may also give `images`, one for each place of the slider, and data again and again while it paints.
 
 const STYLE = `
-  :host { --ink: #1f2328; --pale: #5f6773; --linen: #d8d5cc; --paper: #fbfaf7; --thread: #b3204d;
-    display: block; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+  :host { --ink: #1f2328; --pale: #5f6773; --linen: #d8d5cc; --paper: #fbfaf7; --thread: #b3204d; --blush: #f3e3e7;
+    --bare: #efece4; display: block; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
   * { box-sizing: border-box; }
   [hidden] { display: none !important; }
   .map { max-width: 980px; margin: auto; padding: 20px; display: grid; gap: 18px 36px;
@@ -15,7 +17,7 @@ const STYLE = `
   h2 button { font: inherit; color: inherit; background: none; border: 0; border-bottom: 3px solid var(--linen);
     padding: 0 3px; margin: 0 1px; cursor: pointer; border-radius: 3px 3px 0 0; text-align: inherit; }
   h2 button:hover, h2 button:focus-visible, h2 button[aria-pressed="true"] { border-color: var(--thread);
-    background: #f3e3e7; }
+    background: var(--blush); }
   :focus-visible { outline: 2px solid var(--thread); outline-offset: 2px; }
   figure { margin: 0; }
   canvas { width: 100%; display: block; border: 1px solid var(--linen); cursor: crosshair; touch-action: manipulation; }
@@ -30,7 +32,7 @@ const STYLE = `
     min-height: 28px; }
   li span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
   li span:last-child { text-align: right; color: var(--pale); font-variant-numeric: tabular-nums; }
-  .bar { background: #efece4; height: 10px; }
+  .bar { background: var(--bare); height: 10px; }
   .bar i { display: block; height: 100%; background: var(--thread); }
   label { display: block; margin-top: 6px; font-size: 15px; }
   input { width: 100%; margin: 6px 0 0; accent-color: var(--thread); }
@@ -127,18 +129,26 @@ class WordMap extends HTMLElement {
     return this.#data;
   }
 
+  // Other maps of the same words, as of the next step, leave lit what is.
   set data(data) {
+    const isSame = JSON.stringify(this.#data?.text) === JSON.stringify(data.text);
     this.#data = data;
     this.#shares = bytes(data.shares);
     this.#colours = bytes(data.colours);
-    this.#word = this.#patch = null;
     this.#step = 0;
-    this.#spell();
+    if (!isSame) {
+      this.#word = this.#patch = null;
+      this.#spell();
+    }
     this.#offerSteps();
     [this.#heat.width, this.#heat.height] = [data.columns, data.rows];
     this.#parts.unit.textContent = `Shares of attention${data.sharp ? ", sharpened" : ""}`;
     this.#parts.scale.querySelector("i").style.background = this.#gradient();
-    this.#image.src = data.image;
+    this.#showImage();
+  }
+
+  #showImage() {
+    this.#image.src = this.#data.images?.[this.#step] ?? this.#data.image;
   }
 
   // The JSON within the element; a page that is still being read may not have come to it.
@@ -166,6 +176,7 @@ class WordMap extends HTMLElement {
     slider.addEventListener("input", () => {
       this.#step = Number(slider.value);
       this.#nameStep();
+      this.#showImage();
       this.#paint();
     });
     this.#image.addEventListener("load", () => this.#enlarge());
