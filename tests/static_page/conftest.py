@@ -12,7 +12,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 from tests.conftest import fill_
 
 from gobelin.cache_folder import cache_folder
@@ -138,16 +138,3 @@ def small_page(small_model: Model, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def shipped_page(shipped: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(shipped, tmp_path_factory.mktemp("shipped") / "page")
-
-
-@pytest.fixture
-def tab(browser: Browser) -> Iterator[Page]:
-    """A tab in which no error may come up; addresses that it asked for elsewhere are in ``tab.elsewhere``."""
-    context = browser.new_context(viewport={"width": 1000, "height": 900})
-    tab = context.new_page()
-    errors: list[str] = []
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    yield tab
-    context.close()
-    assert not errors

@@ -22,7 +22,7 @@ let count = 0;
 
 parts.unstarted.remove();
 await isolate();
-await start().catch(() => fail("This page's file model.json is missing or damaged: copy the whole folder again."));
+await start().catch(() => fail("This page's file model.json is missing or damaged: copy the whole folder again.", true));
 
 async function start() {
   model = await (await fetch("./model.json", { cache: "no-cache" })).json();
@@ -33,7 +33,7 @@ async function start() {
   painter = new Worker("./painter.js", { type: "module" });
   painter.addEventListener("message", ({ data }) => ANSWERS[data.kind](data));
   painter.addEventListener("error", () => {
-    fail("This page's scripts are missing or damaged: copy the whole folder again.");
+    fail("This page's scripts are missing or damaged: copy the whole folder again.", true);
   });
   painter.postMessage({ kind: "open", model });
   if (parts.prompt.value.trim()) paint();
@@ -141,7 +141,7 @@ const ofThisJob = (answer) => (data) => {
 };
 const ANSWERS = {
   reading({ share }) {
-    say(`Reading the model: ${Math.round(100 * share)} %`, share);
+    say(share < 1 ? `Reading the model: ${Math.floor(100 * share)} %` : "Preparing the model", share);
   },
   ready({ threads }) {
     const size = model.files.reduce((sum, { bytes }) => sum + bytes, 0);
@@ -174,8 +174,7 @@ const ANSWERS = {
   }),
   failed({ sentence, id, opened }) {
     if (id !== undefined && id !== job?.id) return;
-    fail(sentence);
-    if (!opened) for (const button of parts.ask.querySelectorAll("button")) button.disabled = true;
+    fail(sentence, !opened);
   },
 };
 
@@ -309,14 +308,17 @@ function toUrl(levels) {
 function say(text, share = 0) {
   parts.status.textContent = text;
   parts.bar.value = share;
+  parts.bar.style.visibility = share > 0 ? "visible" : "hidden";
   if (share === 0) parts.spoken.textContent = text;
 }
 
-function fail(sentence) {
+// Say what is wrong; at the end of all painting nothing can be asked for any more.
+function fail(sentence, isEnd) {
   parts.problem.textContent = sentence;
   parts.problem.hidden = false;
   say("", 0);
   setBusy(false);
+  if (isEnd) for (const button of parts.ask.querySelectorAll("button")) button.disabled = true;
 }
 
 function setBusy(isBusy) {

@@ -23,10 +23,11 @@ async function answer(request) {
   const cache = await caches.open(CACHE);
   const kept = await cache.match(request);
   // What has its version in its address never changes; all else is asked for again while there is a network.
-  if (kept && new URL(request.url).searchParams.has("v")) return isolated(kept);
+  const isVersion = new URL(request.url).searchParams.has("v");
+  if (kept && isVersion) return isolated(kept);
   let response;
   try {
-    response = await fetch(request);
+    response = await fetch(request, isVersion ? {} : { cache: "no-cache" });
   } catch (error) {
     if (kept) return isolated(kept);
     throw error;
