@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, BrowserContext, Page
 from playwright.sync_api import Error as PlaywrightError
 from tests.static_page.conftest import HAS_RUNTIME, served
 
@@ -26,6 +26,7 @@ from gobelin.pipeline import Pipeline
 pytestmark = pytest.mark.skipif(not HAS_RUNTIME, reason="no onnxruntime-web in the cache folder: gobelin page gets it")
 
 MOST = 2  # levels of 255 that a pixel may differ
+NO_MEMORY = "class { constructor() { throw new RangeError('could not allocate memory'); } }"
 PROMPT = "a red ring and a blue star"
 
 
@@ -39,24 +40,26 @@ def site(small_page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tab(browser: Browser, site: Path) -> Iterator[Page]:
-    """One tab for many tests, as the runtime takes long to load; no error may come up, and nothing from elsewhere.
-
-    It has no service worker, so that a load is one load, on one thread.
-    """
-    context = browser.new_context(service_workers="block")
+    """One tab for many tests, as the runtime takes long to load; no error may come up, and nothing from elsewhere."""
+    context = without_service_workers(browser)
     tab = context.new_page()
     wrong: list[str] = []
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     with served(site) as root:
-        tab.on(
-            "request", lambda request: None if request.url.startswith((root, "data:")) else wrong.append(request.url)
-        )
+        tab.on("request", lambda asked: None if asked.url.startswith((root, "data:")) else wrong.append(asked.url))
         tab.goto(f"{root}/deep/page/")
-        wait(tab)
+        paint(tab)
         yield tab
     context.close()
     assert not wrong
+
+
+def without_service_workers(browser: Browser) -> BrowserContext:
+    """A browser without service workers, in which a load is one load, and there is one thread."""
+    context = browser.new_context()
+    context.add_init_script("delete Navigator.prototype.serviceWorker;")
+    return context
 
 
 def paint(tab: Page, prompt: str = PROMPT, seed: int = 0) -> Page:
@@ -299,11 +302,7 @@ def test_another_page_that_takes_its_place_is_left_alone(browser: Browser, small
         ("noise.js", "gone", "scripts are missing or damaged"),
         ("painter.js", "delete globalThis.WebAssembly;", "no WebAssembly with vectors"),
         ("painter.js", "WebAssembly.validate = () => false;", "no WebAssembly with vectors"),
-        (
-            "painter.js",
-            "WebAssembly.Memory = () => { throw new RangeError('could not allocate') };",
-            "not enough memory",
-        ),
+        ("painter.js", f"WebAssembly.Memory = {NO_MEMORY};", "not enough memory"),
     ],
 )
 def test_what_goes_wrong_is_said(
@@ -317,7 +316,7 @@ def test_what_goes_wrong_is_said(
         file.unlink()
     else:
         file.write_bytes(content[: len(content) // 2] if change == "cut" else content + f"\n{change}\n".encode())
-    context = browser.new_context(service_workers="block")
+    context = without_service_workers(browser)
     tab = context.new_page()
     with served(tmp_path / "page") as address:
         tab.goto(f"{address}/")

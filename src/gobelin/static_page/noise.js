@@ -83,7 +83,7 @@ const LOGARITHM = [
   -2.4999993993e-1, 3.3333331174e-1,
 ].map(fround);
 const LN_2 = [0.693359375, -2.1219444e-4].map(fround); // in two parts
-const QUARTER_TURN = [-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8].map(fround); // -π/4, in three
+const QUARTER_TURN = [-0.78515625, -2.418756484985351e-4, -3.774894977445941e-8].map(fround); // -π/4, in three
 const COSINE = [2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2].map(fround);
 const SINE = [-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1].map(fround);
 const number = new Float32Array(1);
