@@ -229,11 +229,18 @@ class WordMap extends HTMLElement {
   #enlarge() {
     const { canvas } = this.#parts;
     const scale = Math.max(1, Math.round(SIDE / Math.max(this.#image.width, this.#image.height)));
-    for (const one of [canvas, this.#grey]) {
-      [one.width, one.height] = [this.#image.width * scale, this.#image.height * scale];
-    }
-    const dim = this.#grey.getContext("2d");
-    dim.imageSmoothingEnabled = scale < PIXELS_SHOW;
+    [canvas.width, canvas.height] = [this.#image.width * scale, this.#image.height * scale];
+    this.#grey.width = 0; // of the image before
+    this.#paint();
+  }
+
+  // The image in dim grey, made when a word is first lit up: it takes as long as a step of painting.
+  #dimmed() {
+    const { canvas } = this.#parts;
+    if (this.#grey.width) return this.#grey;
+    [this.#grey.width, this.#grey.height] = [canvas.width, canvas.height];
+    const dim = this.#grey.getContext("2d", { willReadFrequently: true });
+    dim.imageSmoothingEnabled = canvas.width / this.#image.width < PIXELS_SHOW;
     dim.drawImage(this.#image, 0, 0, canvas.width, canvas.height);
     const pixels = dim.getImageData(0, 0, canvas.width, canvas.height);
     const levels = pixels.data;
@@ -241,7 +248,7 @@ class WordMap extends HTMLElement {
       levels.fill(40 + 0.6 * (0.299 * levels[i] + 0.587 * levels[i + 1] + 0.114 * levels[i + 2]), i, i + 3);
     }
     dim.putImageData(pixels, 0, 0);
-    this.#paint();
+    return this.#grey;
   }
 
   #show(word) {
@@ -289,7 +296,7 @@ class WordMap extends HTMLElement {
     const enlarged = canvas.width / this.#image.width;
     context.imageSmoothingEnabled = this.#word !== null || enlarged < PIXELS_SHOW;
     context.imageSmoothingQuality = "high";
-    context.drawImage(this.#word === null ? this.#image : this.#grey, 0, 0, canvas.width, canvas.height);
+    context.drawImage(this.#word === null ? this.#image : this.#dimmed(), 0, 0, canvas.width, canvas.height);
     scale.style.visibility = this.#word === null ? "hidden" : "visible";
     if (this.#word === null) {
       caption.textContent = INVITATION;

@@ -21,7 +21,10 @@ export async function openNetworks(model, tell) {
   ort.env.logLevel = "error";
   const sessions = {};
   for (const [name, file] of Object.entries(model.graphs)) {
-    sessions[name] = await ort.InferenceSession.create(contents.get(file), { executionProviders: ["wasm"] });
+    sessions[name] = await ort.InferenceSession.create(contents.get(file), {
+      executionProviders: ["wasm"],
+      graphOptimizationLevel: "disabled", // optimizing takes longer than it saves in the first picture
+    });
     contents.delete(file);
   }
   const floats = (data, ...shape) => new ort.Tensor("float32", data, shape);

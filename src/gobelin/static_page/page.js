@@ -285,7 +285,7 @@ function note(words, cut) {
   const notes = [];
   if (unknown.length) {
     const several = [...new Set(unknown)].map((word) => `“${word}”`).join(", ");
-    notes.push(`This model was never taught ${several}, so that means nothing to it.`);
+    notes.push(`This model was never taught ${several}: that means nothing to it.`);
   }
   if (cut) notes.push(`The prompt is longer than this model reads: “${cut}” is left out.`);
   parts.notes.textContent = notes.join(" ");
