@@ -198,7 +198,10 @@ def test_another_seed_and_pictures_from_before(tab: Page) -> None:
     tab.locator("#past button").nth(2).click()
     assert painted(tab) == first
     assert tab.get_by_label("Prompt").input_value() == "it's a ring"
-    assert tab.locator("#command").inner_text() == "gobelin generate 'it'\\''s a ring' --seed 0 --weights none"
+    assert (
+        tab.locator("#command").inner_text()
+        == "gobelin generate --model small 'it'\\''s a ring' --seed 0 --weights none"
+    )
 
 
 def test_the_saved_picture_carries_its_settings(tab: Page, small_model: Model, tmp_path: Path) -> None:

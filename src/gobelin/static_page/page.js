@@ -131,6 +131,7 @@ function paint() {
   };
   job = { id: ++count, asked, words: [], shares: [], images: [] };
   parts.problem.hidden = true;
+  parts.save.disabled = parts.link.disabled = true; // until it is a whole picture that is shown
   setBusy(true);
   painter.postMessage({ kind: "paint", id: job.id, ...asked });
 }
@@ -196,7 +197,7 @@ function show({ image, images, steps }) {
 }
 
 function finish(image) {
-  const { asked, id } = job;
+  const { asked } = job;
   const data = map.data;
   const { words } = job;
   const entry = { asked, words, data, image };
@@ -209,7 +210,6 @@ function finish(image) {
   parts.after.hidden = false;
   present(entry);
   setBusy(false);
-  document.documentElement.dataset.painted = id;
 }
 
 function bringBack(entry) {
@@ -243,7 +243,8 @@ function present(entry) {
     if (value !== usual) address.set(name, value);
   }
   history.replaceState(null, "", `#${address}`);
-  parts.command.textContent = `gobelin generate ${options.join(" ")}`;
+  parts.command.textContent = `${model.command} ${options.join(" ")}`;
+  parts.save.disabled = parts.link.disabled = false;
   for (const button of parts.past.querySelectorAll("button")) {
     button.setAttribute("aria-current", String(button === entry.button));
   }

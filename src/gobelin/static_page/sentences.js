@@ -3,8 +3,8 @@
 const COPY_AGAIN = "copy the whole folder to the host again";
 const SENTENCES = {
   vectors: () =>
-    "This browser has no WebAssembly with vectors (SIMD), which painting needs: take a newer one, such as Chrome 91, " +
-    "Firefox 89 or Safari 16.4.",
+    "This browser has no WebAssembly with vectors (SIMD), which painting needs: take a newer one, such as Chrome 111, " +
+    "Firefox 119 or Safari 16.4.",
   memory: () => "There is not enough memory to paint: close other tabs, and load this page again.",
   missing: (name) => `This page's file ${name} is missing: ${COPY_AGAIN}.`,
   damaged: (name) => `This page's file ${name} is damaged or cut short: ${COPY_AGAIN}.`,

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from gobelin.checkpoint import Model
 from gobelin.errors import UsageError
 from gobelin.formats.files import write_json
 from gobelin.look.colour_map import colour_map
+from gobelin.pipeline import SHIPPED
 from gobelin.plan import inpaints
 from gobelin.samplers import find_noise_levels
 from gobelin.scenes import WORLDS
@@ -108,6 +110,7 @@ def _describe(model: Model, folder: Path, heavy: Iterable[Path]) -> dict[str, An
         "generator": f"gobelin {gobelin.__version__}",
         "runtime": PACKAGE,
         "name": model.name,
+        "command": "gobelin generate" + ("" if model.name == SHIPPED else f" --model {shlex.quote(model.name)}"),
         "numbers": numbers,
         "files": [_describe_file(path, folder) for path in heavy],
         "graphs": {"text": TEXT_ENCODER, "unet": UNET, "decoder": DECODER},
