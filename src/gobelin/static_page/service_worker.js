@@ -32,6 +32,7 @@ async function answer(request) {
     if (kept) return isolated(kept);
     throw error;
   }
+  if (response.type === "opaqueredirect") return response; // which the browser follows
   if (request.mode === "navigate" && response.ok && !(await isOurs(response.clone()))) return leave(response);
   if (response.ok && response.status !== 206) await keep(cache, request, response.clone());
   return isolated(response);
