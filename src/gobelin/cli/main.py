@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from gobelin import __version__
 from gobelin.errors import GobelinError, UsageError, is_out_of_memory
@@ -12,7 +13,6 @@ from gobelin.errors import GobelinError, UsageError, is_out_of_memory
 COMMANDS = {
     "generate": "paint images from prompts",
     "look": "see which word painted which pixel",
-    "page": "write a page that paints in the browser, without a server",
     "edit": "change words of a prompt, and keep its image",
     "train": "train a model from scratch or from a model, or resume a run",
     "report": "write a page that tells how a training run went",
@@ -20,9 +20,12 @@ COMMANDS = {
     "bench": "measure speed and memory beside other programs",
     "verify": "audit a model: keys, shapes, numbers, noise schedule",
     "convert": "convert a model to a diffusers folder, or to a single file",
+    "page": "write a page that paints in the browser, without a server",
     "show": "print a model's modules, and the tensor shapes in its attention",
     "data": "write a dataset of scenes, or check a folder of captioned images",
 }
+
+_FILES = {"page": "static_page"}
 
 HELP = """usage: gobelin COMMAND [OPTIONS]
 
@@ -95,7 +98,12 @@ def _dispatch(arguments: list[str]) -> None:
         near = get_close_matches(command, COMMANDS, 1, 0.7)
         hint = f"did you mean {near[0]!r}?" if near else f"the choices are {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command {command!r}: {hint}")
-    import_module(f"gobelin.cli.{command}").run(rest)
+    command_module(command).run(rest)
+
+
+def command_module(command: str) -> ModuleType:
+    """Import the module of a command: the file of its name, unless another package has one of that name."""
+    return import_module(f"gobelin.cli.{_FILES.get(command, command)}")
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:

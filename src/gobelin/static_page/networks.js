@@ -2,7 +2,8 @@
 
 import { PageError } from "./sentences.js";
 
-const MOST_THREADS = 4;
+// Half of the cores, four at most: threads wait for each other many times a pass, and the page needs a core to show it.
+const threadCount = (cores) => Math.min(4, Math.ceil(cores / 2));
 // A module with one instruction of 128 bits (i8x16.splat), which a browser without them does not take.
 const VECTORS = new Uint8Array([
   0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11,
@@ -17,7 +18,7 @@ export async function openNetworks(model, tell) {
     throw new PageError("missing", script.name);
   });
   ort.env.wasm.wasmBinary = contents.get(program.name).buffer;
-  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency || 1) : 1;
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? threadCount(navigator.hardwareConcurrency || 1) : 1;
   ort.env.logLevel = "error";
   const sessions = {};
   for (const [name, file] of Object.entries(model.graphs)) {
