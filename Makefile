@@ -52,6 +52,7 @@ install: .venv/installed
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps open_clip_torch # for CLIP's vocabulary, which tests read
+	-$(BIN)/python -c 'from gobelin.static_page import find_runtime; find_runtime()' # by npm, for the tests of the page
 	touch $@
 
 clean:

@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gobelin.cli.main import COMMANDS
+from gobelin.cli.main import COMMANDS, command_module
 from gobelin.training import TRAINING_PRESETS
 
 MISTAKES = {
@@ -26,6 +25,7 @@ MISTAKES = {
     "convert folder model.ckpt": "model.ckpt would be a .ckpt file",
     "serve --port x": "--port is 'x'",
     "serve --lora-dir x": "the LoRAs of one prompt would change the model for everybody",
+    "page": "--out is missing",
     "data check": "FOLDER is missing",
     "data chek": "unknown action 'chek'",
 }
@@ -59,7 +59,7 @@ def helps() -> Iterator[list[str]]:
     yield from ([], ["--help"], ["--version"])
     for command in COMMANDS:
         yield [command, "--help"]
-        module = import_module(f"gobelin.cli.{command}")
+        module = command_module(command)
         for action in (*getattr(module, "_ACTIONS", ()), *getattr(module, "_MEASUREMENTS", ())):
             yield [command, action, "--help"]
     for preset in TRAINING_PRESETS:

@@ -7,7 +7,6 @@ is read from the option classes of its commands; the notebook is shown as it was
 
 import argparse
 import base64
-import importlib
 import inspect
 import json
 import re
@@ -22,7 +21,7 @@ import griffe
 
 import gobelin
 import gobelin.cli.options
-from gobelin.cli.main import COMMANDS
+from gobelin.cli.main import COMMANDS, command_module
 from gobelin.cli.options import CommandOption
 
 ROOT = Path(__file__).parents[2]
@@ -177,7 +176,7 @@ def _command_line_page() -> str:
 
 def _commands(command: str) -> Iterator[tuple[Sequence[str], _Captured]]:
     """Find a command's option class, or those of its actions."""
-    module = importlib.import_module(f"gobelin.cli.{command}")
+    module = command_module(command)
     actions = [[name] for listed in _LISTS_OF_ACTIONS for name in getattr(module, listed, ())] or [[]]
     for action in actions:
         try:

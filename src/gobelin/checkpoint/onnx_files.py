@@ -17,22 +17,22 @@ from gobelin.checkpoint.model import Model
 from gobelin.errors import ModelError, UsageError
 
 
-class _Called(nn.Module):
+class CalledNetwork(nn.Module):
     """A function of a network, as a module that can be exported; its parameters' names are the inputs'."""
 
-    def __init__(self, network: nn.Module, forward: Callable[..., Tensor]):
+    def __init__(self, network: nn.Module, forward: Callable[..., Tensor | tuple[Tensor, ...]]):
         super().__init__()
         self.network = network
         self.forward = forward
 
 
-class _OnnxFile(NamedTuple):
-    """A file to write: a module, example inputs by name with the axes that are free, and the output's name."""
+class OnnxFile(NamedTuple):
+    """A file to write: a module, example inputs by name with the axes that are free, and the outputs' names."""
 
     name: str
     module: nn.Module
     inputs: dict[str, tuple[Tensor, tuple[int, ...]]]
-    output: str
+    outputs: tuple[str, ...]
 
 
 def save_onnx(model: Model, folder: Path) -> None:
@@ -44,24 +44,35 @@ def save_onnx(model: Model, folder: Path) -> None:
     gives ``last_hidden_state``. Weights of more than 2 GB are in a file beside their graph. Raises :class:`UsageError`
     where ONNX is not installed, and :class:`ModelError` for what cannot be exported; nothing is written then.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise UsageError(f"writing ONNX needs {' and '.join(missing)}: pip install 'gobelin[onnx]'")
+    require_onnx()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         made = Path(temporary) / folder.name
         made.mkdir()
         for file in _files(model):
-            try:
-                _export(file, made / file.name)
-            except (RuntimeError, ValueError, TypeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ModelError(f"{file.name} cannot be written: {reason}") from error
+            write_onnx(file, made)
         if folder.is_dir():  # an empty one
             folder.rmdir()
         shutil.move(made, folder)
 
 
-def _files(model: Model) -> Iterator[_OnnxFile]:
+def require_onnx() -> None:
+    """Raise :class:`UsageError` where ONNX is not installed."""
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise UsageError(f"writing ONNX needs {' and '.join(missing)}: pip install 'gobelin[onnx]'")
+
+
+def write_onnx(file: OnnxFile, folder: Path) -> Path:
+    """Write one file into a folder; raises :class:`ModelError` for what cannot be exported."""
+    try:
+        _export(file, folder / file.name)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{file.name} cannot be written: {reason}") from error
+    return folder / file.name
+
+
+def _files(model: Model) -> Iterator[OnnxFile]:
     unet, vae, text_encoder = model.unet, model.vae, model.text_encoder
     # Sizes of two different even numbers: a free axis must not look like another one, or like 1.
     latents = torch.zeros(2, unet.config.in_channels, 12, 20, dtype=unet.dtype)
@@ -83,12 +94,13 @@ def _files(model: Model) -> Iterator[_OnnxFile]:
     }
     raw = torch.zeros(2, vae.config.latent_channels, 6, 10, dtype=vae.dtype)
     ids = torch.zeros(2, model.tokenizer.max_length, dtype=torch.int64)
-    yield _OnnxFile("unet.onnx", _Called(unet, predict), unet_inputs, "out_sample")
-    yield _OnnxFile("vae_decoder.onnx", _Called(vae, decode), {"latent_sample": (raw, (0, 2, 3))}, "sample")
-    yield _OnnxFile("text_encoder.onnx", _Called(text_encoder, encode), {"input_ids": (ids, (0,))}, "last_hidden_state")
+    yield OnnxFile("unet.onnx", CalledNetwork(unet, predict), unet_inputs, ("out_sample",))
+    yield OnnxFile("vae_decoder.onnx", CalledNetwork(vae, decode), {"latent_sample": (raw, (0, 2, 3))}, ("sample",))
+    text_inputs = {"input_ids": (ids, (0,))}
+    yield OnnxFile("text_encoder.onnx", CalledNetwork(text_encoder, encode), text_inputs, ("last_hidden_state",))
 
 
-def _export(file: _OnnxFile, path: Path) -> None:
+def _export(file: OnnxFile, path: Path) -> None:
     """Export a module and write it, its weights beside it where they have more than 2 GB."""
     free: dict[str, Any] = {name: dict.fromkeys(axes, Dim.DYNAMIC) for name, (_, axes) in file.inputs.items()}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that nothing here needs
@@ -98,7 +110,7 @@ def _export(file: _OnnxFile, path: Path) -> None:
             tuple(tensor for tensor, _ in file.inputs.values()),
             dynamo=True,
             input_names=list(file.inputs),
-            output_names=[file.output],
+            output_names=list(file.outputs),
             dynamic_shapes=tuple(free.values()),
             verbose=False,
         )

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from gobelin import __version__
 from gobelin.errors import GobelinError, UsageError, is_out_of_memory
@@ -19,11 +20,14 @@ COMMANDS = {
     "bench": "measure speed and memory beside other programs",
     "verify": "audit a model: keys, shapes, numbers, noise schedule",
     "convert": "convert a model to a diffusers folder, or to a single file",
+    "page": "write a page that paints in the browser, without a server",
     "show": "print a model's modules, and the tensor shapes in its attention",
     "serve": "open the page and the HTTP API",
     "mcp": "offer painting and looking as tools to language models (MCP)",
     "data": "write a dataset of scenes, or check a folder of captioned images",
 }
+
+_FILES = {"page": "static_page"}
 
 HELP = """usage: gobelin COMMAND [OPTIONS]
 
@@ -96,7 +100,12 @@ def _dispatch(arguments: list[str]) -> None:
         near = get_close_matches(command, COMMANDS, 1, 0.7)
         hint = f"did you mean {near[0]!r}?" if near else f"the choices are {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command {command!r}: {hint}")
-    import_module(f"gobelin.cli.{command}").run(rest)
+    command_module(command).run(rest)
+
+
+def command_module(command: str) -> ModuleType:
+    """Import the module of a command: the file of its name, unless another package has one of that name."""
+    return import_module(f"gobelin.cli.{_FILES.get(command, command)}")
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from gobelin.images import data_url
 from gobelin.look.colour_map import colour_map
 from gobelin.look.heatmaps import HeatMaps
-from gobelin.words import TokenKind
+from gobelin.words import TokenKind, Words
 
 StepShares = Float[Tensor, "steps words rows columns"]
 _MOST_SIDE = 64  # a side: finer ones are too small to point at, and each costs a byte a word and step
@@ -79,7 +79,7 @@ def word_map_data(
     levels = (shares / tops[:, None, None] * 255).round().byte()
     groups = _groups(heatmaps, parts)
     return {
-        "text": [*_split_prompt(heatmaps), *_list_groups(groups, len(heatmaps.words))],
+        "text": [*split_prompt(heatmaps.words), *_list_groups(groups, len(heatmaps.words))],
         "words": [word for group in groups for word, _ in group.words],
         "ranked": sum(len(group.words) for group in groups if group.is_ranked),
         "rows": shares.shape[2],
@@ -137,14 +137,14 @@ def word_shares(heatmaps: HeatMaps, parts: Sequence[TokenKind] = ()) -> Float[Te
     return torch.stack(shares) if shares else torch.zeros(0, *size)
 
 
-def _split_prompt(heatmaps: HeatMaps) -> list[tuple[str, int | None]]:
-    """Split the prompt into words with their numbers, and the text between them with None."""
+def split_prompt(words: Words) -> list[tuple[str, int | None]]:
+    """Split a prompt into its words with their numbers, and the text between them with None."""
     pieces: list[tuple[str, int | None]] = []
     end = 0
-    for number, span in enumerate(heatmaps.words.spans):
-        pieces += [(heatmaps.words.text[end : span.start], None), (heatmaps.words.text[span.start : span.end], number)]
+    for number, span in enumerate(words.spans):
+        pieces += [(words.text[end : span.start], None), (words.text[span.start : span.end], number)]
         end = span.end
-    return [piece for piece in [*pieces, (heatmaps.words.text[end:], None)] if piece[0]]
+    return [piece for piece in [*pieces, (words.text[end:], None)] if piece[0]]
 
 
 def _base64(content: bytes) -> str:

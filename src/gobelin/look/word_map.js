@@ -5,6 +5,7 @@
 //
 // A page around it may put controls under the image (slot "controls") and a remark beside it (slot "note"). It hears
 // of what is pointed at by the event `word-map-point`, and points itself by `light(word, patch)`.
+// A page that paints may also give `images`, one for each place of the slider, and data again and again while it paints.
 
 const STYLE = `
   :host { --ink: #1f2328; --pale: #5f6773; --linen: #d8d5cc; --paper: #fbfaf7; --thread: #b3204d; --blush: #f3e3e7;
@@ -189,14 +190,18 @@ class WordMap extends HTMLElement {
     this.#data = data;
     this.#shares = new Shares(data);
     this.#colours = bytes(data.colours);
-    this.#spell();
+    if (JSON.stringify(last?.text) !== JSON.stringify(data.text)) this.#spell();
     this.#offerSteps();
     [this.#heat.width, this.#heat.height] = [data.columns, data.rows];
     this.#parts.unit.textContent = `Shares of attention${data.sharp ? ", sharpened" : ""}`;
     this.#parts.scale.querySelector("i").style.background = this.#gradient();
     this.#parts.canvas.style.aspectRatio = `${data.columns} / ${data.rows}`; // as the image's, until that is there
-    this.#image.src = data.image;
+    this.#showImage();
     this.#paint();
+  }
+
+  #showImage() {
+    this.#image.src = this.#data.images?.[this.#step] ?? this.#data.image;
   }
 
   get shares() {
@@ -235,6 +240,7 @@ class WordMap extends HTMLElement {
     slider.addEventListener("input", () => {
       this.#step = Number(slider.value);
       this.#nameStep();
+      this.#showImage();
       this.#tell();
     });
     this.#image.addEventListener("load", () => this.#enlarge());
@@ -301,12 +307,19 @@ class WordMap extends HTMLElement {
   #enlarge() {
     const { canvas } = this.#parts;
     const scale = Math.max(1, Math.round(SIDE / Math.max(this.#image.width, this.#image.height)));
-    for (const one of [canvas, this.#grey]) {
-      [one.width, one.height] = [this.#image.width * scale, this.#image.height * scale];
-    }
+    [canvas.width, canvas.height] = [this.#image.width * scale, this.#image.height * scale];
     canvas.style.aspectRatio = "";
+    this.#grey.width = 0; // of the image before
+    this.#paint();
+  }
+
+  // The image in dim grey, made when a word is first lit up: it takes as long as a step of painting.
+  #dimmed() {
+    const { canvas } = this.#parts;
+    if (this.#grey.width) return this.#grey;
+    [this.#grey.width, this.#grey.height] = [canvas.width, canvas.height];
     const dim = this.#grey.getContext("2d", { willReadFrequently: true });
-    dim.imageSmoothingEnabled = scale < PIXELS_SHOW;
+    dim.imageSmoothingEnabled = canvas.width / this.#image.width < PIXELS_SHOW;
     dim.drawImage(this.#image, 0, 0, canvas.width, canvas.height);
     const pixels = dim.getImageData(0, 0, canvas.width, canvas.height);
     const levels = pixels.data;
@@ -314,7 +327,7 @@ class WordMap extends HTMLElement {
       levels.fill(40 + 0.6 * (0.299 * levels[i] + 0.587 * levels[i + 1] + 0.114 * levels[i + 2]), i, i + 3);
     }
     dim.putImageData(pixels, 0, 0);
-    this.#paint();
+    return this.#grey;
   }
 
   #show(word) {
@@ -372,7 +385,7 @@ class WordMap extends HTMLElement {
     const plain = this.#word === null && this.#pins.size === 0;
     context.imageSmoothingEnabled = !plain || canvas.width / this.#image.width < PIXELS_SHOW;
     context.imageSmoothingQuality = "high";
-    context.drawImage(plain ? this.#image : this.#grey, 0, 0, canvas.width, canvas.height);
+    context.drawImage(plain ? this.#image : this.#dimmed(), 0, 0, canvas.width, canvas.height);
     scale.style.visibility = this.#word === null ? "hidden" : "visible";
     legend.hidden = this.#pins.size === 0;
     if (plain) {
