@@ -5,10 +5,11 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PROMPTS := "a red circle to the left of a blue star" "a yellow star above a purple ring" "three green rings" \
 	"a white cross" "a blue ring and a red star" "four orange squares"
 
-.PHONY: help run install test test-slow lint format docs clean
+.PHONY: help run serve install test test-slow lint format docs clean
 
 help:
 	@echo "make run        install, then paint pictures with the shipped model, and what each word painted, into out/"
+	@echo "make serve      install, then serve the page: type a prompt, watch it being painted, touch its words"
 	@echo "make test       install, then run the tests"
 	@echo "make test-slow  the tests that take minutes to hours"
 	@echo "make lint       formatting, lint, types, levels of the architecture"
@@ -17,6 +18,10 @@ help:
 
 run: .venv/installed
 	$(BIN)/gobelin generate $(PROMPTS) --seed 1 --out out --maps
+
+serve: .venv/installed
+	$(PIP) --editable '.[server]'
+	$(BIN)/gobelin serve
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n auto --dist worksteal
