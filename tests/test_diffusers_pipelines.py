@@ -3,7 +3,9 @@
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -24,7 +26,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from peft import LoraConfig
 from PIL import Image
 from tests.conftest import fill_
 from tests.oracles import WIDTHS, small_pipeline
@@ -254,59 +257,63 @@ def test_latent_consistency_models(parts: dict[str, Any]) -> None:
     assert maps.steps == 4
 
 
-@pytest.mark.parametrize("way", ["bfloat16", "sliced", "plain", "lora", "fused lora", "autocast", "inference", "freeu"])
-def test_ways_of_running(parts: dict[str, Any], pipe: StableDiffusionPipeline, way: str) -> None:
-    """Each has the maps of the plain way, up to its rounding; the image is compared with its own."""
-    plain = looked(pipe)[0]
-    if way in ("lora", "fused lora"):
-        from peft import LoraConfig
+def with_lora(pipe: Any, fused: bool = False) -> None:
+    lora = LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    pipe.unet.add_adapter(lora, "style")
+    if fused:
+        pipe.fuse_lora()
 
-        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "style")
-        if way == "fused lora":
-            pipe.fuse_lora()
-    context = {
-        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
-        "inference": torch.inference_mode(),
-    }.get(way, torch.no_grad())
-    try:
-        if way == "bfloat16":
-            pipe.to(torch.bfloat16)
-        if way == "sliced":
-            pipe.enable_attention_slicing("max")
-        if way == "plain":
-            pipe.unet.set_attn_processor(AttnProcessor())
-        if way == "freeu":
-            pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
-        before = dict(pipe.unet.attn_processors)
-        with context:
-            (maps,) = looked(pipe)
-        assert before == pipe.unet.attn_processors
-    finally:
-        pipe.to(torch.float32)
-        pipe.disable_freeu()
-        if "lora" in way:
-            if way == "fused lora":
-                pipe.unfuse_lora()
-            pipe.unet.delete_adapters("style")
-            pipe.unet.set_attn_processor(AttnProcessor2_0())
+
+def like_xformers(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    """PyTorch's attention in the place of xFormers', which is not at hand, under diffusers' processor for it."""
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+WAYS: dict[str, tuple[Callable[[Any], Any], float, float]] = {  # and how far from the plain maps they may be
+    "plain": (lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()), 0, 1e-5),
+    "sliced": (lambda pipe: pipe.enable_attention_slicing("max"), 0, 1e-5),
+    "xformers": (lambda pipe: pipe.unet.set_attn_processor(XFormersAttnProcessor()), 0, 1e-5),
+    "inference": (lambda pipe: None, 0, 0),
+    "bfloat16": (lambda pipe: pipe.to(torch.bfloat16), 1e-5, 0.2),
+    "float16": (lambda pipe: pipe.to(torch.float16), 1e-6, 0.05),
+    "autocast": (lambda pipe: None, 1e-5, 0.2),
+    "LoRA": (with_lora, 1e-3, 1),
+    "fused LoRA": (lambda pipe: with_lora(pipe, fused=True), 1e-3, 1),
+    "FreeU": (lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6), 1e-3, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_maps(words: Path) -> HeatMaps:
+    return looked(quiet(small_pipeline(words)), steps=1)[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_running(words: Path, plain_maps: HeatMaps, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image is compared with the untraced one of the same way, and maps with those of the plain way."""
+    ops = SimpleNamespace(memory_efficient_attention=like_xformers)
+    monkeypatch.setattr("diffusers.models.attention_processor.xformers", SimpleNamespace(ops=ops))
+    change, low, high = WAYS[way]
+    painter = quiet(small_pipeline(words))
+    change(painter)
+    processors = dict(painter.unet.attn_processors)
+    context = torch.autocast("cpu", dtype=torch.bfloat16) if way == "autocast" else torch.no_grad()
+    with torch.inference_mode(way == "inference"), context:
+        (maps,) = looked(painter, steps=1)
+    assert is_untouched(painter, processors)
     assert all(one.dtype == torch.float32 for one in maps.maps.values())
     assert sum(maps.shares().values()) == pytest.approx(1, abs=1e-5)
-    far = difference(first_step(maps), first_step(plain))
-    low, high = {"bfloat16": (1e-5, 0.2), "autocast": (1e-5, 0.2), "lora": (1e-3, 1), "fused lora": (1e-3, 1)}.get(
-        way, (0, 1e-5)
-    )
-    assert low <= far < high or way == "freeu"
+    assert low <= difference(maps, plain_maps) <= high
 
 
-def test_offloading(words: Path) -> None:
+def test_offloading(words: Path, plain_maps: HeatMaps) -> None:
     """The whole network, and layer by layer, whose weights are away in between."""
     painter = quiet(small_pipeline(words))
-    plain = looked(painter, steps=1)[0]
     painter.enable_model_cpu_offload(device="cpu")
-    assert difference(looked(painter, steps=1)[0], plain) == 0
+    assert difference(looked(painter, steps=1)[0], plain_maps) == 0
     painter.remove_all_hooks()
     accelerate.cpu_offload(painter.unet, torch.device("cpu"))
-    assert difference(looked(painter, steps=1)[0], plain) == 0
+    assert difference(looked(painter, steps=1)[0], plain_maps) == 0
 
 
 def test_an_ip_adapters_image_leaves_the_words_their_own_attention(words: Path) -> None:

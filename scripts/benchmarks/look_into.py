@@ -329,6 +329,12 @@ WAYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
+def ways_there(chosen: Sequence[str]) -> list[str]:
+    """List the ways whose programs are installed: all, or diffusers alone and the chosen ones, by parts of their names."""
+    installed = [way for way, (module, _) in WAYS.items() if find_spec(module) is not None]
+    return [way for way in installed if not chosen or way == "diffusers" or any(part in way for part in chosen)]
+
+
 def paint_large(pipe: Any, way: str, side: int, steps: int) -> float:
     """Paint guided steps in a way, make its maps, and return the seconds that it took."""
     start = perf_counter()
@@ -344,7 +350,7 @@ def paint_large(pipe: Any, way: str, side: int, steps: int) -> float:
 def time(options: argparse.Namespace) -> None:
     """Print the ratios of seconds, with each way's maps and without any, neighbours in time."""
     pipe = diffusers_pipeline(random_pipeline(getattr(torch, options.precision)))
-    ways = [way for way, (module, _) in WAYS.items() if find_spec(module) is not None]
+    ways = ways_there(options.ways)
     rounds = []
     for number in range(options.rounds + 1):
         order = ways if number % 2 == 0 else ways[::-1]
@@ -359,9 +365,8 @@ def time(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Print the peak memory of fresh processes, which paint so many steps."""
-    ways = [way for way, (module, _) in WAYS.items() if find_spec(module) is not None]
     rows = []
-    for way in ways:
+    for way in ways_there(options.ways):
         peaks = [peak_of(way, options.side, steps, options.precision, options.threads) for steps in options.steps]
         rows.append([way, *peaks])
         print(" | ".join(rows[-1]), flush=True)
@@ -404,6 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         large.add_argument(
             "--steps", type=int, default=2 if run is time else [5, 25, 50], nargs=None if run is time else "+"
         )
+        large.add_argument("--ways", nargs="+", default=[], help="parts of the names of ways")
         large.add_argument("--rounds", type=int, default=5)
         large.add_argument("--precision", choices=("bfloat16", "float32"), default="float32")
     for task in tasks.choices.values():
