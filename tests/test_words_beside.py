@@ -104,6 +104,17 @@ def test_a_words_map_does_not_depend_on_other_words_beside(pipe: Pipeline) -> No
     assert 0 < alone.max() < 1
 
 
+def test_a_words_map_beside_a_prompt_does_not_depend_on_a_longer_neighbour(clip_model: Any) -> None:
+    """In a batch, what lies beyond a prompt's own end is masked: the word does not stand beside that."""
+    large = Pipeline(clip_model())
+    trace = Trace(also=["cat", "a dog"], per_head=True)
+    (alone,) = large(PROMPT, seed=[3], steps=1, trace=trace).heatmaps
+    together = large([PROMPT, " ".join(["red"] * 90)], seed=[3, 4], steps=1, trace=trace).heatmaps[0]
+    assert together.words.part("masked")
+    for site, probs in alone.also.maps.items():
+        assert torch.allclose(together.also.maps[site], probs, atol=1e-4), site.name
+
+
 def test_words_beside_are_found_where_the_prompt_has_none(pipe: Pipeline) -> None:
     (heatmaps,) = paint(pipe, Trace(also=ALSO)).heatmaps
     assert torch.equal(heatmaps["dog"].raw, heatmaps.also["dog"].raw)
