@@ -55,8 +55,9 @@ def served(folder: Path) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """A browser, closed with each file of tests: Playwright runs once at a time in a process."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     with sync_playwright() as playwright:
@@ -65,7 +66,7 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def script(browser: Browser) -> Iterator[RunScript]:
     """Runs JavaScript beside the page's modules: ``script("(await module('noise')).…", argument)``."""
     with served(SCRIPTS) as address:
