@@ -220,7 +220,7 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class _PartOfPainting:
-    """Where and when attention is changed: some ``sites`` (:func:`choose_sites`), for a part of the way.
+    """Part of a painting in which attention is changed: some ``sites`` (:func:`choose_sites`), for a part of the way.
 
     It holds from the share ``start`` of the way from noise to image, measured in timesteps, until the share ``end``:
     0 is never, 1 until the image is done.

@@ -97,7 +97,9 @@ def test_words_beside_light_up_and_those_of_no_rank_are_not_listed(tab: Page, tm
     maps = word_maps()
     also = replace(maps, words=list_words(["a dog"], [1]))  # whose share is that of BOS: 10 % everywhere
     negative = word_maps()
-    page = opened(tab, tmp_path, word_map_page(replace(maps, also_traced=also, negative_traced=negative), ["bos"]))
+    page = opened(
+        tab, tmp_path, word_map_page(replace(maps, also_traced=also, negative_traced=negative), parts=["bos"])
+    )
     assert "looked for beside it" in page.locator("h2").inner_text()
     page.get_by_role("button", name="a dog").hover()
     assert "“a dog”: up to 10 %" in page.locator("figcaption").inner_text()

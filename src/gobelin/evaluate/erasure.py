@@ -38,7 +38,7 @@ class ErasureState:
 
 @dataclass(frozen=True, kw_only=True)
 class Erasure:
-    """What became of a model from which a colour or a shape was erased."""
+    """Erasure of a colour or a shape from a model: its images before and after."""
 
     model: str
     world: str

@@ -28,7 +28,7 @@ DENOISING, AMONG = "denoising", "denoising, over the mean of all nouns"
 
 @dataclass(frozen=True, kw_only=True)
 class Presence:
-    """How well each score tells nouns of what is in an image from those of what is not, and medians of both."""
+    """Separation of words by each score: how well it tells nouns of what is in an image from those of what is not, and medians of both."""
 
     model: str
     world: str
