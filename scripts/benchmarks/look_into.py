@@ -330,7 +330,7 @@ WAYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def ways_there(chosen: Sequence[str]) -> list[str]:
-    """List the ways whose programs are installed: all, or diffusers alone and the chosen ones, by parts of their names."""
+    """List the ways whose programs are installed: all, or diffusers alone and those of such names."""
     installed = [way for way, (module, _) in WAYS.items() if find_spec(module) is not None]
     return [way for way in installed if not chosen or way == "diffusers" or any(part in way for part in chosen)]
 
