@@ -28,7 +28,7 @@ DENOISING, AMONG = "denoising", "denoising, over the mean of all nouns"
 
 @dataclass(frozen=True, kw_only=True)
 class Presence:
-    """Separation of words by each score: how well it tells nouns of what is in an image from those of what is not, and medians of both."""
+    """Separation of nouns by each score: of what is in an image from what is not; and medians of both."""
 
     model: str
     world: str
