@@ -4,7 +4,7 @@
 
 Looks at the model's own images that the grader finds right, and at true scenes, at every timestep; then scores every
 set of up to three of them, by DAAM's protocol at τ = .4: nouns, nouns where each pixel goes to one, colours. Of the
-sets whose nouns overlap nearly as well as the best set's, that of the best colours is chosen. The test list is not read.
+sets whose nouns overlap nearly as well as the best set's, that of the best colours is chosen. No test list is read.
 """
 
 import argparse
