@@ -114,6 +114,7 @@ def test_several_texts_an_image_are_those_of_eager(small: Small, name: EngineNam
 
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
+@pytest.mark.slow  # two graphs are exported and compiled
 def test_words_beside_and_the_other_half_are_those_of_eager(small: Small, name: EngineName) -> None:
     warnings.simplefilter("error", UserWarning)
     unet, given = find_engine(name)(small).unet, inputs(4, 5, 3, 6)

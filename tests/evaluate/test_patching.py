@@ -121,6 +121,7 @@ def test_what_cannot_be_patched_is_said(pipe: Pipeline, patch: AttentionPatch, m
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_model_that_paints_right_follows_text_everywhere_and_chance_does_not() -> None:
     pipeline = Pipeline.from_pretrained()
     measured: Patching = measure_patching(pipeline, CORE, 2, ["colour"])
