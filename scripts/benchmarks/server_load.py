@@ -8,7 +8,7 @@ client submits a picture with the model's own settings, follows its events, fetc
 pictures are painted one after the other, by `gobelin generate`, a process a picture and many in one. *abuse*: of the
 clients' jobs a fifth is cancelled, a fifth followed by a reader that goes away, a fifth by one that takes a few bytes a
 second, and the rest fetched; lost is a job that was accepted and never ended, or a picture that was done and could not
-be fetched. The server's resident memory is read after a third of the time, and at the end.
+be fetched. The server's resident memory is read at half-time, and at the end.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from paired import print_machine
 from gobelin.bench.machine import machine
 
 _PROMPTS = ("a red circle", "a blue ring and a red star", "three green rings", "a yellow star above a purple ring")
-_WARM = 0.35  # of the time: until then kernels are made, and finished jobs fill what is kept of them
+_WARM = 0.5  # of the time: until then kernels are made, and finished jobs fill what is kept of them
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 

@@ -170,6 +170,16 @@ def test_other_machines_need_a_token(serving: Callable[..., TestClient]) -> None
     assert client.get("/v1/info", headers=named).status_code == 403
 
 
+def test_a_proxys_name_is_allowed_with_a_token(serving: Callable[..., TestClient]) -> None:
+    with pytest.raises(UsageError, match="give a --token"):
+        check_options(ServerOptions(names=("paint.example.org",)))
+    client = serving(ServerOptions(names=("paint.example.org",), token=TOKEN))
+    asked = {"Host": "paint.example.org", "Authorization": f"Bearer {TOKEN}"}
+    assert client.get("/v1/info", headers={**asked, "Origin": "https://paint.example.org"}).status_code == 200
+    assert client.get("/v1/info", headers={**asked, "Origin": "https://evil.example"}).status_code == 403
+    assert client.get("/v1/info", headers={**asked, "Host": "evil.example"}).status_code == 403
+
+
 def test_a_browser_signs_in_once(serving: Callable[..., TestClient]) -> None:
     client = serving(ServerOptions(host="0.0.0.0", token=TOKEN))
     wrong = client.get("/", params={"token": "wrong" * 4}, follow_redirects=False)

@@ -33,6 +33,8 @@ class Serve(PipelineOptions):
     """Diffusers folder, .safetensors or .ckpt file, or Hub name; without it, the model that comes with Gobelin."""
     host: str = "127.0.0.1"
     """Address to listen at; one that other machines can reach needs a token."""
+    name: tuple[str, ...] = ()
+    """Names by which a proxy before it is reached, such as paint.example.org; needs a token."""
     port: Annotated[int, Interval(ge=0, le=65535)] = 7860
     """Port to listen at; 0 takes any that is free."""
     token: str | None = None

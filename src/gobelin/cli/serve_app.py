@@ -26,7 +26,7 @@ _STOP_SECONDS = 5  # for answers that are being sent
 def serve(options: Serve) -> None:
     """Listen, open the model, print the address, and serve until Ctrl-C or SIGTERM."""
     token = options.token or os.environ.get("GOBELIN_TOKEN") or None
-    server_options = ServerOptions(host=options.host, token=token, queue=options.queue)
+    server_options = ServerOptions(host=options.host, names=options.name, token=token, queue=options.queue)
     check_options(server_options)
     listening = listen(options.host, options.port)
     with listening:

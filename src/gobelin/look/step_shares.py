@@ -44,8 +44,20 @@ class StepCollector:
                 shares.append(shares[-1])
 
     def heatmaps(self, index: int, image: Image.Image) -> HeatMaps:
-        """Return the sharp heat maps of image ``index``, as ``trace="sharp"`` gives them."""
-        return self._heatmaps(index, self._late.maps(index), image)
+        """Return the sharp heat maps of image ``index``: word for word those that ``trace="sharp"`` gives.
+
+        Of self-attention only the mean over the sites of a grid is kept, which is all that sharpening asks for, and a
+        third of the memory.
+        """
+        maps = self._late.maps(index)
+        by_grid: dict[tuple[int, int], list[AttentionSite]] = {}
+        for site in maps:
+            if site.kind == "self":
+                by_grid.setdefault(site.grid(*self._latent_size), []).append(site)
+        for sites in by_grid.values():
+            mean = torch.stack([maps.pop(site) for site in sites]).mean(dim=0)
+            maps[sites[0]] = mean
+        return self._heatmaps(index, maps, image)
 
     def shares(self, index: int) -> Float[Tensor, "steps words rows columns"]:
         """Stack the words' shares of image ``index`` at each step."""

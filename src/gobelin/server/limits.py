@@ -12,9 +12,10 @@ _WORK_STEPS = 50  # of one image of the most pixels
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Options of a server: the address that it is bound to, its token, and the jobs that may wait."""
+    """Options of a server: its address, the names of a proxy before it, its token, and the jobs that may wait."""
 
     host: str = "127.0.0.1"
+    names: tuple[str, ...] = ()
     token: str | None = None
     queue: int = 64
 

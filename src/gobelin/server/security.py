@@ -65,6 +65,10 @@ def check_options(options: ServerOptions) -> None:
         raise UsageError(
             f"--host is {options.host}, which other machines can reach: give a --token that they have to know"
         )
+    if options.token is None and options.names:
+        raise UsageError(
+            f"--name is {options.names[0]}, by which others reach it: give a --token that they have to know"
+        )
 
 
 class _Held:
@@ -159,6 +163,8 @@ class Guard:
             return False
         if "@" in host or "/" in host or not name:
             return False
+        if name in {one.lower() for one in self._options.names}:
+            return True
         if is_loopback(self._options.host):
             return is_loopback(name)
         if name in (self._options.host.lower(), *_LOCAL_NAMES, socket.gethostname().lower()):
