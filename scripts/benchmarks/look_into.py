@@ -364,33 +364,25 @@ def time(options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Print the peak memory of fresh processes, which paint so many steps."""
-    rows = []
+    """Print the peak memory of fresh processes, which paint so many steps one after the other."""
+    steps, rows = [str(count) for count in sorted(options.steps)], []
     for way in ways_there(options.ways):
-        peaks = [peak_of(way, options.side, steps, options.precision, options.threads) for steps in options.steps]
-        rows.append([way, *peaks])
+        task = ["peak", way, "--side", str(options.side), "--steps", *steps, "--precision", options.precision]
+        command = [sys.executable, __file__, *task, "--threads", str(options.threads)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        rows.append([way, *(done.stdout.split() if done.returncode == 0 else [f"{done.returncode}: {last}"])])
         print(" | ".join(rows[-1]), flush=True)
-    print_table(
-        f"Peak memory, latents {options.side}×{options.side}, {options.precision}",
-        ["", *(f"{steps} steps" for steps in options.steps)],
-        rows,
-    )
-
-
-def peak_of(way: str, side: int, steps: int, precision: str, threads: int) -> str:
-    """Measure the peak of a fresh process, in MB, or say that it ended otherwise."""
-    task = ["peak", way, "--side", str(side), "--steps", str(steps), "--precision", precision]
-    command = [sys.executable, __file__, *task, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    said = (done.stdout if done.returncode == 0 else done.stderr).split("\n")
-    return [line for line in said if line.strip()][-1][:60] if any(said) else f"ended with {done.returncode}"
+    title = f"Peak memory in MB, latents {options.side}×{options.side}, {options.precision}"
+    print_table(title, ["", *(f"{count} steps" for count in steps)], rows)
 
 
 def peak(options: argparse.Namespace) -> None:
-    """Paint once, and print the peak memory of this process in MB."""
+    """Paint numbers of steps, and print the peak memory of this process in MB after each."""
     pipe = diffusers_pipeline(random_pipeline(getattr(torch, options.precision)))
-    paint_large(pipe, options.way, options.side, options.steps[0])
-    print(f"{process_memory()['peak']:.0f}")
+    for steps in options.steps:
+        paint_large(pipe, options.way, options.side, steps)
+        print(f"{process_memory()['peak']:.0f}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
