@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 
 from gobelin.formats.png import read_png_settings, write_png
 
@@ -111,8 +112,14 @@ def test_words_beside_the_prompt_of_the_negative_one_and_of_no_word(gobelin, tra
     page = (tmp_path / "a-red-circle-5.html").read_text()
     for text in ("looked for beside it", "negative prompt", "tokens that are no words", "two dogs", "bos"):
         assert text in page
-    for name in ("1-circle", "2-dog", "3-bos", "4-padding"):
-        assert (tmp_path / f"a-red-circle-5-mask-{name}.png").is_file()
+    coco = COCO(tmp_path / "a-red-circle-5-coco.json")
+    assert [one["name"] for one in coco.loadCats(coco.getCatIds())] == maps["words"].tolist()
+    for number, name in enumerate(("circle", "dog", "bos", "padding")):
+        mask = np.asarray(Image.open(tmp_path / f"a-red-circle-5-mask-{number + 1}-{name}.png")) > 0
+        assert np.array_equal(mask, maps["masks"][number])
+        assert mask.any() == bool(coco.getAnnIds(catIds=[number + 1]))
+        for annotation in coco.loadAnns(coco.getAnnIds(catIds=[number + 1])):
+            assert np.array_equal(coco.annToMask(annotation).astype(bool), mask)
 
 
 @pytest.mark.parametrize(
