@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gobelin import kernels
 from gobelin.errors import UsageError
+from gobelin.head_weights import HeadWeights
 from gobelin.validation import Fraction, shown, validate_fields
 
 Reduction = Literal["none", "heads"]
@@ -198,7 +199,8 @@ class Trace:
 
     Maps are means over heads and steps, unless ``per_head`` or ``per_step`` keeps each apart. Only steps from the share
     ``start`` (0 to 1) of the way from noise to image on are kept, measured in timesteps, and always the last one.
-    ``sharp`` chooses sites and start itself, for maps that point best. ``also`` are words or phrases that the prompt
+    ``sharp`` chooses sites and start itself, for maps that point best, with ``head_weights`` where the model has such:
+    heads are kept apart then. ``also`` are words or phrases that the prompt
     need not have: their maps are computed beside (:func:`extra_shares`), and change nothing. ``negative`` keeps the
     maps of the negative prompt too.
     """
@@ -210,9 +212,10 @@ class Trace:
     sharp: bool = False
     also: Annotated[Sequence[str], "words or phrases, as in ('dog', 'a shadow')"] = ()
     negative: bool = False
+    head_weights: HeadWeights | None = None
 
     def __post_init__(self) -> None:
-        validate_fields(self, but=("sites",))
+        validate_fields(self, but=("sites", "head_weights"))
         if not all(word.strip() for word in self.also):
             raise UsageError("also has an empty word: leave it out")
         object.__setattr__(self, "also", tuple(dict.fromkeys(word.strip() for word in self.also)))

@@ -145,7 +145,7 @@ def look_at_images(
         by_size.setdefault(options.latent_size(model, image), []).append(index)
     looked: dict[int, HeatMaps] = {}
     for size, indices in by_size.items():
-        found = find_trace(model.unet.attention_sites, trace, size)
+        found = find_trace(model.unet.attention_sites, trace, size, model.head_weights)
         if found is None:
             raise UsageError('trace is False, and maps are all that there is to see: give True, "sharp" or a Trace')
         if found.negative:

@@ -14,6 +14,7 @@ from gobelin.checkpoint import Model
 from gobelin.control.batch import AnyControl, Attached, Batch, attach_controls
 from gobelin.errors import UsageError
 from gobelin.guidance import Guidance, classifier_free_guidance
+from gobelin.head_weights import HeadWeights
 from gobelin.images import open_image, open_mask
 from gobelin.inpainting import InitImage
 from gobelin.look.heatmaps import sharp_trace
@@ -301,10 +302,13 @@ def _seeds(seed: int | Sequence[int] | None, total: int) -> Iterable[int]:
     return seeds
 
 
-def find_trace(sites: Sequence[AttentionSite], trace: object, size: tuple[int, int]) -> Trace | None:
+def find_trace(
+    sites: Sequence[AttentionSite], trace: object, size: tuple[int, int], head_weights: HeadWeights | None = None
+) -> Trace | None:
     """Find the trace that True, "sharp" or a :class:`Trace` stand for in latents of a size; None for False.
 
-    ``sites`` are the U-Net's. Raises :class:`UsageError` for anything else, and for sites that it does not have.
+    ``sites`` are the U-Net's, and ``head_weights`` those of the model, if it has any. Raises :class:`UsageError` for
+    anything else, and for sites that it does not have.
     """
     if not isinstance(trace, bool | Trace) and not (isinstance(trace, str) and trace == "sharp"):
         raise UsageError(f'trace is {shown(trace)}: give True, False, "sharp" or a gobelin.attention.Trace')
@@ -314,8 +318,9 @@ def find_trace(sites: Sequence[AttentionSite], trace: object, size: tuple[int, i
     if asked.sharp:
         if asked.sites is not None or asked.start:
             raise UsageError("sharp maps choose sites and start themselves: leave out these, or sharp")
-        best = sharp_trace(sites, size)
-        asked = replace(asked, sites=best.sites, start=best.start)
+        best = sharp_trace(sites, size, asked.head_weights or head_weights)
+        per_head = asked.per_head or best.per_head
+        asked = replace(asked, sites=best.sites, start=best.start, per_head=per_head, head_weights=best.head_weights)
     validated("the start of a trace", asked.start, Fraction)
     choose_sites(sites, asked.sites)
     return asked
@@ -323,7 +328,7 @@ def find_trace(sites: Sequence[AttentionSite], trace: object, size: tuple[int, i
 
 def _trace(model: Model, settings: Settings, size: tuple[int, int], levels: NoiseLevels) -> Trace | None:
     """Choose the maps to keep; the last step's are always among them."""
-    asked = find_trace(model.unet.attention_sites, settings.trace, size)
+    asked = find_trace(model.unet.attention_sites, settings.trace, size, model.head_weights)
     if asked is None:
         return None
     if asked.per_step and settings.cache_interval > 1:

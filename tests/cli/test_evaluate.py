@@ -52,7 +52,7 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
             ["zebra"],
             2,
             "unknown measurement 'zebra': the choices are scenes, images, prompts, attribution, editing, patching, "
-            "erasure, correspondence, presence, fidelity",
+            "erasure, correspondence, heads, presence, fidelity",
         ),
         (["--limit", "2"], 2, "unknown measurement '--limit'"),
         (["attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),
@@ -167,7 +167,7 @@ def test_attribution_compares_words_with_objects(gobelin, trained, tmp_path):
     assert (found["world"], found["captions"]) == ("nano", 3)
     assert found["renders"]["images"] == 3
     assert 0 < found["renders"]["whole_image"]["value"] < 0.3
-    assert found["renders"]["protocols"].keys() == {"DAAM", "sharp", "looked at"}
+    assert found["renders"]["protocols"].keys() == {"DAAM", "sharp, unweighted", "sharp", "looked at"}
     assert "true scenes, noised" in out
     assert "a perfect map reaches" in report.read_text()
 

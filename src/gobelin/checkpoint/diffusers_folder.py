@@ -17,6 +17,7 @@ from gobelin.clip import TextEncoder
 from gobelin.errors import ModelError
 from gobelin.formats.component import DIFFUSERS_VERSION, config_from_json
 from gobelin.formats.files import is_there, read_json, write_json
+from gobelin.head_weights import HeadWeights
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import UNet
@@ -25,6 +26,7 @@ from gobelin.validation import shown
 
 MODEL_INDEX = "model_index.json"
 _GOBELIN_JSON = "gobelin.json"  # what diffusers has no place for: recommended settings, the world of scenes
+HEAD_WEIGHTS = "head_weights.json"
 
 
 def open_folder(
@@ -56,6 +58,7 @@ def open_folder(
     extra = read_json(extra_file) if is_there(extra_file) else {}
     if not isinstance(world := extra.get("world"), str | None):
         raise ModelError(f"{extra_file}: world is {world!r}, expected the name of a world of scenes")
+    heads_file = folder / HEAD_WEIGHTS
     return Model(
         unet=UNet.from_pretrained(folder / "unet", **options).to(device),
         vae=(vae or VAE.from_pretrained(folder / "vae", **options)).to(device),
@@ -65,6 +68,7 @@ def open_folder(
         recommended=recommended_from_json(extra, extra_file),
         world=world,
         pointing=extra["pointing"] if isinstance(extra.get("pointing"), dict) else None,
+        head_weights=HeadWeights.from_json(read_json(heads_file), heads_file) if is_there(heads_file) else None,
         name=folder.resolve().name,
     )
 
@@ -78,6 +82,10 @@ def save_folder(model: Model, folder: Path, dtype: torch.dtype | None = None) ->
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_fields(model.schedule.config))
     world = {} if model.world is None else {"world": model.world}
     write_json(folder / _GOBELIN_JSON, dict(model.recommended) | world)
+    if model.head_weights is not None:
+        write_json(folder / HEAD_WEIGHTS, model.head_weights.to_json())
+    else:
+        (folder / HEAD_WEIGHTS).unlink(missing_ok=True)  # another model's
     inpaints = model.unet.config.in_channels > model.unet.config.out_channels
     pipeline = {"_class_name": "StableDiffusionInpaintPipeline"} if inpaints else {}
     write_json(folder / MODEL_INDEX, _INDEX_FIELDS | pipeline)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from gobelin.checkpoint.clip_tokenizer import find_clip_tokenizer
-from gobelin.checkpoint.diffusers_folder import MODEL_INDEX, open_folder
+from gobelin.checkpoint.diffusers_folder import HEAD_WEIGHTS, MODEL_INDEX, open_folder
 from gobelin.checkpoint.model import NETWORKS, Model
 from gobelin.checkpoint.single_file import open_single_file, open_vae_file
 from gobelin.errors import ModelError, UsageError
@@ -23,6 +23,7 @@ from gobelin.validation import shown
 _CONFIG_PATTERNS = (
     "model_index.json",
     "gobelin.json",
+    HEAD_WEIGHTS,
     "scheduler/*.json",
     "tokenizer/*",
     *(f"{network}/*.json" for network in NETWORKS),

@@ -7,6 +7,7 @@ from typing import Any
 
 from gobelin.clip import TextEncoder
 from gobelin.errors import ModelError, UsageError
+from gobelin.head_weights import HeadWeights
 from gobelin.schedule import NoiseSchedule
 from gobelin.settings import Settings
 from gobelin.tokenizer import EOS, Tokenizer
@@ -43,7 +44,8 @@ class Model:
     """Three networks, with the tokenizer and the noise schedule that they were trained with.
 
     ``world`` names the world of scenes that the model was trained on, if any; ``pointing`` says how well its words'
-    maps point, where its folder does. Raises :class:`ModelError` for parts that do not fit together.
+    maps point, where its folder does, and ``head_weights`` make its sharp maps, where they were fitted. Raises
+    :class:`ModelError` for parts that do not fit together.
     """
 
     unet: UNet
@@ -54,6 +56,7 @@ class Model:
     recommended: Settings = RECOMMENDED
     world: str | None = None
     pointing: dict[str, Any] | None = None
+    head_weights: HeadWeights | None = None
     name: str = ""
 
     def __post_init__(self) -> None:

@@ -17,6 +17,9 @@ from gobelin.formats.files import replacing
 
 if TYPE_CHECKING:
     from gobelin.evaluate.benchmark import Benchmark
+    from gobelin.evaluate.measurement_report import Report
+    from gobelin.pipeline import Pipeline
+    from gobelin.scenes import World
 
 _SHEET_SUFFIXES = (".png", ".jpg")
 
@@ -33,6 +36,7 @@ measurements:
   patching        give some attention another caption's text, and see whether colour, shape, number or place follow
   erasure         erase a colour or a shape, and see whether it is gone and what else broke
   correspondence  find points of objects again in other scenes by the U-Net's features
+  heads           fit which heads of attention point, for sharper maps, and keep their weights beside the model
   presence        tell by a score whether what a word names is in an image
   fidelity        compare images painted from captions with the true ones: FID, KID, CLIP score
 
@@ -47,6 +51,7 @@ examples:
   gobelin evaluate editing --limit 50
   gobelin evaluate patching --limit 30
   gobelin evaluate correspondence --limit 32
+  gobelin evaluate heads runs/mine --save
   gobelin evaluate presence --limit 64
   gobelin evaluate fidelity my-images --model runs/mine --features model
 """
@@ -236,6 +241,25 @@ class EvaluateCorrespondence(ReportFiles, _ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateHeads(ReportFiles, _ModelOptions):
+    """Fit weights of heads of attention to scenes whose masks are exact, and measure the sharp maps that they make.
+
+    With --save they are kept in the model's folder, and maps are made by them from then on. Without, nothing changes.
+
+    Some examples:
+      gobelin evaluate heads runs/mine
+      gobelin evaluate heads runs/mine --save
+    """
+
+    scenes: int = 320
+    """The number of scenes that weights are fitted to, 2 or more."""
+    limit: int = 96
+    """The number of other scenes that maps are measured on, 2 or more."""
+    save: bool = False
+    """Keep the weights in the model's folder, as head_weights.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluatePresence(ReportFiles, _ModelOptions):
     """Measure how well scores tell words for what is in an image from words for what is not, in true scenes.
 
@@ -364,78 +388,86 @@ def _prompts(options: EvaluatePrompts) -> None:
 def _attribution(options: EvaluateAttribution) -> None:
     """Measure the attribution of words to pixels."""
     from gobelin.evaluate.attribution import attribution_report, measure_attribution
-    from gobelin.evaluate.scene_models import open_scene_model
 
-    _require_captions(options.limit)
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    pipeline, world = _open(options, options.limit)
     with progress_bar("tracing") as advance:
-        content = measure_attribution(pipeline, world, options.limit, lambda: advance(1)).to_json()
-    publish(options, content, attribution_report(content))
+        found = measure_attribution(pipeline, world, options.limit, lambda: advance(1))
+    _publish(options, found, attribution_report)
 
 
 def _editing(options: EvaluateEditing) -> None:
     """Measure edits."""
     from gobelin.evaluate.editing import editing_report, measure_editing
-    from gobelin.evaluate.scene_models import open_scene_model
 
-    _require_captions(options.limit)
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    pipeline, world = _open(options, options.limit)
     with progress_bar("editing") as advance:
-        content = measure_editing(pipeline, world, options.limit, options.kinds, lambda: advance(1)).to_json()
-    publish(options, content, editing_report(content))
+        found = measure_editing(pipeline, world, options.limit, options.kinds, lambda: advance(1))
+    _publish(options, found, editing_report)
 
 
 def _patching(options: EvaluatePatching) -> None:
     """Measure patches of attention."""
     from gobelin.evaluate.patching import measure_patching, patching_report
-    from gobelin.evaluate.scene_models import open_scene_model
 
-    _require_captions(options.limit)
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    pipeline, world = _open(options, options.limit)
     with progress_bar("patching") as advance:
-        content = measure_patching(pipeline, world, options.limit, options.kinds, lambda: advance(1)).to_json()
-    publish(options, content, patching_report(content))
+        found = measure_patching(pipeline, world, options.limit, options.kinds, lambda: advance(1))
+    _publish(options, found, patching_report)
 
 
 def _erasure(options: EvaluateErasure) -> None:
     """Measure an erasure."""
     from gobelin.evaluate.erasure import erasure_report, measure_erasure
-    from gobelin.evaluate.scene_models import open_scene_model
 
-    _require_captions(options.limit)
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    pipeline, world = _open(options, options.limit)
     with progress_bar("painting") as advance:
-        content = measure_erasure(
-            pipeline, world, options.word, options.instead, options.limit, options.ridge, advance
-        ).to_json()
-    publish(options, content, erasure_report(content))
+        found = measure_erasure(pipeline, world, options.word, options.instead, options.limit, options.ridge, advance)
+    _publish(options, found, erasure_report)
 
 
 def _correspondence(options: EvaluateCorrespondence) -> None:
     """Measure correspondence by features."""
     from gobelin.evaluate.correspondence import correspondence_report, measure_correspondence
-    from gobelin.evaluate.scene_models import open_scene_model
 
-    _require_captions(options.limit)
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    pipeline, world = _open(options, options.limit)
     given = {"layers": options.layers or None, "timestep": options.timestep}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with progress_bar("comparing") as advance:
         found = measure_correspondence(pipeline, world, options.limit, lambda: advance(1), options.split, **chosen)
-    content = found.to_json()
-    publish(options, content, correspondence_report(content))
+    _publish(options, found, correspondence_report)
 
 
 def _presence(options: EvaluatePresence) -> None:
     """Measure scores of presence."""
     from gobelin.evaluate.presence import measure_presence, presence_report
-    from gobelin.evaluate.scene_models import open_scene_model
 
-    _require_captions(options.limit)
-    pipeline, world = open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+    pipeline, world = _open(options, options.limit)
     with progress_bar("asking") as advance:
-        content = measure_presence(pipeline, world, options.limit, lambda: advance(1), options.split).to_json()
-    publish(options, content, presence_report(content))
+        found = measure_presence(pipeline, world, options.limit, lambda: advance(1), options.split)
+    _publish(options, found, presence_report)
+
+
+def _heads(options: EvaluateHeads) -> None:
+    """Fit head weights, measure what they bring, and keep them where that is asked for."""
+    from gobelin.checkpoint.diffusers_folder import HEAD_WEIGHTS
+    from gobelin.evaluate.fit_heads import fit_heads, heads_report, measure_heads
+    from gobelin.formats.files import write_json
+    from gobelin.pipeline import shipped_model
+
+    if not 2 <= options.scenes <= MAX_PROMPTS:
+        raise UsageError(f"scenes is {options.scenes}: give a number from 2 to {MAX_PROMPTS}")
+    folder = options.model or shipped_model()
+    if options.save and not folder.is_dir():
+        raise UsageError(f"{folder} is no folder, and head weights are kept in the model's: convert it to one first")
+    pipeline, world = _open(options, options.limit)
+    with progress_bar("looking") as advance:
+        weights = fit_heads(pipeline, world, options.scenes, lambda: advance(1))
+        found = measure_heads(pipeline, world, weights, options.scenes, options.limit, lambda: advance(1))
+    if options.save:
+        write_json(folder / HEAD_WEIGHTS, weights.to_json())
+    _publish(options, found, heads_report)
+    if options.save:
+        print(f"saved: {folder / HEAD_WEIGHTS}")
 
 
 def _fidelity(options: EvaluateFidelity) -> None:
@@ -454,6 +486,7 @@ _MEASUREMENTS: dict[str, Callable[[Sequence[str]], None]] = {
     "patching": lambda rest: _patching(parse(EvaluatePatching, "evaluate patching", rest)),
     "erasure": lambda rest: _erasure(parse(EvaluateErasure, "evaluate erasure", rest)),
     "correspondence": lambda rest: _correspondence(parse(EvaluateCorrespondence, "evaluate correspondence", rest)),
+    "heads": lambda rest: _heads(parse(EvaluateHeads, "evaluate heads", rest)),
     "presence": lambda rest: _presence(parse(EvaluatePresence, "evaluate presence", rest)),
     "fidelity": lambda rest: _fidelity(parse(EvaluateFidelity, "evaluate fidelity", rest)),
 }
@@ -465,10 +498,19 @@ def _require_sheet_suffix(file: Path | None) -> None:
         raise UsageError(f"--sheet is {file}: give a name that ends in {' or '.join(_SHEET_SUFFIXES)}")
 
 
-def _require_captions(limit: int) -> None:
-    """Check the number of captions: an interval needs two."""
+def _open(options: _ModelOptions, limit: int) -> "tuple[Pipeline, World]":
+    """Check the number of scenes, as an interval needs two, and open a model of scenes with its world."""
+    from gobelin.evaluate.scene_models import open_scene_model
+
     if not 2 <= limit <= MAX_PROMPTS:
         raise UsageError(f"limit is {limit}: give a number from 2 to {MAX_PROMPTS}")
+    return open_scene_model(options.model, options.world, options.device, options.dtype, options.engine)
+
+
+def _publish(options: ReportFiles, found: Any, report: "Callable[[dict[str, Any]], Report]") -> None:
+    """Print what was found as its report, and write it where the options ask for that."""
+    content = found.to_json()
+    publish(options, content, report(content))
 
 
 def _publish_benchmark(options: _BenchmarkFiles, benchmark: "Benchmark") -> None:

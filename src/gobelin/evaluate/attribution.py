@@ -30,6 +30,7 @@ ATTRIBUTION_SEED = 77  # of the scenes, apart from training's
 _TIMESTEPS = (100, 300, 500, 700, 900)
 _THRESHOLDS = (0.3, 0.4, 0.5)
 _BATCH_SIZE = 16
+_EXACT = "the objects' mask"
 _CAUSALITY_IMAGES = 25  # each is generated again for every word
 
 
@@ -242,12 +243,22 @@ def sharpened(case: AttributionCase, number: int) -> HeatMap:
     return case.sharp[number]
 
 
+def unweighted(case: AttributionCase, number: int) -> HeatMap:
+    """Take a word's sharp map as it is without head weights."""
+    return case.sharp.unweighted()[number]
+
+
 def looked_at(case: AttributionCase, number: int) -> HeatMap:
     """Take a word's sharp map of the finished image."""
     return case.looked[number]
 
 
-PROTOCOLS: dict[str, MapProtocol] = {"DAAM": daam, "sharp": sharpened, "looked at": looked_at}
+PROTOCOLS: dict[str, MapProtocol] = {
+    "DAAM": daam,
+    "sharp, unweighted": unweighted,
+    "sharp": sharpened,
+    "looked at": looked_at,
+}
 
 
 def intersections(cases: Sequence[AttributionCase], protocol: MapProtocol) -> dict[tuple[str, float], Mean]:
@@ -306,9 +317,10 @@ def whole_image(cases: Sequence[AttributionCase]) -> Mean:
 def causality(pipeline: Pipeline, cases: Sequence[AttributionCase]) -> dict[str, dict[str, Mean]]:
     """Correlate the change of an image where a word gets no attention with the word's map, by protocol and kind.
 
-    Pearson's correlation over pixels of the map with the greatest change of a channel, for words that change any.
+    Pearson's correlation over pixels of the map with the greatest change of a channel, for words that change any. Last
+    comes the mask of the objects in place of a map: what is changed is not only they.
     """
-    groups: dict[str, dict[str, list[list[float]]]] = {name: {} for name in PROTOCOLS}
+    groups: dict[str, dict[str, list[list[float]]]] = {name: {} for name in (*PROTOCOLS, _EXACT)}
     for case in cases:
         assert case.settings is not None
         settings = {name: value for name, value in case.settings.items() if name not in ("prompt", "model")}
@@ -317,8 +329,8 @@ def causality(pipeline: Pipeline, cases: Sequence[AttributionCase]) -> dict[str,
         for truth in case.truths:
             control = suppress(truth.number)
             change = _difference(before, pipeline(case.heatmaps.words.text, **settings, control=control).images[0])
-            for name, protocol in PROTOCOLS.items():
-                heat = protocol(case, truth.number).raw
+            maps = {name: protocol(case, truth.number).raw for name, protocol in PROTOCOLS.items()}
+            for name, heat in (maps | {_EXACT: truth.mask.float()}).items():
                 if change.std() > 0 and heat.std() > 0:
                     correlation = torch.corrcoef(torch.stack([heat.flatten(), change.flatten()]))[0, 1].item()
                     found.setdefault((name, truth.kind), []).append(correlation)

@@ -6,7 +6,7 @@ sum them over steps and average them over layers and heads; so does Gobelin.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gobelin.attention import AttentionMaps, AttentionSite, Sites, Trace, choose_sites
 from gobelin.errors import UsageError
+from gobelin.head_weights import HeadWeights
 from gobelin.look.colour_map import overlay_values
 from gobelin.validation import validated
 from gobelin.words import TokenKind, Word, Words, WordSpan
@@ -33,11 +34,14 @@ _KINDS: tuple[TokenKind, ...] = ("text", "bos", "eos", "padding")
 _PARTS: tuple[TokenKind, ...] = _KINDS[1:]
 
 
-def sharp_trace(sites: Sequence[AttentionSite], latent_size: tuple[int, int]) -> Trace:
+def sharp_trace(
+    sites: Sequence[AttentionSite], latent_size: tuple[int, int], head_weights: HeadWeights | None = None
+) -> Trace:
     """Choose the trace that :meth:`HeatMaps.sharpened` needs: attn1 and attn2 of the decoder's finest level, late.
 
     The finest level of at most 48×32 patches, or else the coarsest; which attention points best was measured on
-    scenes (docs/decisions.md, *Which attention points*).
+    scenes (docs/decisions.md, *Which attention points*). Where ``head_weights`` are of that level, they are used, with
+    the heads of their sites apart.
     """
 
     def patches(site: AttentionSite) -> int:
@@ -46,7 +50,11 @@ def sharp_trace(sites: Sequence[AttentionSite], latent_size: tuple[int, int]) ->
     decoder = [site for site in sites if site.name.startswith("up_blocks")] or sites
     few = [site for site in decoder if patches(site) <= MOST_PATCHES]
     chosen = max(map(patches, few)) if few else min(map(patches, decoder))
-    return Trace(sites=[site for site in decoder if patches(site) == chosen], start=_LATE)
+    level = [site for site in sites if patches(site) == chosen]
+    if head_weights is not None and head_weights.fits({site.name: site.heads for site in level}):
+        weighted = [site for site in level if site.name in head_weights.cross or site.name in head_weights.own]
+        return Trace(sites=weighted, start=_LATE, per_head=True, head_weights=head_weights)
+    return Trace(sites=[site for site in level if site in decoder], start=_LATE)
 
 
 def sharpen(share: Float[Tensor, " patches"], own: Float[Tensor, "patches patches"]) -> Float[Tensor, " patches"]:
@@ -110,11 +118,12 @@ class Collector:
         maps = self.maps(index)
         found = HeatMaps(words=words, maps=_of_text(maps, words), latent_size=latent_size, image=image)
         if also is not None:
-            found = replace(found, also_traced=replace(found, words=also, maps=_after_text(maps, words)))
+            beside = replace(found, words=also, maps=_after_text(maps, words), around=found)
+            found = replace(found, also_traced=beside)
         if negative is not None and self._negative is not None and self._negative._kept:
             apart = _of_text(self._negative.maps(index), negative)
             found = replace(found, negative_traced=replace(found, words=negative, maps=apart, also_traced=None))
-        return found.sharpened() if self.trace.sharp else found
+        return found.sharpened(self.trace.head_weights) if self.trace.sharp else found
 
 
 def _of_text(maps: AttentionMaps, words: Words) -> AttentionMaps:
@@ -133,7 +142,8 @@ def _after_text(maps: AttentionMaps, words: Words) -> AttentionMaps:
 class HeatMap:
     """Heat map of a word, a token or a patch over an image: for each pixel, the attention that it gets.
 
-    ``raw`` [H, W] is the mean share of attention, in [0, 1], that the pixel's patch gives to it; less, where sharpened.
+    ``raw`` [H, W] is the mean share of attention, in [0, 1], that the pixel's patch gives to it; less, where sharpened;
+    by head weights the probability that the pixel shows what the word speaks of.
     """
 
     label: str
@@ -184,8 +194,9 @@ class HeatMaps:
     """Heat maps of one image, one for each word of its prompt: ``heatmaps["circle"]`` is a :class:`HeatMap`.
 
     ``words`` are the prompt's. ``maps`` are by site, [steps, heads, patches, keys], float32, with 1 where steps or
-    heads were averaged. ``latent_size`` is (h, w). If ``sharp``, words' maps are :meth:`sharpened`. ``also_traced`` and
-    ``negative_traced`` are the heat maps of words beside the prompt and of the negative prompt, None where not traced.
+    heads were averaged. ``latent_size`` is (h, w). If ``sharp``, words' maps are :meth:`sharpened`, by the
+    ``head_weights`` where there are such. ``also_traced`` and ``negative_traced`` are the heat maps of words beside the
+    prompt and of the negative prompt, None where not traced, and ``around`` is the prompt beside which words were.
     """
 
     words: Words
@@ -193,6 +204,8 @@ class HeatMaps:
     latent_size: tuple[int, int]
     image: Image.Image
     sharp: bool = False
+    head_weights: HeadWeights | None = field(default=None, repr=False)
+    around: "HeatMaps | None" = field(default=None, repr=False)
     also_traced: "HeatMaps | None" = field(default=None, repr=False)
     negative_traced: "HeatMaps | None" = field(default=None, repr=False)
 
@@ -256,7 +269,8 @@ class HeatMaps:
     ) -> "HeatMaps":
         """Select sites (as :func:`gobelin.attention.choose_sites`; None for all), heads and steps.
 
-        Heads and steps can be selected if they were kept apart: ``trace=Trace(per_head=True, per_step=True)``.
+        Heads and steps can be selected if they were kept apart: ``trace=Trace(per_head=True, per_step=True)``. Head
+        weights are of all their sites and heads: of some, maps are sharp as without them.
         """
         kept = self.maps if sites is None else dict.fromkeys(choose_sites(tuple(self.maps), sites))
         maps = {site: self.maps[site] for site in kept}
@@ -268,12 +282,23 @@ class HeatMaps:
             self.negative_traced is not None and self.negative_traced.steps != self.steps
         )  # guidance of some steps
         whole = replace(self, negative_traced=None) if steps is not None and unequal else self
-        return whole._like(lambda one: one.select(sites=sites, heads=heads, steps=steps), maps=maps)
+        weights = self.head_weights if sites is None and heads is None else None
+        around = None if self.around is None else self.around.select(sites=sites, heads=heads, steps=steps)
+        found = whole._like(
+            lambda one: one.select(sites=sites, heads=heads, steps=steps),
+            maps=maps,
+            head_weights=weights,
+            around=around,
+        )
+        if found.sharp:
+            found._require_own()
+        return found
 
     def without(self, *parts: TokenKind) -> "HeatMaps":
         """Leave out the shares of BOS, EOS or padding, and make the others sum to 1 again.
 
-        Words beside the prompt then stand beside what is left of it.
+        Words beside the prompt then stand beside what is left of it. Head weights are of whole maps: without a part
+        maps are sharp as without them.
         """
         gone = [position for part in parts for position in self.words.part(part)]
         maps = dict(self.maps)
@@ -286,7 +311,8 @@ class HeatMaps:
                 maps[site] = left / sums[site].clamp(min=torch.finfo(left.dtype).tiny)
         also = None if self.also_traced is None else self.also_traced._beside_less(sums)
         negative = None if self.negative_traced is None else self.negative_traced.without(*parts)
-        return replace(self, maps=maps, also_traced=also, negative_traced=negative)
+        weights = self.head_weights if not parts else None
+        return replace(self, maps=maps, head_weights=weights, also_traced=also, negative_traced=negative)
 
     def _beside_less(self, sums: AttentionMaps) -> "HeatMaps":
         """Put words beside a prompt of whose shares only these ``sums`` are left: of a share s, s / (s + (1 − s)·sum).
@@ -300,25 +326,38 @@ class HeatMaps:
                 part = self.maps[site][..., list(span.tokens)]
                 share = part.sum(dim=-1, keepdim=True)
                 maps[site][..., list(span.tokens)] = part / (share + (1 - share) * left).clamp(min=_EVEN)
-        return replace(self, maps=maps)
+        return replace(self, maps=maps, head_weights=None, around=None)
 
     def _like(self, change: "Callable[[HeatMaps], HeatMaps]", **fields: Any) -> "HeatMaps":
         """Replace fields, and change in the same way what was traced beside the prompt."""
         inner = {"also_traced": self.also_traced, "negative_traced": self.negative_traced}
         return replace(self, **fields, **{name: None if one is None else change(one) for name, one in inner.items()})
 
-    def sharpened(self) -> "HeatMaps":
+    def sharpened(self, head_weights: HeadWeights | None = None) -> "HeatMaps":
         """Sharpen words' maps: a patch keeps its share of a word as far as the patches that it draws on have it too.
 
         At each site the share is multiplied by what self-attention (attn1, a mean over the sites with the same patches)
-        gathers of it, over its maximum. ``maps``, :meth:`shares`, :meth:`entropy` and :meth:`daam` stay as they are.
-        Raises :class:`UsageError` if self-attention was not traced.
+        gathers of it, over its maximum. With ``head_weights``, for maps whose heads are apart, a map is the probability
+        that a patch shows what the word speaks of (:class:`gobelin.head_weights.HeadWeights`). ``maps``,
+        :meth:`shares`, :meth:`entropy` and :meth:`daam` stay as they are. Raises :class:`UsageError` if self-attention
+        was not traced.
         """
-        traced = {site.grid(*self.latent_size) for site, _ in self._of_kind("self")}
-        for site, _ in self._of_kind("cross"):
-            if site.grid(*self.latent_size) not in traced:
+        self._require_own()
+        around = None if self.around is None else self.around.sharpened(head_weights)
+        return self._like(lambda one: one.sharpened(head_weights), sharp=True, head_weights=head_weights, around=around)
+
+    def _require_own(self) -> None:
+        """Raise :class:`UsageError` where there is cross-attention without self-attention beside it."""
+        traced = {site.grid(*self.latent_size) for site in self.maps if site.kind == "self"}
+        for site in self.maps:
+            if site.kind == "cross" and site.grid(*self.latent_size) not in traced:
                 raise UsageError(f"no attention to patches was traced where {site.name} is: trace its attn1 too")
-        return self._like(lambda one: one.sharpened(), sharp=True)
+
+    def unweighted(self) -> "HeatMaps":
+        """Return sharp maps as they are without head weights; these maps, where there are none."""
+        if self.head_weights is None:
+            return self
+        return self.select(sites=sharp_trace(tuple(self.maps), self.latent_size).sites)
 
     def words_at(self, x: int, y: int) -> list[tuple[WordSpan, float]]:
         """Rank the words behind the pixel at column ``x``, row ``y``, each with its share among them."""
@@ -433,7 +472,14 @@ class HeatMaps:
         return next((maps.shape[0] for maps in self.maps.values()), 1)
 
     def token_share(self, tokens: Sequence[int], size: tuple[int, int]) -> Float[Tensor, "height width"]:
-        """Compute the mean share of these tokens together, sharpened if ``sharp``, at a size (height, width)."""
+        """Compute the mean share of these tokens together, sharpened if ``sharp``, at a size (height, width).
+
+        By head weights it is a probability: log-odds of patches, enlarged.
+        """
+        if self.sharp and self.head_weights is not None:
+            (grid,) = {site.grid(*self.latent_size) for site in self.maps}
+            small = self._log_odds(self.head_weights, tokens).reshape(1, 1, *grid)
+            return F.interpolate(small, size=size, mode="bicubic")[0, 0].sigmoid()
 
         def shared(site: AttentionSite, probs: Tensor) -> Tensor:
             share = probs[:, list(tokens)].sum(dim=-1)
@@ -446,6 +492,22 @@ class HeatMaps:
             return share.reshape(grid)
 
         return self._mean_over_sites("cross", shared, size)
+
+    def _log_odds(self, weights: HeadWeights, tokens: Sequence[int]) -> Float[Tensor, " patches"]:
+        """Compute the log-odds that patches show what these tokens speak of, by head weights."""
+
+        def heads(maps: AttentionMaps, names: Iterable[str]) -> Tensor:
+            by_name = {site.name: probs.mean(dim=0) for site, probs in maps.items()}
+            return torch.cat([by_name[name] for name in names])
+
+        def share(of: HeatMaps, positions: Sequence[int]) -> Tensor:
+            return heads(of.maps, weights.cross)[..., list(positions)].sum(dim=-1)
+
+        word, prompt = share(self, tokens), self.around or self
+        bos = share(prompt, prompt.words.part("bos"))
+        # A word beside the prompt takes its share from all that stands there.
+        bos = bos if self.around is None else bos * (1 - word)
+        return weights.logits(word[None], bos[None], heads(self.maps, weights.own))[0]
 
     def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
         return HeatMap(label=label, raw=self.token_share(tokens, self._size), image=self.image)

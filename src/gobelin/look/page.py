@@ -86,6 +86,7 @@ def word_map_data(
         "columns": shares.shape[3],
         "steps": len(shares),
         "sharp": heatmaps.sharp,
+        "weighted": heatmaps.sharp and heatmaps.head_weights is not None,
         "tops": [round(top, 6) for top in tops.tolist()],
         "shares": _base64(levels.numpy().tobytes()),
         "colours": _base64(colour_map().tobytes()),

@@ -27,16 +27,17 @@ class StepCollector:
         self._trace = trace
         self._words = words
         self._latent_size = latent_size
-        self._late = Collector(Trace(sites=trace.sites))
+        self._late = Collector(trace)
         self._shares: list[list[Tensor]] = [[] for _ in words]
 
     def add(self, maps: AttentionMaps, progress: float) -> None:
-        """Add a step's maps [B, patches, keys] at a share of the way; a step without any repeats the one before."""
+        """Add a step's maps, as to a :class:`Collector`, at a share of the way; one without any repeats the last."""
         if progress >= self._trace.start:
             self._late.add(maps)
         for index, shares in enumerate(self._shares):
             own: dict[AttentionSite, Tensor] = {
-                site: probs[index : index + 1, None].cpu() for site, probs in maps.items()
+                site: (probs[None, index] if self._trace.per_head else probs[None, None, index]).cpu()
+                for site, probs in maps.items()
             }
             if own:
                 shares.append(word_shares(self._heatmaps(index, own, _BLANK)))
@@ -46,10 +47,12 @@ class StepCollector:
     def heatmaps(self, index: int, image: Image.Image) -> HeatMaps:
         """Return the sharp heat maps of image ``index``: word for word those that ``trace="sharp"`` gives.
 
-        Of self-attention only the mean over the sites of a grid is kept, which is all that sharpening asks for, and a
-        third of the memory.
+        Without head weights only the mean of self-attention over the sites of a grid is kept, which is all that
+        sharpening asks for, and a third of the memory.
         """
         maps = self._late.maps(index)
+        if self._trace.head_weights is not None:
+            return self._heatmaps(index, maps, image)
         by_grid: dict[tuple[int, int], list[AttentionSite]] = {}
         for site in maps:
             if site.kind == "self":
@@ -65,4 +68,4 @@ class StepCollector:
 
     def _heatmaps(self, index: int, maps: AttentionMaps, image: Image.Image) -> HeatMaps:
         heatmaps = HeatMaps(words=self._words[index], maps=maps, latent_size=self._latent_size, image=image)
-        return heatmaps.sharpened()
+        return heatmaps.sharpened(self._trace.head_weights)

@@ -193,7 +193,9 @@ class WordMap extends HTMLElement {
     if (JSON.stringify(last?.text) !== JSON.stringify(data.text)) this.#spell();
     this.#offerSteps();
     [this.#heat.width, this.#heat.height] = [data.columns, data.rows];
-    this.#parts.unit.textContent = `Shares of attention${data.sharp ? ", sharpened" : ""}`;
+    this.#parts.unit.textContent = data.weighted
+      ? "How likely a patch shows it, by its attention"
+      : `Shares of attention${data.sharp ? ", sharpened" : ""}`;
     this.#parts.scale.querySelector("i").style.background = this.#gradient();
     this.#parts.canvas.style.aspectRatio = `${data.columns} / ${data.rows}`; // as the image's, until that is there
     this.#showImage();
@@ -397,9 +399,8 @@ class WordMap extends HTMLElement {
       const [low, high] = this.#overlay(context);
       const [least, , most] = scale.children;
       [least.textContent, most.textContent] = [percent(low), percent(high)];
-      caption.textContent =
-        `“${this.#data.words[this.#word]}”: up to ${percent(high)} of a patch's attention` +
-        `${this.#data.sharp ? ", sharpened" : ""}, at least ${percent(low)}`;
+      const what = this.#data.weighted ? "likely" : `of a patch's attention${this.#data.sharp ? ", sharpened" : ""}`;
+      caption.textContent = `“${this.#data.words[this.#word]}”: up to ${percent(high)} ${what}, at least ${percent(low)}`;
     }
     if (this.#patch !== null) this.#frame(context);
     if (this.#patch !== null && this.#keyed) caption.textContent = this.#spoken();

@@ -16,6 +16,7 @@ GRID_SIDE = 104  # in a grid of many
 _WORD_COLUMNS = 5
 _WORD_SCALE = "a word's share of a patch's attention: its least", "its most"
 _SHARP_SCALE = "a word's share of a patch's attention, sharpened: its least", "its most"
+_WEIGHTED_SCALE = "how likely a patch shows what the word speaks of: least", "most"
 _GRID_SCALE = "each map from its least share of attention", "to its most"
 _FRAME_SECONDS, _LAST_SECONDS = 0.15, 1.5  # the last step is the image: time to look at it
 
@@ -37,7 +38,7 @@ def word_sheet(heatmaps: HeatMaps, words: Sequence[Word]) -> Image.Image:
         columns=_WORD_COLUMNS,
         side=WORD_SIDE,
         title=heatmaps.words.text,
-        scale=_SHARP_SCALE if heatmaps.sharp else _WORD_SCALE,
+        scale=_WORD_SCALE if not heatmaps.sharp else _SHARP_SCALE if heatmaps.head_weights is None else _WEIGHTED_SCALE,
     )
 
 

@@ -86,7 +86,7 @@ class Runner:
 
 def all_steps_trace(model: Model, latent_size: tuple[int, int]) -> Trace:
     """Trace the sites of sharp maps at every step: for the mean late ones will do, for a step its own."""
-    return replace(sharp_trace(model.unet.attention_sites, latent_size), start=0.0)
+    return replace(sharp_trace(model.unet.attention_sites, latent_size, model.head_weights), start=0.0)
 
 
 def keep(
@@ -199,7 +199,7 @@ class StepRecorder:
 
     def __init__(self, model: Model, painting: Painting):
         plan = painting.plan
-        trace = sharp_trace(model.unet.attention_sites, plan.latent_size)
+        trace = sharp_trace(model.unet.attention_sites, plan.latent_size, model.head_weights)
         start = min(
             trace.start, model.schedule.progress(plan.levels.timesteps[-1])
         )  # the last step is always among them

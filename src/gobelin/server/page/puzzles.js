@@ -46,7 +46,9 @@ export class Puzzles {
     board.heat(word);
     const choices = this.#choices(map, words, word, score, () => {
       const most = Math.round(100 * Math.max(...board.shares.map(0, word)));
-      return `“${map.words[word]}” has up to ${most} % of the attention where it is bright.`;
+      return map.weighted
+        ? `Where it is bright, the attention says “${map.words[word]}” by up to ${most} %.`
+        : `“${map.words[word]}” has up to ${most} % of the attention where it is bright.`;
     });
     return puzzle("Which word painted this?", board, choices);
   }
@@ -61,7 +63,9 @@ export class Puzzles {
     board.frame(patch);
     const choices = this.#choices(map, words, first, score, () => {
       const share = Math.round(100 * board.shares.at(0, first, patch));
-      return `This patch gives ${share} % of its attention to “${map.words[first]}”, more than to any other of these.`;
+      return map.weighted
+        ? `The attention of this patch says “${map.words[first]}” by ${share} %, more than any other of these.`
+        : `This patch gives ${share} % of its attention to “${map.words[first]}”, more than to any other of these.`;
     });
     return puzzle("Which word is behind this patch?", board, choices);
   }
@@ -83,7 +87,7 @@ export class Puzzles {
       board.frame(patch);
       const verdict = isRight ? "Yes." : "No: it is where the map is bright now.";
       const share = Math.round(100 * values[patch]);
-      answer.textContent = `${verdict} Here “${name}” is at ${share} % of its greatest share.`;
+      answer.textContent = `${verdict} Here “${name}” is at ${share} % of its greatest value.`;
       this.#score(isRight, score);
     });
     return puzzle(`Where is “${name}”? Press on the picture.`, board, answer);
