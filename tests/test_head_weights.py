@@ -12,6 +12,7 @@ from gobelin.errors import ModelError, UsageError
 from gobelin.evaluate.fit_heads import _logistic_regression, fit_heads
 from gobelin.head_weights import PATCH_FEATURES, WORD_FEATURES, HeadWeights, head_features
 from gobelin.look.heatmaps import sharp_trace
+from gobelin.look.page import word_map_data
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import CORE
 
@@ -203,3 +204,17 @@ def test_fitting_is_repeatable_and_finds_what_ships_points(pipe):
     assert torch.equal(few.weights, fit_heads(pipe, CORE, 8).weights)
     assert few.cross == pipe.model.head_weights.cross
     assert few.own == pipe.model.head_weights.own
+
+
+def test_parts_that_are_no_words_keep_their_shares(pipe, plain):
+    ours, theirs = (each(PROMPT, seed=3, trace="sharp").heatmaps[0] for each in (pipe, plain))
+    for key in ("bos", "eos", "padding"):
+        assert torch.allclose(ours[key].raw, theirs[key].raw, atol=1e-6)
+        assert ours[key].unit == "share"
+    assert torch.allclose(ours.token(2).raw, theirs.token(2).raw, atol=1e-6)
+    assert ours["star"].unit == "probability"
+    assert "probability" in repr(ours["star"])
+    data = word_map_data(ours, parts=("bos",))
+    assert data["words"][-1] == "bos"
+    assert data["weighted"] == len(data["words"]) - 1
+    assert word_map_data(theirs)["weighted"] == 0

@@ -48,8 +48,9 @@ def _ours(run: UNetPass) -> Call:
 
 def _traced(run: UNetPass, sharp: bool) -> Call:
     unet = run.painting
-    sites = sharp_trace(unet.attention_sites, (run.side, run.side)).sites if sharp else None
-    return no_grad(lambda *inputs: unet.trace(*inputs, sites=sites, rows=_GUIDED)[0], *run.inputs(run.dtype))
+    trace = sharp_trace(unet.attention_sites, (run.side, run.side), run.head_weights) if sharp else Trace()
+    choice: dict[str, Any] = {"sites": trace.sites, "rows": _GUIDED, "reduce": "none" if trace.per_head else "heads"}
+    return no_grad(lambda *inputs: unet.trace(*inputs, **choice)[0], *run.inputs(run.dtype))
 
 
 def _diffusers(run: UNetPass) -> Call:

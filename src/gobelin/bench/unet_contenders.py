@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gobelin.bench.our_engines import ROUNDED, other_engines, run_by
 from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
 from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload, count_operations
+from gobelin.head_weights import HeadWeights
 from gobelin.pipeline import Pipeline
 from gobelin.unet import UNet
 
@@ -40,6 +41,11 @@ class UNetPass:
         if self.model == "tiny":
             return Pipeline.from_pretrained(device="cpu", dtype=dtype).unet.requires_grad_(False)
         return random_unet(self.model, dtype)
+
+    @property
+    def head_weights(self) -> HeadWeights | None:
+        """The weights that the model's sharp maps are made by, if it has any."""
+        return Pipeline.from_pretrained(device="cpu").model.head_weights if self.model == "tiny" else None
 
     @cached_property
     def ours(self) -> UNet:

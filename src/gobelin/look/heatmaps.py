@@ -142,13 +142,14 @@ def _after_text(maps: AttentionMaps, words: Words) -> AttentionMaps:
 class HeatMap:
     """Heat map of a word, a token or a patch over an image: for each pixel, the attention that it gets.
 
-    ``raw`` [H, W] is the mean share of attention, in [0, 1], that the pixel's patch gives to it; less, where sharpened;
-    by head weights the probability that the pixel shows what the word speaks of.
+    ``raw`` [H, W] is in [0, 1]: the mean share of attention that the pixel's patch gives to it, less where sharpened;
+    or, by head weights, the probability that the pixel shows what the word speaks of. ``unit`` tells which.
     """
 
     label: str
     raw: Float[Tensor, "height width"] = field(repr=False)
     image: Image.Image
+    unit: Literal["share", "probability"] = "share"
 
     @property
     def values(self) -> Float[Tensor, "height width"]:
@@ -166,7 +167,7 @@ class HeatMap:
 
     def __repr__(self) -> str:
         height, width = self.raw.shape
-        return f"HeatMap({self.label!r}, {width}×{height}, shares {self.raw.min():.3f} to {self.raw.max():.3f})"
+        return f"HeatMap({self.label!r}, {width}×{height}, {self.unit} {self.raw.min():.3f} to {self.raw.max():.3f})"
 
     def _repr_png_(self) -> bytes | None:
         return self.overlay(max(256, *self.image.size))._repr_png_()
@@ -255,14 +256,17 @@ class HeatMaps:
         return self._map(label, tokens)
 
     def token(self, position: int) -> HeatMap:
-        """Look up one token by its position; BOS is 0."""
+        """Look up one token by its position; BOS is 0. Its map is never by head weights, which are of words."""
         if not 0 <= position < self.words.length:
             raise UsageError(f"there is no token {position}: positions are 0 to {self.words.length - 1}")
-        return self._map(f"token {position}", (position,))
+        return self.unweighted()._map(f"token {position}", (position,))
 
     def part(self, part: TokenKind) -> HeatMap:
-        """Look up a part of the token sequence: "text", "bos", "eos" or "padding", of all chunks of a long prompt."""
-        return self._map(part.upper() if part in ("bos", "eos") else part, self.words.part(part))
+        """Look up a part of the token sequence: "text", "bos", "eos" or "padding", of all chunks of a long prompt.
+
+        Its map is never by head weights, which are of words.
+        """
+        return self.unweighted()._map(part.upper() if part in ("bos", "eos") else part, self.words.part(part))
 
     def select(
         self, *, sites: Sites = None, heads: Sequence[int] | None = None, steps: Sequence[int] | None = None
@@ -510,7 +514,8 @@ class HeatMaps:
         return weights.logits(word[None], bos[None], heads(self.maps, weights.own))[0]
 
     def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
-        return HeatMap(label=label, raw=self.token_share(tokens, self._size), image=self.image)
+        unit = "share" if self.head_weights is None else "probability"
+        return HeatMap(label=label, raw=self.token_share(tokens, self._size), image=self.image, unit=unit)
 
     def _mean_over_sites(
         self,

@@ -66,8 +66,9 @@ def word_map_data(
     """Pack the data of a word map: a byte a patch, word and step, in units of the word's greatest share (``tops``).
 
     The first ``ranked`` words, those of the prompt and those beside it, are ranked at a patch; then come words of the
-    negative prompt, and ``parts``. ``steps`` are the :func:`word_shares` of each step, where they were taken while
-    painting; without them they are those of the steps that the heat maps keep apart, if any.
+    negative prompt, and ``parts``; the first ``weighted`` are by head weights. ``steps`` are the :func:`word_shares` of
+    each step, where they were taken while painting; without them they are those of the steps that the heat maps keep
+    apart, if any.
     """
     if steps is None:
         apart = range(heatmaps.steps) if heatmaps.steps > 1 else ()
@@ -86,7 +87,7 @@ def word_map_data(
         "columns": shares.shape[3],
         "steps": len(shares),
         "sharp": heatmaps.sharp,
-        "weighted": heatmaps.sharp and heatmaps.head_weights is not None,
+        "weighted": sum(len(group.words) for group in groups if group.heatmaps.head_weights is not None),
         "tops": [round(top, 6) for top in tops.tolist()],
         "shares": _base64(levels.numpy().tobytes()),
         "colours": _base64(colour_map().tobytes()),
@@ -115,7 +116,7 @@ def _groups(heatmaps: HeatMaps, parts: Sequence[TokenKind]) -> list[_Group]:
     if heatmaps.negative_traced is not None and heatmaps.negative_traced.steps == heatmaps.steps:
         found.append(spoken("negative prompt", heatmaps.negative_traced, False))
     named: list[tuple[str, tuple[int, ...]]] = [(part, heatmaps.words.part(part)) for part in parts]
-    return [*found, _Group("tokens that are no words", heatmaps, named, False)]
+    return [*found, _Group("tokens that are no words", heatmaps.unweighted(), named, False)]
 
 
 def _list_groups(groups: Sequence[_Group], number: int) -> Iterator[tuple[str, int | None]]:

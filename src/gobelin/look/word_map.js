@@ -399,7 +399,7 @@ class WordMap extends HTMLElement {
       const [low, high] = this.#overlay(context);
       const [least, , most] = scale.children;
       [least.textContent, most.textContent] = [percent(low), percent(high)];
-      const what = this.#data.weighted ? "likely" : `of a patch's attention${this.#data.sharp ? ", sharpened" : ""}`;
+      const what = this.#word < this.#data.weighted ? "likely" : `of a patch's attention${this.#data.sharp ? ", sharpened" : ""}`;
       caption.textContent = `“${this.#data.words[this.#word]}”: up to ${percent(high)} ${what}, at least ${percent(low)}`;
     }
     if (this.#patch !== null) this.#frame(context);

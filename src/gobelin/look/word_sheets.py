@@ -49,6 +49,8 @@ def _word_tiles(heatmaps: HeatMaps, words: Sequence[Word]) -> list[Tile]:
         heatmap = heatmaps[word]
         most = heatmap.raw.max().item()
         share = f"up to {most:.0%}" if most > 0.0995 else f"up to {most:.1%}"
+        if heatmap.unit == "share" and heatmaps.head_weights is not None:
+            share = f"share {share}"  # of a token that is no word, beside words' probabilities
         tiles.append(Tile(image=heatmap.overlay(WORD_SIDE), caption=heatmap.label, note=share))
     return tiles
 
