@@ -30,7 +30,7 @@ from gobelin.training.checkpoints import load_checkpoint, newest_step, save_chec
 from gobelin.training.config import OptimConfig
 from gobelin.training.muon import Muon, muon_parameters
 from gobelin.training.parallelize import Parallelism, parallelize, synchronised
-from gobelin.training.precision import autocast
+from gobelin.training.precision import RoundedWeights, autocast
 from gobelin.training.progress import Clock, show_progress
 from gobelin.training.run_folder import Run
 from gobelin.training.stop_request import StopRequest, caught_signals
@@ -100,6 +100,8 @@ def fit(stage: Stage[Module], run: Run) -> Module:
     parallel = parallelize(module, parallelism, run.device)
     optimizers = make_optimizers(module, optim, stage.lr_ratios)
     average = WeightAverage(module, optim.ema)
+    # Shards of FSDP are not this process's to replace.
+    rounded = RoundedWeights(nn.Module() if parallelism == "fsdp" else module, run.device, optim.precision)
     saved = start = _restore(stage, run, module, average, optimizers)
     recent: list[dict[str, Tensor]] = []
     clock = Clock(optim.batch_size, start)
@@ -124,7 +126,7 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                 save(step)
                 raise KeyboardInterrupt
             rate = learning_rate(optim, step)
-            losses = _train_step(stage, run, module, parallel, micro_batches, optimizers, rate, step)
+            losses = _train_step(stage, run, module, parallel, micro_batches, optimizers, rate, step, rounded)
             average.update(step)
 
             done = step + 1
@@ -165,6 +167,7 @@ def _train_step(
     optimizers: list[torch.optim.Optimizer],
     rate: float,
     step: int,
+    rounded: RoundedWeights,
 ) -> dict[str, Tensor]:
     """Take one step; returns the losses and the gradient's norm, means over the processes.
 
@@ -174,7 +177,8 @@ def _train_step(
         group["lr"] = group["lr_ratio"] * rate
     module.zero_grad(set_to_none=True)
     with _memory_of(stage):
-        losses = _gradients(stage, run, parallel, micro_batches)
+        with rounded.in_place():
+            losses = _gradients(stage, run, parallel, micro_batches)
         distributed.all_reduce_mean_(losses.values())
         trained = _with_gradients(stage, module, run)
         norm = _whole(nn.utils.clip_grad_norm_(trained, stage.optim.clip_norm))
