@@ -230,7 +230,7 @@ def presence_in_images(
 def feature_layer(unet: UNet, latent_size: tuple[int, int]) -> str:
     """Choose the layer whose features correspond best: the first of the decoder's level that sharp maps are made of.
 
-    Measured on scenes (docs/decisions.md, *Features that correspond*); with Stable Diffusion at 512 pixels it is the
+    Measured on scenes (docs/attribution.md, *Patches that correspond*); with Stable Diffusion at 512 pixels it is the
     layer after the one that Tang et al. 2023 chose.
     """
     first, *_ = choose_sites(unet.attention_sites, sharp_trace(unet.attention_sites, latent_size).sites)

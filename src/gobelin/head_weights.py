@@ -1,9 +1,9 @@
 """Head weights: what each head of attention says of where a word's object is, as a logistic regression.
 
 Heads differ: in some a patch hears the word that it shows, in others BOS where there is nothing. For every model of
-scenes, :mod:`gobelin.evaluate.fit_heads` fits weights of these features to exact masks, and keeps them beside the model.
-That heads are to be weighed and BOS kept is an idea of Meng et al. 2026 (GoCA, arXiv 2603.06178), and to choose among
-them one of Park et al. 2026 (arXiv 2604.05906); both do it without masks.
+scenes, :mod:`gobelin.evaluate.fit_heads` fits weights of these features to exact masks, and keeps them beside the
+model. That heads are to be weighed and BOS kept is an idea of Meng et al. 2026 (GoCA, arXiv 2603.06178), and to choose
+among them one of Park et al. 2026 (arXiv 2604.05906); both do it without masks.
 """
 
 import math
