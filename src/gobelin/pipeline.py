@@ -32,6 +32,7 @@ from gobelin.checkpoint.single_file import save_single_file
 from gobelin.clip import TextEncoder
 from gobelin.concept_erasure import erase_words
 from gobelin.control import AnyControl, EditGuidance, FlowEdit, LocalBlend, prompt_to_prompt, reweight
+from gobelin.control.alignment import layout_change
 from gobelin.engines import EngineName, find_engine
 from gobelin.errors import UsageError
 from gobelin.formats.textual_inversion import read_textual_inversion
@@ -121,7 +122,8 @@ class Pipeline:
         says.
 
         Returns two images, before and after. The change goes by FlowEdit and prompt-to-prompt's attention, and stays
-        within the pixels of the words that changed (:mod:`gobelin.control`). A ``control`` concerns the change alone,
+        within the pixels of the words that changed (:mod:`gobelin.control`), unless these say how many things there are
+        or where: then it is free to move them. A ``control`` concerns the change alone,
         and outside of a ``mask`` nothing changes. The paper's prompt-to-prompt by itself is
         ``method="prompt_to_prompt", self_replace=0.4, edit_guidance=0, local_blend=()``.
         """
@@ -422,6 +424,11 @@ class Pipeline:
         if settings.count != 1 or isinstance(settings.seed, Sequence) or isinstance(settings.init_image, list | tuple):
             raise UsageError("an edit is of one image: leave out count, and give one seed and one init_image")
         _refuse_unused(settings)
+        syntax = settings.weights or self.recommended.weights or "a1111"
+        moves = layout_change(self.words(prompt, syntax), self.words(to, syntax))
+        settings = settings.filled_for_edit(moves if settings.method == "flowedit" else None)
+        assert settings.cross_replace is not None
+        assert settings.self_replace is not None
         seed = int(torch.randint(2**31, ()).item()) if settings.seed is None else settings.seed
         controls: list[AnyControl] = [prompt_to_prompt(settings.cross_replace, settings.self_replace)]
         if settings.reweight:

@@ -168,16 +168,28 @@ class EditSettings(Settings):
     """How far back towards noise the change begins, 0 to 1: less changes less; without it, 1."""
     method: Literal["flowedit", "prompt_to_prompt"] = "flowedit"
     """flowedit changes a finished image; prompt_to_prompt paints both at once, from the same noise."""
-    cross_replace: Fraction = 0.8
-    """Fraction of the way in which words keep the attention of those they stand for."""
-    self_replace: Fraction = 0.6
-    """Fraction of the way in which patches attend to each other as in the first image."""
-    edit_guidance: float = 2.0
-    """How strongly to push from the first prompt's words to the changed ones, beside the guidance; 0 for not at all."""
+    cross_replace: Fraction | None = None
+    """Fraction of the way in which words keep the attention of those they stand for; without it, 0.8, and where a
+    number or a place changes 0.3 or 0.15, as things come or move then."""
+    self_replace: Fraction | None = None
+    """Fraction of the way in which patches attend to each other as in the first image; without it, 0.6, or 0 then."""
+    edit_guidance: float | None = None
+    """How strongly to push from the first prompt's words to the changed ones, beside the guidance, 0 for not at all;
+    without it, 2, or 1 then."""
     local_blend: Annotated[Sequence[Word] | None, OnCommandLine("words")] = None
-    """Words outside of whose pixels nothing changes; without it, what the changed words belong to."""
+    """Words outside of whose pixels nothing changes, or none; without it, what the changed words belong to, or none
+    then."""
     reweight: Annotated[Mapping[Word, float] | None, OnCommandLine("weights")] = None
     """Words of the changed prompt, and how many times as much they are attended to."""
+
+    def filled_for_edit(self, moves: Literal["number", "place"] | None) -> Self:
+        """Fill in how an edit goes where that is unsaid: freely where FlowEdit has to move things, or to add some."""
+        # Measured by words' kinds (docs/decisions.md, "Numbers and places are edited more freely").
+        chosen: dict[str, Any] = {"cross_replace": 0.8, "self_replace": 0.6, "edit_guidance": 2.0}
+        if moves is not None:
+            kept = 0.3 if moves == "number" else 0.15
+            chosen = {"cross_replace": kept, "self_replace": 0.0, "edit_guidance": 1.0, "local_blend": ()}
+        return dataclasses.replace(self, **{name: value for name, value in chosen.items() if self[name] is None})
 
 
 # Their types are many; what they hold is checked where it is opened, with a sentence of its own.

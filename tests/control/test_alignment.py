@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gobelin.control.alignment import alignment
+from gobelin.control.alignment import alignment, layout_change
+from gobelin.settings import EditSettings
 from gobelin.tokenizer import Tokenizer
 from gobelin.words import Words
 
@@ -57,3 +58,37 @@ def test_any_two_prompts_are_aligned_within_what_they_have(
         assert mapping[:, list(target.part("eos"))].sum(dim=0).eq(1).all()
     taken = mapping[:, list(target.part("text"))]
     assert taken[[*source.part("bos"), *source.part("eos"), *source.part("padding")]].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "moves"),
+    [
+        ("a red circle", "a blue circle", None),
+        ("a red circle", "a red ring and a star", None),
+        ("two red circles", "three red circles", "number"),
+        ("2 circles", "3 circles", "number"),
+        ("a circle", "four circles", "number"),
+        ("a star to the left of a ring", "a star to the right of a ring", "place"),
+        ("a star above a ring", "a star below a ring", "place"),
+        ("two stars at the left", "three stars at the Right,", "place"),
+        ("three circles", "three squares", None),
+        ("", "a circle", None),
+    ],
+)
+def test_numbers_and_places_move_things_and_looks_do_not(
+    tokenizer: Tokenizer, before: str, after: str, moves: str | None
+) -> None:
+    assert layout_change(tokenizer.words(before), tokenizer.words(after)) == moves
+
+
+def test_what_is_said_of_an_edit_stays_and_the_rest_is_filled_in() -> None:
+    plain = EditSettings().filled_for_edit(None)
+    assert (plain.cross_replace, plain.self_replace, plain.edit_guidance, plain.local_blend) == (0.8, 0.6, 2.0, None)
+    place = EditSettings(self_replace=0.5, local_blend=["ring"]).filled_for_edit("place")
+    assert (place.cross_replace, place.self_replace, place.edit_guidance, place.local_blend) == (
+        0.15,
+        0.5,
+        1.0,
+        ["ring"],
+    )
+    assert EditSettings(cross_replace=0.0, edit_guidance=0.0).filled_for_edit("number").cross_replace == 0.0

@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gobelin.words import Word, Words, WordSpan
+
+LayoutChange = Literal["number", "place"]
 
 
 def alignment(source: Words, target: Words) -> Float[Tensor, "length length"]:
@@ -62,6 +65,17 @@ def changed_words(source: Words, target: Words) -> tuple[list[WordSpan], list[Wo
     return old, new
 
 
+def layout_change(source: Words, target: Words) -> LayoutChange | None:
+    """Find what moves between two prompts: how many things there are ("number") or where they are ("place").
+
+    The words that changed tell, in English; None where no such word did.
+    """
+    changed = {span.word.lower().strip(".,;:!?") for spans in changed_words(source, target) for span in spans}
+    if changed & _PLACE_WORDS:
+        return "place"
+    return "number" if any(word in _NUMBER_WORDS or word.isdigit() for word in changed) else None
+
+
 def tokens_of_words(source: Words, target: Words, words: Sequence[Word]) -> tuple[list[int], list[int]]:
     """Find the tokens of words that one or both of two prompts have, as (in source, in target).
 
@@ -85,3 +99,56 @@ def _marks_after(words: Words, span: WordSpan) -> list[int]:
         marks.append(place)
         place += 1
     return marks
+
+
+_NUMBER_WORDS = frozenset(
+    [
+        "no",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "dozen",
+        "several",
+        "many",
+        "few",
+        "single",
+        "pair",
+    ]
+)
+_PLACE_WORDS = frozenset(
+    [
+        "left",
+        "right",
+        "above",
+        "below",
+        "over",
+        "under",
+        "beneath",
+        "behind",
+        "between",
+        "beside",
+        "next",
+        "near",
+        "top",
+        "bottom",
+        "upper",
+        "lower",
+        "higher",
+        "middle",
+        "centre",
+        "center",
+        "corner",
+        "inside",
+        "outside",
+        "around",
+    ]
+)

@@ -29,7 +29,7 @@ class RoundedWeights:
     """
 
     def __init__(self, module: nn.Module, device: torch.device, precision: Precision):
-        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
         if computes_in(device, precision) == torch.bfloat16:
             frozen = {
                 id(parameter): parameter
