@@ -200,9 +200,8 @@ class Trace:
     Maps are means over heads and steps, unless ``per_head`` or ``per_step`` keeps each apart. Only steps from the share
     ``start`` (0 to 1) of the way from noise to image on are kept, measured in timesteps, and always the last one.
     ``sharp`` chooses sites and start itself, for maps that point best, with ``head_weights`` where the model has such:
-    heads are kept apart then. ``also`` are words or phrases that the prompt
-    need not have: their maps are computed beside (:func:`extra_shares`), and change nothing. ``negative`` keeps the
-    maps of the negative prompt too.
+    heads are kept apart then. ``also`` are words or phrases that the prompt need not have: their maps are computed
+    beside (:func:`extra_shares`), and change nothing. ``negative`` keeps the maps of the negative prompt too.
     """
 
     sites: Sites = None

@@ -71,9 +71,9 @@ def layout_change(source: Words, target: Words) -> LayoutChange | None:
     The words that changed tell, in English; None where no such word did.
     """
     changed = {span.word.lower().strip(".,;:!?") for spans in changed_words(source, target) for span in spans}
-    if changed & _PLACE_WORDS:
+    if changed & _PLACES:
         return "place"
-    return "number" if any(word in _NUMBER_WORDS or word.isdigit() for word in changed) else None
+    return "number" if any(word in _NUMBERS or word.isdigit() for word in changed) else None
 
 
 def tokens_of_words(source: Words, target: Words, words: Sequence[Word]) -> tuple[list[int], list[int]]:
@@ -101,54 +101,9 @@ def _marks_after(words: Words, span: WordSpan) -> list[int]:
     return marks
 
 
-_NUMBER_WORDS = frozenset(
-    [
-        "no",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-        "dozen",
-        "several",
-        "many",
-        "few",
-        "single",
-        "pair",
-    ]
+_NUMBER_WORDS = "no one two three four five six seven eight nine ten eleven twelve dozen several many few single pair"
+_PLACE_WORDS = (
+    "left right above below over under beneath behind between beside next near top bottom upper lower higher middle "
+    "centre center corner inside outside around"
 )
-_PLACE_WORDS = frozenset(
-    [
-        "left",
-        "right",
-        "above",
-        "below",
-        "over",
-        "under",
-        "beneath",
-        "behind",
-        "between",
-        "beside",
-        "next",
-        "near",
-        "top",
-        "bottom",
-        "upper",
-        "lower",
-        "higher",
-        "middle",
-        "centre",
-        "center",
-        "corner",
-        "inside",
-        "outside",
-        "around",
-    ]
-)
+_NUMBERS, _PLACES = frozenset(_NUMBER_WORDS.split()), frozenset(_PLACE_WORDS.split())

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from gobelin.attention import AttentionSite, Trace, choose_sites
+from gobelin.errors import UsageError
 from gobelin.evaluate.attribution import (
     ATTRIBUTION_SEED,
     AttributionCase,
@@ -59,13 +60,18 @@ class HeadsMeasurement:
 
 
 def fit_heads(pipeline: Pipeline, world: World, count: int, advance: Callable[[], None] = lambda: None) -> HeadWeights:
-    """Fit head weights to ``count`` true scenes; ``advance`` is called after each."""
+    """Fit head weights to ``count`` true scenes, each looked at twice; ``advance`` is called after each look.
+
+    Raises :class:`UsageError` where no caption names a shape or a colour.
+    """
     sites = _level_sites(pipeline)
     cross, own = ({site.name: site.heads for site in sites if site.kind == kind} for kind in ("cross", "self"))
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for each, heatmaps in _looked_scenes(pipeline, world, _FIT_SEED, count, Trace(sites=sites, per_head=True)):
         rows += _regression_rows(each, heatmaps)
         advance()
+    if not rows:
+        raise UsageError(f"no caption of {count} scenes names a shape or a colour: give more scenes")
     features, covered, weights = (torch.cat(part) for part in zip(*rows, strict=True))
     found, bias = _logistic_regression(features, covered, weights)
     return HeadWeights(cross=cross, own=own, weights=found, bias=bias)
