@@ -330,3 +330,25 @@ def test_passes_that_take_shortcuts_are_pytorchs_which_is_said_once(small: Small
     assert compiled == []
     unet(**given)
     assert len(compiled) == 1
+
+
+SIGNALLED = """
+import faulthandler, gc, os, signal
+from gobelin.pipeline import Pipeline
+
+faulthandler.enable()  # gives the main thread a stack for signals, as pytest does
+first, second = (Pipeline.from_pretrained(engine="openvino") for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_finds_its_stack_after_engines_are_gone():
+    """Each ``openvino.Core`` takes the thread's stack for signals, and gives back the one that it found."""
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

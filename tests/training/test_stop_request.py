@@ -6,11 +6,8 @@ import json
 import os
 import pkgutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,17 +19,14 @@ from gobelin.training.config import DataConfig
 from gobelin.training.train_model import train
 from gobelin.training.trainer import fit
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def run(tmp_path):
     return dataclasses.replace(make_run(tmp_path), save_every=100)
 
 
-def stop_while_data_is_waited_for(folder: Path) -> None:
-    """A request comes before the data does, which is let go only when the checkpoint stands."""
-    run = dataclasses.replace(make_run(folder), save_every=100)
+def test_a_request_ends_a_wait_for_data_and_what_is_trained_is_saved(run):
+    """Before the data comes: it is let go only when the checkpoint stands."""
     arrives, waits = threading.Event(), []
 
     class Stuck(Line):
@@ -55,14 +49,6 @@ def stop_while_data_is_waited_for(folder: Path) -> None:
     assert waits == [True]
     whole = fit(Line(), dataclasses.replace(run, folder=run.folder / "whole"))
     assert torch.equal(fit(Line(), run).line.weight, whole.line.weight)
-
-
-def test_a_request_ends_a_wait_for_data_and_what_is_trained_is_saved(tmp_path):
-    """In a process of its own, as a signal to the tests' own may meet what other tests have left in it."""
-    module, name = stop_while_data_is_waited_for.__module__, stop_while_data_is_waited_for.__name__
-    code = f"import sys, pathlib; from {module} import {name}; {name}(pathlib.Path(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("at", [0, 4, OPTIM.steps])

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -31,9 +32,7 @@ class OpenVINOEngine(StoredGraphEngine):
 
     def __init__(self, model: PaintingNetworks):
         super().__init__(model)
-        import openvino
-
-        self._core = openvino.Core()
+        self._core = _core()
         capability, hint = _PRECISIONS[model.unet.dtype]
         if capability not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             named = str(model.unet.dtype).removeprefix("torch.")
@@ -92,6 +91,18 @@ class OpenVINOEngine(StoredGraphEngine):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }
+
+
+@cache
+def _core() -> Any:
+    """Make OpenVINO's core, one for as long as the process lives.
+
+    Each takes the thread's alternate stack for signals and at its end puts back the one that it found, which may be
+    that of another that has ended: the next signal, a Ctrl-C, would end the process (OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def require_openvino() -> None:
