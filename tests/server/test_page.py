@@ -498,7 +498,9 @@ def test_a_picture_gives_its_settings_back(tab: Page, tmp_path: Path) -> None:
 
 def test_puzzles_know_their_answers(painted: Page) -> None:
     painted.get_by_role("link", name="How it works").click()
-    first, second, third = painted.locator(".puzzle").all()
+    puzzles = painted.locator(".puzzle")
+    expect(puzzles).to_have_count(3)
+    first, second, third = puzzles.all()
     for each in (first, second):
         each.get_by_role("button").first.click()
         expect(each.locator(".answer")).to_contain_text(re.compile("Yes|No"))
