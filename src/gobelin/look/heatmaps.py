@@ -481,9 +481,7 @@ class HeatMaps:
         By head weights it is a probability: log-odds of patches, enlarged.
         """
         if self.sharp and self.head_weights is not None:
-            (grid,) = {site.grid(*self.latent_size) for site in self.maps}
-            small = self._log_odds(self.head_weights, tokens).reshape(1, 1, *grid)
-            return F.interpolate(small, size=size, mode="bicubic")[0, 0].sigmoid()
+            return self.token_shares([tokens], size)[0]
 
         def shared(site: AttentionSite, probs: Tensor) -> Tensor:
             share = probs[:, list(tokens)].sum(dim=-1)
@@ -497,21 +495,30 @@ class HeatMaps:
 
         return self._mean_over_sites("cross", shared, size)
 
-    def _log_odds(self, weights: HeadWeights, tokens: Sequence[int]) -> Float[Tensor, " patches"]:
-        """Compute the log-odds that patches show what these tokens speak of, by head weights."""
+    def token_shares(
+        self, groups: Sequence[Sequence[int]], size: tuple[int, int]
+    ) -> Float[Tensor, "groups height width"]:
+        """Compute :meth:`token_share` of several groups of tokens, one at least; by head weights of all at once."""
+        if not self.sharp or self.head_weights is None:
+            return torch.stack([self.token_share(tokens, size) for tokens in groups])
+        (grid,) = {site.grid(*self.latent_size) for site in self.maps}
+        small = self._log_odds(self.head_weights, groups).unflatten(-1, grid)
+        return F.interpolate(small[:, None], size=size, mode="bicubic")[:, 0].sigmoid()
+
+    def _log_odds(self, weights: HeadWeights, groups: Sequence[Sequence[int]]) -> Float[Tensor, "groups patches"]:
+        """Compute the log-odds that patches show what each group of tokens speaks of, by head weights."""
 
         def heads(maps: AttentionMaps, names: Iterable[str]) -> Tensor:
             by_name = {site.name: probs.mean(dim=0) for site, probs in maps.items()}
             return torch.cat([by_name[name] for name in names])
 
-        def share(of: HeatMaps, positions: Sequence[int]) -> Tensor:
-            return heads(of.maps, weights.cross)[..., list(positions)].sum(dim=-1)
-
-        word, prompt = share(self, tokens), self.around or self
-        bos = share(prompt, prompt.words.part("bos"))
+        cross, prompt = heads(self.maps, weights.cross), self.around or self
+        words = torch.stack([cross[..., list(tokens)].sum(dim=-1) for tokens in groups])
+        beside = cross if prompt is self else heads(prompt.maps, weights.cross)
+        bos = beside[..., list(prompt.words.part("bos"))].sum(dim=-1)[None]
         # A word beside the prompt takes its share from all that stands there.
-        bos = bos if self.around is None else bos * (1 - word)
-        return weights.logits(word[None], bos[None], heads(self.maps, weights.own))[0]
+        bos = bos if prompt is self else bos * (1 - words)
+        return weights.logits(words, bos, heads(self.maps, weights.own))
 
     def _map(self, label: str, tokens: Sequence[int]) -> HeatMap:
         unit = "share" if self.head_weights is None else "probability"

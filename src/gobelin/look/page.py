@@ -134,9 +134,11 @@ def word_shares(heatmaps: HeatMaps, parts: Sequence[TokenKind] = ()) -> Float[Te
     scale = min(1.0, _MOST_SIDE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
     shares = [
-        group.heatmaps.token_share(tokens, size) for group in _groups(heatmaps, parts) for _, tokens in group.words
+        group.heatmaps.token_shares([tokens for _, tokens in group.words], size)
+        for group in _groups(heatmaps, parts)
+        if group.words
     ]
-    return torch.stack(shares) if shares else torch.zeros(0, *size)
+    return torch.cat(shares) if shares else torch.zeros(0, *size)
 
 
 def split_prompt(words: Words) -> list[tuple[str, int | None]]:
