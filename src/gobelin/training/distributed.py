@@ -75,6 +75,11 @@ def init_process_group(device: torch.device) -> Iterator[None]:
                 "--resume goes on from the newest checkpoint"
             ) from error
         raise
+    # A thread of gloo that lets go of its last tensor while the interpreter ends aborts the process ("terminate called
+    # without an active exception"). Groups that nothing holds end their threads; FSDP's caches hold theirs, so a
+    # barrier, which has no tensors and waits without Python's lock, lets go of the tensors before.
+    distributed.barrier()
+    _waiting_group.cache_clear()
     distributed.destroy_process_group()
 
 
