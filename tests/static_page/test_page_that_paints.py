@@ -223,10 +223,12 @@ def test_it_stops_within_a_step(tab: Page) -> None:
             const [steps, paint, stop, status] = ["steps", "paint", "stop", "status"].map((id) =>
                 document.querySelector(`#${id}`));
             const seen = [];
-            const next = () => new Promise((resolve) => new MutationObserver(() => {
+            let change;
+            new MutationObserver(() => {
                 seen.push(status.textContent);
-                resolve();
-            }).observe(status, { childList: true }));
+                change();
+            }).observe(status, { childList: true });
+            const next = () => new Promise((resolve) => { change = resolve; });
             steps.value = 50;
             paint.click();
             await next();
