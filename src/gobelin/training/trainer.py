@@ -28,9 +28,10 @@ from gobelin.errors import TrainingError, is_out_of_memory
 from gobelin.training import distributed
 from gobelin.training.checkpoints import load_checkpoint, newest_step, save_checkpoint
 from gobelin.training.config import OptimConfig
+from gobelin.training.frozen_weights import FrozenWeights
 from gobelin.training.muon import Muon, muon_parameters
 from gobelin.training.parallelize import Parallelism, parallelize, synchronised
-from gobelin.training.precision import RoundedWeights, autocast
+from gobelin.training.precision import autocast
 from gobelin.training.progress import Clock, show_progress
 from gobelin.training.run_folder import Run
 from gobelin.training.stop_request import StopRequest, caught_signals
@@ -101,7 +102,7 @@ def fit(stage: Stage[Module], run: Run) -> Module:
     optimizers = make_optimizers(module, optim, stage.lr_ratios)
     average = WeightAverage(module, optim.ema)
     # Shards of FSDP are not this process's to replace.
-    rounded = RoundedWeights(nn.Module() if parallelism == "fsdp" else module, run.device, optim.precision)
+    frozen = FrozenWeights(nn.Module() if parallelism == "fsdp" else module, run.device, optim.precision)
     saved = start = _restore(stage, run, module, average, optimizers)
     recent: list[dict[str, Tensor]] = []
     clock = Clock(optim.batch_size, start)
@@ -126,7 +127,7 @@ def fit(stage: Stage[Module], run: Run) -> Module:
                 save(step)
                 raise KeyboardInterrupt
             rate = learning_rate(optim, step)
-            losses = _train_step(stage, run, module, parallel, micro_batches, optimizers, rate, step, rounded)
+            losses = _train_step(stage, run, module, parallel, micro_batches, optimizers, rate, step, frozen)
             average.update(step)
 
             done = step + 1
@@ -167,7 +168,7 @@ def _train_step(
     optimizers: list[torch.optim.Optimizer],
     rate: float,
     step: int,
-    rounded: RoundedWeights,
+    frozen: FrozenWeights,
 ) -> dict[str, Tensor]:
     """Take one step; returns the losses and the gradient's norm, means over the processes.
 
@@ -177,7 +178,7 @@ def _train_step(
         group["lr"] = group["lr_ratio"] * rate
     module.zero_grad(set_to_none=True)
     with _memory_of(stage):
-        with rounded.in_place():
+        with frozen.in_use():
             losses = _gradients(stage, run, parallel, micro_batches)
         distributed.all_reduce_mean_(losses.values())
         trained = _with_gradients(stage, module, run)
