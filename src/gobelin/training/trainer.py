@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from gobelin.allocator import keep_freed_memory
 from gobelin.errors import TrainingError, is_out_of_memory
 from gobelin.training import distributed
 from gobelin.training.checkpoints import load_checkpoint, newest_step, save_checkpoint
@@ -114,6 +115,7 @@ def fit(stage: Stage[Module], run: Run) -> Module:
             saved = step
 
     with (
+        keep_freed_memory(),
         show_progress(run.console, stage.name, start, optim.steps) as advance,
         caught_signals() as stop,
         _prefetched(stage, start, stop) as next_batch,

@@ -1,0 +1,85 @@
+"""Memory that is freed and kept: no page is entered twice, and all of it is given back at the end."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from gobelin import allocator
+from gobelin.allocator import keep_freed_memory
+
+IN_A_PROCESS = """
+import resource
+from contextlib import nullcontext
+
+import torch
+
+from gobelin.allocator import keep_freed_memory
+
+MB = 1 << 20
+
+
+def megabytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / MB
+
+
+def faults(steps):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        held = [torch.ones(size * MB, dtype=torch.uint8) for size in (40, 90, 50, 64)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+torch.set_num_threads(1)
+faults(1)
+resting, once = megabytes(), 244 * MB / resource.getpagesize()
+assert faults(4) > 3 * once, "each has pages of its own"
+for _ in range(2):
+    with keep_freed_memory():
+        with keep_freed_memory():
+            faults(4)
+        assert faults(4) < once / 8, "all have pages that are there"
+        assert megabytes() > resting + 200
+    assert megabytes() < resting + 50, "given back"
+"""
+
+
+@pytest.mark.skipif(allocator._glibc() is None, reason="glibc's alone")
+def test_pages_are_entered_once_and_given_back():
+    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Calls(ctypes.CDLL):
+    """Stands in for glibc."""
+
+    def __init__(self):  # opens no library
+        self.made = []
+
+    def mallopt(self, option, value):
+        self.made.append((option, value))
+        return 1
+
+    def malloc_trim(self, pad):
+        self.made.append("trimmed")
+
+
+def test_the_last_of_all_blocks_gives_back_after_errors_too(monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(allocator, "_glibc", lambda: calls)
+    one, other = keep_freed_memory(), keep_freed_memory()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert calls.made == list(allocator._KEPT)
+    assert not other.__exit__(ValueError, ValueError("mine"), None), "it is raised"
+    assert calls.made == [*allocator._KEPT, *allocator._GIVEN_BACK, "trimmed"]
+
+
+def test_without_glibc_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    with keep_freed_memory():
+        assert allocator._users == 0
