@@ -1,5 +1,6 @@
 """Contenders compute the same thing: traced passes, training steps, our engines. Each at the size of a nano model."""
 
+import time
 from types import SimpleNamespace
 
 import jaxtyping
@@ -10,6 +11,7 @@ from gobelin.bench.measure import Limits, measure
 from gobelin.bench.rows import find_rows
 from gobelin.bench.trace_contenders import LOOK_INTO, trace_workload
 from gobelin.bench.training_contenders import train_workload
+from gobelin.bench.training_loops import time_steps
 from gobelin.bench.unet_contenders import unet_workload
 from gobelin.bench.workloads import refuse_unknown_contenders
 from gobelin.engines import ENGINES
@@ -38,6 +40,19 @@ def test_training_begins_at_the_same_loss(lora):
     measured = measure(made, "float32", ONE, PEERS)
     assert measured["failed"] == {}
     assert measured["contenders"]["diffusers"]["error"] < 1e-5
+
+
+def test_a_loop_alone_is_timed_after_its_first_steps():
+    turns = []
+
+    def loop(turn):
+        while True:
+            turn()
+            turns.append(1)
+            time.sleep(1.0 if len(turns) <= 2 else 0.01)
+
+    assert 0.01 <= time_steps(loop, warm=2, count=3) < 0.5
+    assert len(turns) == 5
 
 
 def test_an_engine_of_ours_is_a_contender(monkeypatch):

@@ -22,10 +22,17 @@ from torch import Tensor, nn
 from gobelin.adapters.adapter_settings import AdapterConfig
 from gobelin.adapters.trainable import add_adapters_
 from gobelin.bench.machine import limit_memory
-from gobelin.bench.paired import timed
 from gobelin.bench.process_contenders import run_python
 from gobelin.bench.random_weights import CONFIGS, diffusers_unet, random_unet
-from gobelin.bench.training_loops import Loop, MadeStage, NoAverage, TakingTurns, make_batch, quiet_run
+from gobelin.bench.training_loops import (
+    Loop,
+    MadeStage,
+    NoAverage,
+    TakingTurns,
+    make_batch,
+    quiet_run,
+    time_steps,
+)
 from gobelin.bench.unet_contenders import BASE, UNetPass
 from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
@@ -264,10 +271,8 @@ def _apart(run: TrainingPass, name: str) -> Call:
 
 
 def time_step(task: str) -> None:
-    """Print the seconds of a step after the first, as a mean of two; takes no more memory than is free."""
+    """Print the seconds of a step after the first ones; takes no more memory than is free."""
     limit_memory()
     told = json.loads(task)
     _, loop = _loop(TrainingPass(**told["run"]), told["name"])
-    steps = Loop(told["name"], loop)
-    steps.steps(1)
-    print(timed(lambda: steps.steps(1), 2))
+    print(time_steps(loop, warm=3, count=2))

@@ -4,6 +4,7 @@ So loops that know nothing of each other, :func:`gobelin.training.trainer.fit` a
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -73,6 +74,23 @@ class Loop:
         error = self._arrived.get()
         if error is not None:
             raise error
+
+
+def time_steps(run: Callable[[Callable[[], None]], object], warm: int, count: int) -> float:
+    """Run a training loop in this thread, as a program that trains alone; returns the seconds of a step after ``warm``.
+
+    In the first steps memory is still growing.
+    """
+    starts: list[float] = []
+
+    def turn() -> None:
+        starts.append(perf_counter())
+        if len(starts) > warm + count:
+            raise Finished
+
+    with suppress(Finished):
+        run(turn)
+    return (starts[-1] - starts[warm]) / count
 
 
 class TakingTurns(nn.Module):
