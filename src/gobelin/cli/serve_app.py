@@ -21,6 +21,9 @@ from gobelin.server.service import Service
 
 _CONNECTIONS = 512  # at once; more are told that the server is busy
 _STOP_SECONDS = 5  # for answers that are being sent
+_IDLE_SECONDS = (
+    30  # between two requests of a connection; with uvicorn's 5, a busy client often meets one that is closing
+)
 
 
 def serve(options: Serve) -> None:
@@ -40,6 +43,7 @@ def serve(options: Serve) -> None:
             server_header=False,
             limit_concurrency=_CONNECTIONS,
             timeout_graceful_shutdown=_STOP_SECONDS,
+            timeout_keep_alive=_IDLE_SECONDS,
         )
         listening.listen()
         _, port = listening.getsockname()[:2]
