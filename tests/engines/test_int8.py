@@ -177,7 +177,7 @@ def test_a_machine_that_cannot_is_named_before_a_model_is_opened(monkeypatch: py
 @torch.no_grad()
 def test_without_memory_for_its_weights_it_is_eager(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, given = engine_of(unet), inputs()
-    monkeypatch.setattr("gobelin.engines.packed_weights._has_room_for", lambda network: False)
+    monkeypatch.setattr("gobelin.engines.packed_weights.has_room_for", lambda network: False)
     with pytest.warns(UserWarning, match="no memory for the weights of the engine int8"):
         network = engine.unet
     assert isinstance(engine, EagerEngine)

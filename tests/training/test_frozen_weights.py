@@ -79,7 +79,7 @@ def test_a_convolution_and_its_gradient_are_those_in_float64(dtype, bias, shape)
     torch.testing.assert_close(found.grad.double(), expected.grad, rtol=bound, atol=bound)
 
 
-def test_only_plain_frozen_convolutions_are_packed():
+def test_only_plain_frozen_convolutions_are_packed(monkeypatch):
     def packed(layer):
         with FrozenWeights(layer, CPU, "float32").in_use():
             return "forward" in vars(layer)
@@ -95,6 +95,8 @@ def test_only_plain_frozen_convolutions_are_packed():
     compiled = nn.Conv2d(2, 2, 3, padding=1).requires_grad_(False)
     compiled.compile()
     assert not packed(compiled)
+    monkeypatch.setattr("gobelin.training.frozen_weights.has_room_for", lambda module: False)
+    assert not packed(nn.Conv2d(2, 2, 3, padding=1).requires_grad_(False)), "memory is short"
 
 
 def test_weights_are_whole_again_after_an_error_and_trained_ones_are_left_alone():

@@ -64,7 +64,7 @@ class PackedWeights:
         Weights are read once, as fast as memory is, so that even a write through ``weight.data`` is found, of which
         PyTorch keeps no count.
         """
-        if not self._packed and not _has_room_for(self._network):
+        if not self._packed and not has_room_for(self._network):
             return
         found: dict[nn.Module, _PackedLayer] = {}
         for name, layer in self._network.named_modules():
@@ -120,7 +120,7 @@ def _pays_in(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and has_fast_bfloat16(torch.device("cpu"))
 
 
-def _has_room_for(network: nn.Module) -> bool:
+def has_room_for(network: nn.Module) -> bool:
     """Tell whether the machine has memory for a network's weights once more, and for as much beside; Linux says it."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from gobelin.engines.forwards import is_replaced, other_forwards
 from gobelin.engines.packed_convolution import PackedConvolution
+from gobelin.engines.packed_weights import has_room_for
 from gobelin.operations import Conv2d
 from gobelin.training.config import Precision
 from gobelin.training.precision import computes_in
@@ -25,14 +26,15 @@ class FrozenWeights:
 
     Where that is bfloat16 they are rounded once, as autocast rounds them in every step. On a CPU, 3×3 convolutions of
     maps of few pixels have their weights packed, too: of a LoRA's step at 32×32 latents most of the time went into
-    putting the weights of Stable Diffusion's deep levels in oneDNN's order, twice. Weights that are trained are left
-    alone.
+    putting the weights of Stable Diffusion's deep levels in oneDNN's order, twice. Where memory is short they are not.
+    Weights that are trained are left alone.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, precision: Precision):
         dtype = computes_in(device, precision)
         self._convolutions: dict[nn.Module, _FrozenConvolution] = {}
-        if device.type == "cpu" and torch.backends.mkldnn.is_available() and not _is_compiled(module):
+        can_pack = device.type == "cpu" and torch.backends.mkldnn.is_available() and not _is_compiled(module)
+        if can_pack and has_room_for(module):
             self._convolutions = {
                 layer: _FrozenConvolution(layer, dtype) for layer in module.modules() if _can_pack(layer)
             }
