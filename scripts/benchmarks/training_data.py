@@ -294,7 +294,7 @@ def cache_worker(options: argparse.Namespace) -> None:
                 "filling_s_per_image": {"latents": latents_s / len(dataset), "texts": texts_s / len(dataset)},
                 "batch_size": options.batch_size,
                 "threads": options.threads,
-                "precision": "bfloat16" if machine()["fast_bfloat16"] else "float32",
+                "precision": "bfloat16" if machine()["bfloat16"] else "float32",
             }
         )
     )

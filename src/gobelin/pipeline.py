@@ -86,7 +86,7 @@ class Pipeline:
         file, or a repository of the Hub by its name.
 
         ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None, or "auto", the fastest for the device
-        and the model: bfloat16 for large ones where it is multiplied in hardware, float32 otherwise. ``engine`` is as
+        and the model: bfloat16 for large ones where it is multiplied faster, float32 otherwise. ``engine`` is as
         in :meth:`use`. The other options are those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError`
         that names the file and what is wrong with it.
         """

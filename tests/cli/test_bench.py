@@ -84,7 +84,7 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(refused, arguments, sai
 def test_a_machine_without_bfloat16_measures_the_rest(gobelin, monkeypatch):
     from gobelin.bench import machine, session
 
-    monkeypatch.setattr(machine, "has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: False)
     monkeypatch.setattr(session, "in_process", lambda task: {"error": f"no time for {task.precision}"})
     status, out, err = gobelin("bench", "unet-nano", "--peers", "none")
     assert status == 0

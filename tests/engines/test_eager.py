@@ -11,15 +11,13 @@ from gobelin.checkpoint import Model
 from gobelin.engines import packed_weights, unfolded_convolutions
 from gobelin.engines.eager import EagerEngine, PreparedDecoder, PreparedUNet, UnfoldedUNet
 from gobelin.engines.packed_weights import PackedWeights
-from gobelin.kernels.hardware import has_fast_bfloat16
+from gobelin.kernels.hardware import has_bfloat16
 from gobelin.pipeline import Pipeline
 from gobelin.unet import UNet
 from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
 
-pytestmark = pytest.mark.skipif(
-    not has_fast_bfloat16(torch.device("cpu")), reason="needs a CPU that multiplies bfloat16"
-)
+pytestmark = pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="needs a CPU that multiplies bfloat16")
 
 UNET = UNetConfig.of(
     *(128, 192), attention=(True, True), layers_per_block=1, cross_attention_dim=24, attention_head_dim=4, sample_size=8
@@ -88,9 +86,8 @@ def test_a_pipeline_paints_with_packed_weights(pipe: Pipeline) -> None:
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a PyTorch with MKL")
 def test_a_pipeline_paints_with_unfolded_convolutions(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_weights, "is_amds", lambda: False)
+    monkeypatch.setattr(packed_weights, "has_room_for", lambda network: False)
     pipe = pipe.to(dtype="float32")
-    assert EagerEngine.of(pipe.model).unet is pipe.unet
     plain = pipe("a red circle", seed=1, steps=2).latents
     monkeypatch.setattr(unfolded_convolutions, "_WIDE", 128)
     assert isinstance(EagerEngine.of(pipe.model).unet, UnfoldedUNet)

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from gobelin.engines.packed_weights import PackedWeights
 from gobelin.engines.phase_convolutions import phase_weights
-from gobelin.kernels.hardware import has_fast_bfloat16
+from gobelin.kernels.hardware import has_bfloat16
 from gobelin.layers import Upsample2D
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
-DTYPES = [torch.float32] + [torch.bfloat16] * has_fast_bfloat16(torch.device("cpu"))
+DTYPES = [torch.float32] + [torch.bfloat16] * has_bfloat16(torch.device("cpu"))
 DTYPE = DTYPES[-1]
 
 

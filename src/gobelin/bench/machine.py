@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gobelin.training.precision import has_fast_bfloat16
+from gobelin.kernels.hardware import has_bfloat16
 
 _BUSY = 0.25  # of the cores
 _SPARE = 1e9  # bytes of the free memory that are left to others
@@ -21,7 +21,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "fast_bfloat16": has_fast_bfloat16(torch.device("cpu")),
+        "bfloat16": has_bfloat16(torch.device("cpu")),
         "amx": any(bool(value) for name, value in capabilities.items() if name.startswith("amx")),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
 
 def machine_line(of: dict[str, Any]) -> str:
     """Write a machine in one line."""
-    bfloat16 = "bfloat16 in hardware" if of["fast_bfloat16"] else "no bfloat16 in hardware"
+    bfloat16 = "bfloat16 in hardware" if of["bfloat16"] else "no bfloat16 in hardware"
     return (
         f"{of['cpu']}, {of['cores']} cores, {of['memory_gb']:.0f} GB, {bfloat16}, "
         f"{'with' if of['amx'] else 'no'} AMX, torch {of['torch']}; load before: {of['load_before']:.1f}"

@@ -90,7 +90,7 @@ def _measure(options: Bench, rows: "Sequence[BenchRow]", peers: "Sequence[Peer]"
     found = machine()
     if busy := busy_line(found):
         _say(busy)
-    precisions: list[BenchPrecision] = [one for one in options.precision if one != "bfloat16" or found["fast_bfloat16"]]
+    precisions: list[BenchPrecision] = [one for one in options.precision if one != "bfloat16" or found["bfloat16"]]
     if len(precisions) < len(options.precision):
         _say("this machine does not multiply bfloat16 in hardware: it is left out")
     plan = BenchPlan(

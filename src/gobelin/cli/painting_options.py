@@ -57,8 +57,8 @@ class PipelineOptions(ModelOptions):
     device: str | None = None
     """Device: cpu, cuda or mps; without it, or with auto, the fastest there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision to compute in; auto is the fastest for the device: bfloat16 for large models where it has it in
-    hardware, float32 otherwise."""
+    """Precision to compute in; auto is the fastest for the device: bfloat16 for large models where it multiplies
+    that faster, float32 otherwise."""
     engine: EngineName = "eager"
     """Engine that runs the networks."""
 

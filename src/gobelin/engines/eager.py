@@ -40,12 +40,13 @@ class EagerEngine:
 
     On a CPU, weights of wide networks are packed (:mod:`gobelin.engines.packed_weights`), blocks of narrow ones fused
     (:mod:`gobelin.engines.fused_blocks`), and feature maps are channels last, in which a row of patches and a feature
-    map are the same memory. Where neither pays, in float32, convolutions of small maps are unfolded
-    (:mod:`gobelin.engines.unfolded_convolutions`).
+    map are the same memory. Where there is no memory for packed weights, in float32, convolutions of small maps are
+    unfolded (:mod:`gobelin.engines.unfolded_convolutions`).
     """
 
     name: ClassVar[EngineName] = "eager"
     model: PaintingNetworks
+    _packed_weights: PackedWeights = field(init=False)
     _packed_unet: "PreparedUNet" = field(init=False)
     _fused_unet: "PreparedUNet" = field(init=False)
     _packed_vae: "PreparedDecoder" = field(init=False)
@@ -53,7 +54,8 @@ class EagerEngine:
 
     def __post_init__(self) -> None:
         unet, vae = self.model.unet, self.model.vae
-        object.__setattr__(self, "_packed_unet", PreparedUNet(unet, PackedWeights(unet)))
+        object.__setattr__(self, "_packed_weights", PackedWeights(unet))
+        object.__setattr__(self, "_packed_unet", PreparedUNet(unet, self._packed_weights))
         object.__setattr__(self, "_fused_unet", PreparedUNet(unet, FusedBlocks(unet)))
         object.__setattr__(self, "_packed_vae", PreparedDecoder(vae, PackedWeights(vae.decoder)))
         object.__setattr__(self, "_fused_vae", PreparedDecoder(vae, FusedBlocks(vae.decoder)))
@@ -67,11 +69,12 @@ class EagerEngine:
     def unet(self) -> NoisePredictor:
         """The U-Net, its weights packed or its blocks fused as they are now, or its convolutions unfolded."""
         unet = self.model.unet
-        if pays(unet):
-            return self._packed_unet.updated()
         if fusing_pays(unet):
             return self._fused_unet.updated()
-        return UnfoldedUNet(unet) if unfolded_forwards(unet) else unet
+        packed = self._packed_unet.updated() if pays(unet) else None
+        if packed is not None and self._packed_weights:
+            return packed
+        return UnfoldedUNet(unet) if unfolded_forwards(unet) else packed or unet
 
     @property
     def vae(self) -> LatentDecoder:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gobelin.engines.packed_weights import LayerForward, PackableLayer, pack_as_it_is
-from gobelin.kernels.hardware import has_fast_bfloat16, has_instructions
+from gobelin.kernels.hardware import has_bfloat16, has_instructions
 from gobelin.kernels.quantize import QuantizedSamples, quantize_samples
 
 SENSITIVE = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj", "*.conv_shortcut", "*.attn2.to_[kv]")
@@ -28,7 +28,7 @@ def can_multiply_int8() -> bool:
         torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.onednn, "qlinear_prepack")
         and has_instructions("avx512_vnni")
-        and has_fast_bfloat16(torch.device("cpu"))
+        and has_bfloat16(torch.device("cpu"))
     )
 
 

@@ -18,7 +18,7 @@ from gobelin.engines.forwards import is_replaced, other_forwards
 from gobelin.engines.packed_convolution import PackedConvolution
 from gobelin.engines.phase_convolutions import pack_upsampling
 from gobelin.engines.watched_weights import sum_of_bits
-from gobelin.kernels.hardware import has_fast_bfloat16, has_instructions, is_amds
+from gobelin.kernels.hardware import has_bfloat16, has_instructions
 from gobelin.layers import Upsample2D
 from gobelin.operations import Conv2d
 
@@ -111,13 +111,10 @@ def is_wide(network: nn.Module) -> bool:
 
 
 def _pays_in(dtype: torch.dtype) -> bool:
-    """Tell whether this CPU multiplies packed weights faster.
-
-    In float32 PyTorch computes linear layers by Intel's MKL, which on Intel's CPUs is as fast.
-    """
+    """Tell whether this CPU multiplies packed weights faster."""
     if dtype == torch.float32:
-        return is_amds() and has_instructions("avx2")
-    return dtype == torch.bfloat16 and has_fast_bfloat16(torch.device("cpu"))
+        return has_instructions("avx2")
+    return dtype == torch.bfloat16 and has_bfloat16(torch.device("cpu"))
 
 
 def has_room_for(network: nn.Module) -> bool:
