@@ -9,11 +9,13 @@ from gobelin.cli.options import Positional, parse
 from gobelin.errors import UsageError
 
 _HELP = """usage: gobelin data scenes --out DIR [--count N --world NAME --seed N --split NAME]
+       gobelin data emoji --out DIR [--packages DIR --size N --styles NAME ...]
        gobelin data check PATH [--size N --buckets --fit crop|pad --caption-column NAME --sheet PNG --json FILE]
        gobelin data cache PATH --out DIR [--model MODEL --size N --buckets --flip]
        gobelin data grader [--world NAME --count N --vae MODEL --json FILE]
 
   scenes   write captioned scenes: PNG images, metadata.jsonl, and for each its scene and masks
+  emoji    write emoji of five sets as captioned images, to train on, and pairs of concept and style that are held out
   check    read captioned images, a folder or tars: sizes, captions, duplicates, and what cannot be used, and why
   cache    encode captioned images and their captions by a model, for gobelin train --data.cache DIR
   grader   calibrate the scenes' grader on images whose truth is known
@@ -44,6 +46,30 @@ class Scenes:
     """Another seed gives other scenes."""
     split: str = "train"
     """train, dev, test or heldout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emoji:
+    """Write emoji as folders of captioned images, from npm's packages: the pictures of five sets, and their names.
+
+    A concept is one character of Unicode; its captions are its name and keywords in English, and the style's word. The
+    folder train is to be trained on; a tenth of the pairs of a concept and a style is apart, in heldout. What all of it
+    is made of, and whose it is, is in emoji.json. Needs pip install 'gobelin[emoji]', and the packages:
+    @iconify-json/noto, noto-v1, twemoji, fluent-emoji-flat and fluent-emoji, and cldr-annotations-full.
+
+    Some examples:
+      gobelin data emoji --out emoji
+      gobelin data emoji --packages elsewhere/node_modules --styles noto twemoji --size 128 --out emoji
+    """
+
+    out: Path
+    """The folder to write; it must be empty or new."""
+    packages: Path = Path("node_modules")
+    """The folder that npm installed the packages in."""
+    size: int = 64
+    """Height and width of the images in pixels; their background is transparent."""
+    styles: tuple[str, ...] = ()
+    """Styles, by their words: noto, blob, twemoji, flat, glossy; without it, all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +161,7 @@ class Grader:
     """Write the measurements to this file too."""
 
 
-_ACTIONS = {"scenes": Scenes, "check": Check, "cache": Cache, "grader": Grader}
+_ACTIONS = {"scenes": Scenes, "emoji": Emoji, "check": Check, "cache": Cache, "grader": Grader}
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -148,11 +174,19 @@ def run(arguments: Sequence[str]) -> None:
         raise UsageError(f"unknown action {action!r}: the choices are {', '.join(_ACTIONS)}")
     options = parse(_ACTIONS[action], f"data {action}", rest)
     # PyTorch is imported after the options are read: help and mistakes are quick
-    from gobelin.cli.data_actions import calibrate_grader, check_images, encode_images, write_scenes
+    from gobelin.cli.data_actions import (
+        calibrate_grader,
+        check_images,
+        encode_images,
+        write_emoji_images,
+        write_scenes,
+    )
 
     match options:
         case Scenes():
             write_scenes(options)
+        case Emoji():
+            write_emoji_images(options)
         case Check():
             check_images(options)
         case Cache():

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from gobelin.cli.data import Cache, Check, Grader, Scenes
+from gobelin.cli.data import Cache, Check, Emoji, Grader, Scenes
 from gobelin.cli.options import write_report
 from gobelin.data import SceneDataset, find_world
 from gobelin.data.cache_use import measure_cache
 from gobelin.data.cached_dataset import MAX_CACHED_BYTES
 from gobelin.data.captioned_files import METADATA, legible
+from gobelin.data.emoji import HELD_OUT, STYLES, TRAIN, EmojiPackages, write_emoji
 from gobelin.data.folder_report import FolderReport, report_folder
 from gobelin.data.indexed_images import IndexedImages
 from gobelin.data.webdataset import open_images
@@ -32,6 +33,7 @@ from gobelin.vae import VAE
 
 _MOST_SKIPPED = 50  # that are listed
 _SHEET_IMAGES, _SHEET_COLUMNS = 48, 8
+_LARGEST_EMOJI = 1024  # pixels
 
 
 def write_scenes(options: Scenes) -> None:
@@ -59,6 +61,18 @@ def write_scenes(options: Scenes) -> None:
         lines.append(json.dumps(entry, ensure_ascii=False))
     write_text(options.out / METADATA, "\n".join(lines) + "\n")
     print(f"{dataset.description}: {options.out}")
+
+
+def write_emoji_images(options: Emoji) -> None:
+    """Draw the pictures of all concepts, and say how many there are."""
+    if not 16 <= options.size <= _LARGEST_EMOJI:
+        raise UsageError(f"--size is {options.size}: give 16 to {_LARGEST_EMOJI} pixels")
+    packages = EmojiPackages(options.packages, options.styles or tuple(STYLES))
+    counts = write_emoji(packages, options.out, options.size)
+    print(
+        f"{counts[TRAIN]:,} images of {counts['concepts']:,} concepts in {options.out / TRAIN}, "
+        f"{counts[HELD_OUT]:,} held out in {options.out / HELD_OUT}"
+    )
 
 
 def check_images(options: Check) -> None:

@@ -38,6 +38,7 @@ measurements:
   correspondence  find points of objects again in other scenes by the U-Net's features
   heads           fit which heads of attention point, for sharper maps, and keep their weights beside the model
   presence        tell by a score whether what a word names is in an image
+  emoji           paint captions of emoji, and tell by networks that saw true ones alone whether they are right
   fidelity        compare images painted from captions with the true ones: FID, KID, CLIP score
 
   gobelin evaluate MEASUREMENT --help   options and examples
@@ -53,6 +54,7 @@ examples:
   gobelin evaluate correspondence --limit 32
   gobelin evaluate heads runs/mine --save
   gobelin evaluate presence --limit 64
+  gobelin evaluate emoji emoji --model runs/emoji --sheet sheet.png
   gobelin evaluate fidelity my-images --model runs/mine --features model
 """
 
@@ -77,8 +79,8 @@ class _ModelOptions:
     device: str | None = None
     """cpu, cuda or mps; without it, or with auto, the best there is."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """The precision to compute in; without it, the fastest for the device: bfloat16 for large models where it has it in
-    hardware, float32 otherwise."""
+    """The precision to compute in; without it, the fastest for the device: bfloat16 for large models where it multiplies
+    that faster, float32 otherwise."""
     engine: EngineName = "eager"
     """Engine that runs the networks."""
 
@@ -320,6 +322,34 @@ class EvaluateFidelity(ReportFiles, PipelineOptions):
     """Keep the painted images here, with their captions, so that --painted can compare them again."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateEmoji(ReportFiles, PipelineOptions):
+    """Paint captions of emoji, held in and held out, and measure whether concept and style are right.
+
+    The judge, a classifier and an encoder, learns from true pictures alone; it is trained at first use, in minutes,
+    and kept in the folder. Beside its verdicts stand its own on true pictures, and those for captions dealt out anew.
+
+    Some examples:
+      gobelin evaluate emoji emoji --model runs/emoji
+      gobelin evaluate emoji emoji --model runs/emoji --limit 200 --sheet sheet.png --json emoji.json
+    """
+
+    folder: Positional[Path]
+    """The folder that gobelin data emoji wrote."""
+    limit: int = 1000
+    """The number of captions of each split, at most."""
+    seed: int = 0
+    """Another seed: other captions are chosen, and painted from other noise."""
+    sampler: str | None = None
+    """The sampler; without it, the model's recommendation, as for the next two."""
+    steps: int | None = None
+    """The number of denoising steps."""
+    guidance: float | None = None
+    """The strength of classifier-free guidance; 1 is none."""
+    sheet: Path | None = None
+    """Write a contact sheet here, PNG or JPEG: up to a hundred images of each split, wrong ones framed in red."""
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run ``gobelin evaluate``."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -477,6 +507,14 @@ def _fidelity(options: EvaluateFidelity) -> None:
     evaluate_fidelity(options)
 
 
+def _emoji(options: EvaluateEmoji) -> None:
+    """Paint and judge captions of emoji."""
+    from gobelin.cli.evaluate_emoji import evaluate_emoji
+
+    _require_sheet_suffix(options.sheet)
+    evaluate_emoji(options)
+
+
 _MEASUREMENTS: dict[str, Callable[[Sequence[str]], None]] = {
     "scenes": lambda rest: _scenes(parse(EvaluateScenes, "evaluate scenes", rest)),
     "images": lambda rest: _images(parse(EvaluateImages, "evaluate images", rest)),
@@ -488,6 +526,7 @@ _MEASUREMENTS: dict[str, Callable[[Sequence[str]], None]] = {
     "correspondence": lambda rest: _correspondence(parse(EvaluateCorrespondence, "evaluate correspondence", rest)),
     "heads": lambda rest: _heads(parse(EvaluateHeads, "evaluate heads", rest)),
     "presence": lambda rest: _presence(parse(EvaluatePresence, "evaluate presence", rest)),
+    "emoji": lambda rest: _emoji(parse(EvaluateEmoji, "evaluate emoji", rest)),
     "fidelity": lambda rest: _fidelity(parse(EvaluateFidelity, "evaluate fidelity", rest)),
 }
 
