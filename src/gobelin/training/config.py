@@ -214,6 +214,8 @@ class DiffusionConfig:
     there), so that those with little noise count less; without it all weigh alike."""
     offset_noise: Fraction = 0.0
     """Noise of each whole latent channel that is added to the noise, as a fraction of it: darker and lighter images."""
+    grounding: NonNegativeNumber = 0.0
+    """Weight of a loss that asks the attention of words to be on their objects, whose masks scenes have."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     optim: OptimConfig

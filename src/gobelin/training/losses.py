@@ -16,6 +16,7 @@ from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
 from gobelin.layers import Attention
 from gobelin.schedule import NoiseSchedule
 from gobelin.training.config import TextStageConfig, VAELossConfig
+from gobelin.training.grounding import grounding_loss, is_grounded
 from gobelin.unet import UNet
 from gobelin.vae import VAE
 
@@ -55,7 +56,8 @@ class UNetBatch(_Batch):
     """Latents, scaled, the noise and timestep of each, and its text: text embeddings, or token ids to encode.
 
     ``weights`` are those of the samples in the loss; ``masked`` are the further channels of an inpainting U-Net: the
-    mask, and the latents of the masked image.
+    mask, and the latents of the masked image. ``masks`` are shares of patches that groups of objects cover, and
+    ``tokens`` those of the text that speak of them (:mod:`gobelin.data.scene_groups`).
     """
 
     latents: Float[Tensor, "batch channels h w"]
@@ -64,6 +66,8 @@ class UNetBatch(_Batch):
     texts: Float[Tensor, "batch length dim"] | Int[Tensor, "batch length"]
     weights: Float[Tensor, " batch"] | None = None
     masked: Float[Tensor, "batch channels_of_mask h w"] | None = None
+    masks: Float[Tensor, "batch groups h w"] | None = None
+    tokens: Bool[Tensor, "batch groups length"] | None = None
 
 
 class SketchHead(nn.Module):
@@ -166,13 +170,21 @@ class VAELoss(nn.Module):
 class UNetLoss(nn.Module):
     """Mean squared error of the predicted noise (or velocity) in noisy latents, given the text.
 
-    A ``text_encoder`` here is trained, or holds what is: adapters, or the embeddings of new words.
+    A ``text_encoder`` here is trained, or holds what is: adapters, or the embeddings of new words. ``grounding`` is the
+    weight of the grounding loss in the sum, for batches that have masks; a sample counts in it as the square root of
+    ᾱ, since in noise nothing is anywhere yet.
     """
 
     def __init__(
-        self, unet: UNet, text_encoder: TextEncoder | None, schedule: NoiseSchedule, min_snr_gamma: float | None = None
+        self,
+        unet: UNet,
+        text_encoder: TextEncoder | None,
+        schedule: NoiseSchedule,
+        min_snr_gamma: float | None = None,
+        grounding: float = 0.0,
     ):
         super().__init__()
+        self.grounding = grounding
         self.unet = unet
         self.text_encoder = text_encoder
         self.schedule = schedule
@@ -184,12 +196,23 @@ class UNetLoss(nn.Module):
         target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
         texts = batch.texts if self.text_encoder is None else self.text_encoder(batch.texts)
         inputs = noisy_latents if batch.masked is None else torch.cat([noisy_latents, batch.masked], dim=1)
-        error = (self.unet(inputs, batch.timesteps, texts).float() - target).square().mean(dim=(1, 2, 3))
+        grounded = self.grounding > 0 and batch.masks is not None and batch.tokens is not None
+        if grounded:
+            predicted, maps = self.unet.trace(inputs, batch.timesteps, texts, sites=is_grounded)
+        else:
+            predicted, maps = self.unet(inputs, batch.timesteps, texts), {}
+        error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         if self.min_snr_gamma is not None:
             error = error * min_snr_weights(self.schedule, batch.timesteps, self.min_snr_gamma)
         if batch.weights is not None:
             error = error * batch.weights
-        return {"loss": error.mean()}
+        if not grounded:
+            return {"loss": error.mean()}
+        assert batch.masks is not None
+        assert batch.tokens is not None
+        signal = self.schedule.alphas_cumprod.to(error.device)[batch.timesteps].sqrt()
+        placed = (signal * grounding_loss(maps, batch.masks, batch.tokens)).mean()
+        return {"loss": error.mean() + self.grounding * placed, "denoising": error.mean(), "grounding": placed}
 
 
 def min_snr_weights(schedule: NoiseSchedule, timesteps: Int[Tensor, " batch"], gamma: float) -> Float[Tensor, " batch"]:

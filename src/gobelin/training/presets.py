@@ -181,6 +181,7 @@ def refuse_scenes_of_folder(config: TrainConfig | FineTuneConfig) -> None:
     if config.data.path is not None:
         for name in ("data.world", "data.count"):
             _refuse_changed(config, name, "images are read from data.path")
+        _refuse_changed(config, "unet.grounding", "images of a folder have no masks")
 
 
 def _refuse_changed(config: TrainConfig | FineTuneConfig, section: str, reason: str) -> None:

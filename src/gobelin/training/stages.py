@@ -1,6 +1,7 @@
 """Training stages with gradients: text encoder, VAE, U-Net. Each has its loss, its batches, and what it shows."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from gobelin.clip import ImageEncoder, TextEncoder
 from gobelin.data.batches import Order, normals, uniforms
 from gobelin.data.cached_dataset import CachedDataset
+from gobelin.data.scene_groups import GroundingCache
 from gobelin.images import tensor_to_images
 from gobelin.tokenizer import Tokenizer
 from gobelin.training.config import DiffusionConfig, TextStageConfig, VAELossConfig
@@ -138,7 +140,7 @@ class UNetStage(_Stage):
 
     ``latents`` reads (mean, standard deviation) of unscaled latents by index, where asked of the mirrored image;
     ``scaling_factor`` is the VAE's. ``texts`` makes text embeddings of captions, or token ids if the module encodes
-    them. ``show`` measures and draws the module.
+    them. ``show`` measures and draws the module; ``grounding`` has the masks that its loss may ask for.
     """
 
     name = "unet"
@@ -155,9 +157,11 @@ class UNetStage(_Stage):
         seed: int,
         show: Callable[[UNetLoss, int, Run], Image.Image | None],
         flip: bool = False,
+        grounding: GroundingCache | None = None,
     ):
         super().__init__(dataset, config.optim.batch_size, seed)
         self.optim = config.optim
+        self._grounding = grounding
         # A new word is in the text encoder too, and learns at the rate itself.
         self.lr_ratios = {"text_encoder.": config.text_lr_ratio} if config.train_text_encoder else {}
         self.module = module
@@ -185,7 +189,13 @@ class UNetStage(_Stage):
         noise = normals(randoms, *shape)
         if self._config.offset_noise:
             noise = noise + self._config.offset_noise * normals(randoms, shape[0], 1, 1)
-        return UNetBatch(latents=latents, noise=noise, timesteps=timesteps, texts=self._texts(captions))
+        batch = UNetBatch(latents=latents, noise=noise, timesteps=timesteps, texts=self._texts(captions))
+        if self._grounding is None:
+            return batch
+        masks, tokens = self._grounding.read(indices)
+        has_words = torch.tensor([bool(caption) for caption in captions])
+        masks = torch.where(is_mirrored[:, None, None, None], masks.flip(-1), masks)
+        return replace(batch, masks=masks, tokens=tokens & has_words[:, None, None])
 
     def choices(
         self, randoms: list[np.random.Generator]

@@ -82,13 +82,16 @@ def _make_stage(
         networks.text_encoder if networks.is_text_trained else None,
         networks.schedule,
         config.min_snr_gamma,
+        config.grounding,
     )
     tokenizer = networks.tokenizer
     texts = (
         tokenizer if networks.is_text_trained else cache_texts(recipe, networks.text_encoder, tokenizer, dataset).read
     )
     scale = networks.vae.config.scaling_factor
-    return stage(module, dataset, latents.read, scale, texts, config, seed, show, recipe.config.data.flip)
+    side = recipe.image_size // networks.vae.config.factor
+    grounding = recipe.grounding(dataset, tokenizer, side) if config.grounding else None
+    return stage(module, dataset, latents.read, scale, texts, config, seed, show, recipe.config.data.flip, grounding)
 
 
 def cache_texts(

@@ -21,11 +21,13 @@ from gobelin.data import CachedDataset, Dataset, SceneDataset, find_world
 from gobelin.data.batches import derive_seed
 from gobelin.data.encoded import LatentCache, TextCache, weights_hash
 from gobelin.data.row_cache import content_hash
+from gobelin.data.scene_groups import GroundingCache
 from gobelin.data.subset import split_held_out
 from gobelin.data.webdataset import open_images
 from gobelin.errors import TrainingError
 from gobelin.formats.files import write_json
 from gobelin.pipeline import find_device
+from gobelin.tokenizer import Tokenizer
 from gobelin.training import distributed
 from gobelin.training.checkpoints import is_disk_full, newest_step
 from gobelin.training.config import Precision, RunConfig, config_file
@@ -236,6 +238,22 @@ class Recipe(ABC, Generic[Config]):
             cache.fill(
                 encode, distributed.shard(), lambda done, total: progress.update(task, completed=done, total=total)
             )
+        distributed.barrier()
+        cache.refresh()
+        return cache
+
+    def grounding(self, dataset: CachedDataset, tokenizer: Tokenizer, side: int) -> GroundingCache | None:
+        """Compute the masks and tokens of a dataset of scenes, those that are not cached: every process its share.
+
+        Images of a folder have no masks: None, with a sentence.
+        """
+        if not isinstance(dataset.dataset, SceneDataset):
+            self.console.print("attention is not grounded: images of a folder have no masks of what words speak of")
+            return None
+        cache = GroundingCache(dataset.dataset, tokenizer, side, self.cache)
+        with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task("drawing masks", total=len(dataset))
+            cache.fill(distributed.shard(), lambda done, total: progress.update(task, completed=done, total=total))
         distributed.barrier()
         cache.refresh()
         return cache
