@@ -79,8 +79,8 @@ class _ModelOptions:
     device: str | None = None
     """cpu, cuda or mps; without it, or with auto, the best there is."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """The precision to compute in; without it, the fastest for the device: bfloat16 for large models where it multiplies
-    that faster, float32 otherwise."""
+    """The precision to compute in; without it, the fastest for the device: bfloat16 for large models where it
+    multiplies that faster, float32 otherwise."""
     engine: EngineName = "eager"
     """Engine that runs the networks."""
 

@@ -12,7 +12,7 @@ from gobelin.cli.report_files import progress_bar, publish
 from gobelin.data.emoji_set import EmojiSet, read_emoji
 from gobelin.errors import UsageError
 from gobelin.evaluate.emoji_judge import EmojiJudge, JudgeConfig, open_judge
-from gobelin.evaluate.emoji_scores import SPLITS, choose_captions, emoji_report, measure_emoji
+from gobelin.evaluate.emoji_scores import PARTS, choose_captions, emoji_report, measure_emoji
 from gobelin.evaluate.image_sets import paint_captions, painted_size
 from gobelin.formats.files import replacing
 from gobelin.look.contact_sheet import Tile, TileRow, captioned_grid
@@ -79,5 +79,5 @@ def _sheet(
             note = "" if right else f"taken for {pictures.concept_names[found]}"
             image = Image.fromarray(images[place])
             tiles.append(Tile(image=image, caption=pictures.captions[rows[place]], note=note, failed=not right))
-        lines.append(TileRow(heading=SPLITS[split], tiles=tiles))
+        lines.append(TileRow(heading=PARTS[split], tiles=tiles))
     return captioned_grid(lines, columns=_COLUMNS, side=_SIDE, title=title, gap=14, text=12)

@@ -22,13 +22,13 @@ from gobelin.evaluate.measurement_report import Report, ReportTable, as_json, me
 from gobelin.images import images_to_tensor, tensor_to_levels
 from gobelin.vae import VAE
 
-SPLITS = {"held_in": "held in", "held_out": "held out"}
+PARTS = {"held_in": "held in", "held_out": "held out"}
 _AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nearness:
-    """What pictures look like, by cosines of the judge's encoder.
+    """Cosines of pictures to true ones, by the judge's encoder.
 
     ``to_training`` is the cosine to the training picture that is nearest, ``to_true`` that to the true picture of the
     caption. ``nearer_to_true`` is the share of those nearer to the latter than to any training picture of another pair;
@@ -165,7 +165,7 @@ def _passed_on(vae: VAE, images: UInt8[np.ndarray, "images size size 3"]) -> UIn
 
 def emoji_report(content: dict[str, Any]) -> Report:
     """Build the report of scores from their JSON."""
-    splits = {SPLITS[name]: split for name, split in content["splits"].items()}
+    splits = {PARTS[name]: split for name, split in content["splits"].items()}
     settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items() if value is not None)
     return Report(
         title=f"Emoji of {content['model']}",
