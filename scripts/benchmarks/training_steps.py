@@ -24,7 +24,7 @@ from paired import print_machine, print_table, ratios, take_turns, write_results
 from gobelin.bench.machine import machine
 from gobelin.bench.training_contenders import TrainingLoop, TrainingPass, diffusers_loop, fit_loop
 from gobelin.bench.training_loops import Loop
-from gobelin.training.precision import has_fast_bfloat16
+from gobelin.kernels.hardware import has_bfloat16
 
 BASE, AGAIN = "gobelin", "gobelin again"
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first loss of two networks with the same weights
@@ -70,7 +70,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure(options)))
         return
-    if not has_fast_bfloat16(torch.device("cpu")):
+    if not has_bfloat16(torch.device("cpu")):
         options.precision = [one for one in options.precision if one != "bfloat16"]
         print("this CPU does not multiply bfloat16 in hardware: float32 alone is measured")
     found = machine()

@@ -39,7 +39,7 @@ def evaluate_emoji(options: EvaluateEmoji) -> None:
     painted = {}
     with progress_bar("painting", sum(map(len, chosen.values()))) as advance:
         for split, rows in chosen.items():
-            captions = [pictures.captions[row] for row in rows]
+            captions = [pictures.captions[row] for row in rows.tolist()]
             images = paint_captions(pipeline, captions, options.seed, given, advance=advance)
             painted[split] = rows, np.stack(list(images))
     recommended = {key: getattr(pipeline.recommended, key) for key in _SETTINGS}
@@ -74,10 +74,11 @@ def _sheet(
         places = np.linspace(0, len(rows) - 1, min(_SHOWN, len(rows))).round().astype(int)
         seen = judge.recognise(images[places])[0].argmax(dim=1).tolist()
         tiles = []
-        for place, found in zip(places, seen, strict=True):
-            right = found == pictures.concept[rows[place]]
+        for row, image, found in zip(rows[places].tolist(), images[places], seen, strict=True):
+            right = found == pictures.concept[row]
             note = "" if right else f"taken for {pictures.concept_names[found]}"
-            image = Image.fromarray(images[place])
-            tiles.append(Tile(image=image, caption=pictures.captions[rows[place]], note=note, failed=not right))
+            tiles.append(
+                Tile(image=Image.fromarray(image), caption=pictures.captions[row], note=note, failed=not right)
+            )
         lines.append(TileRow(heading=PARTS[split], tiles=tiles))
     return captioned_grid(lines, columns=_COLUMNS, side=_SIDE, title=title, gap=14, text=12)

@@ -1,7 +1,6 @@
 """Emoji set: the data set that ``gobelin data emoji`` wrote, read whole, with concept and style of each picture."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +25,10 @@ class EmojiSet:
     images: UInt8[np.ndarray, "images size size 3"]
     concept: Int[np.ndarray, " images"]
     style: Int[np.ndarray, " images"]
-    captions: Sequence[str]
+    captions: list[str]
     is_held_out: Bool[np.ndarray, " images"]
-    concept_names: Sequence[str]
-    styles: Sequence[str]
+    concept_names: list[str]
+    styles: list[str]
 
     def __len__(self) -> int:
         return len(self.images)
