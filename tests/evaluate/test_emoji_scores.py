@@ -18,7 +18,7 @@ from gobelin.pipeline import Pipeline
 _SHAPES = {"disc": "ellipse", "box": "rectangle"}
 _COLOURS = ("red", "green", "blue", "black", "orange")
 _STYLES = ("filled", "outlined", "small")
-_QUICK = JudgeConfig(widths=(16, 32, 48), steps=120, batch_size=32, learning_rate=3e-3)
+_QUICK = JudgeConfig(widths=(16, 24, 32), steps=90, batch_size=24, learning_rate=4e-3)
 
 
 def _draw(shape, colour, style):

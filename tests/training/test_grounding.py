@@ -214,7 +214,7 @@ def test_dropped_captions_speak_of_nothing_and_masks_are_mirrored_with_the_image
         assert torch.equal(batch.masks[row], masks[row].flip(-1) if is_mirrored[row] else masks[row])
 
 
-def test_a_run_with_grounding_writes_both_losses_and_resumes_its_weights(micro, tmp_path):
+def test_a_run_with_grounding_writes_both_losses(micro, tmp_path):
     config = micro()
     config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, grounding=0.2))
     folder = train(config, tmp_path / "run", console=Console(quiet=True))
