@@ -197,7 +197,7 @@ def test_a_damaged_package_is_named_in_one_sentence(packages, tmp_path, file, co
 def test_damaged_names_are_named_too(packages, content):
     (packages / "cldr-annotations-full" / "annotations" / "en" / "annotations.json").write_text(content)
     with pytest.raises(DataError, match=r"cldr-annotations-full.*again"):
-        EmojiPackages(packages).concepts  # noqa: B018 - read at first use
+        list(EmojiPackages(packages).pictures())
 
 
 def test_a_folder_that_is_not_empty_and_a_size_that_is_none_are_refused(packages, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.tokenizer import Tokenizer
 from gobelin.training import find_preset
 from gobelin.training.config import DataConfig
+from gobelin.training.fine_tune_stages import InpaintingStage, WithPrior
 from gobelin.training.grounding import grounding_loss, is_grounded
 from gobelin.training.losses import UNetBatch, UNetLoss
 from gobelin.training.presets import refuse_scenes_of_folder
@@ -24,6 +26,7 @@ from gobelin.training.stages import UNetStage
 from gobelin.training.train_model import train
 from gobelin.unet import UNet
 from gobelin.unet_config import UNetConfig
+from gobelin.vae import VAE, VAEConfig
 
 _FINE = AttentionSite(name="up_blocks.1.attentions.0.transformer_blocks.0.attn2", kind="cross", downscale=1, heads=2)
 _COARSE = dataclasses.replace(_FINE, name="up_blocks.0.attentions.0.transformer_blocks.0.attn2", downscale=2)
@@ -212,6 +215,38 @@ def test_dropped_captions_speak_of_nothing_and_masks_are_mirrored_with_the_image
     for row, caption in enumerate(told):
         assert torch.equal(batch.tokens[row], tokens[row] if caption else torch.zeros_like(tokens[row]))
         assert torch.equal(batch.masks[row], masks[row].flip(-1) if is_mirrored[row] else masks[row])
+
+
+@pytest.mark.parametrize("has_masks", [True, False])
+def test_a_prior_beside_keeps_the_masks_of_both(has_masks):
+    unet = UNet(UNetConfig.nano())
+    own = grounded_batch(unet)
+    prior = own if has_masks else dataclasses.replace(own, masks=None, tokens=None)
+    both = WithPrior.__new__(WithPrior)
+    both._stage, both._prior = (SimpleNamespace(batch=lambda step, rows, made=made: made) for made in (own, prior))
+    both._weight = 0.5
+    batch = both.batch(0, slice(None))
+    expected = own.masks if has_masks else torch.zeros_like(own.masks)
+    assert torch.equal(batch.masks, torch.cat([own.masks, expected]))
+    assert torch.equal(batch.tokens[:2], own.tokens)
+    assert batch.tokens[2:].any() == has_masks
+    assert UNetLoss(unet, None, NoiseSchedule(ScheduleConfig()), grounding=0.5)(batch)["grounding"] > 0
+
+
+def test_inpainting_keeps_the_masks_of_what_words_speak_of(monkeypatch):
+    unet, vae = UNet(UNetConfig.nano()), VAE(VAEConfig.nano())
+    made = grounded_batch(unet)
+    stage = InpaintingStage.__new__(InpaintingStage)
+    stage._vae = vae
+    randoms = [np.random.default_rng(seed) for seed in range(2)]
+    stage.order = SimpleNamespace(indices=lambda step: torch.arange(2), randoms=lambda step, rows: randoms)
+    stage.dataset = SimpleNamespace(images=lambda indices: torch.zeros(2, 3, 64, 64))
+    monkeypatch.setattr(UNetStage, "batch", lambda self, step, rows: made)
+    monkeypatch.setattr(UNetStage, "choices", lambda self, drawn: (torch.zeros(2, dtype=torch.bool),))
+    batch = stage.batch(0, slice(None))
+    assert batch.masked is not None
+    assert torch.equal(batch.masks, made.masks)
+    assert torch.equal(batch.tokens, made.tokens)
 
 
 def test_a_run_with_grounding_writes_both_losses(micro, tmp_path):

@@ -77,7 +77,7 @@ class EmojiConcept:
             f"{self.name} in {style} style",
             self.name,
         ]
-        chosen = sorted(self.keywords, key=lambda word: _fraction(self.character, style, word))[:_KEYWORDS]
+        chosen = sorted(self.keywords, key=lambda word: fraction_of_names(self.character, style, word))[:_KEYWORDS]
         if chosen:
             forms += [f"{self.name}, {' '.join(chosen)}, {style}", f"{' '.join(chosen)}, {style}"]
         return forms
@@ -207,7 +207,7 @@ class EmojiPackages:
 
 def is_held_out(character: str, style: str) -> bool:
     """Choose the pairs of a concept and a style that no model is to see, a tenth of all, by their names alone."""
-    return _fraction("held out", character, style) < _HELD_OUT_SHARE
+    return fraction_of_names("held out", character, style) < _HELD_OUT_SHARE
 
 
 def write_emoji(packages: EmojiPackages, folder: Path, size: int) -> dict[str, int]:
@@ -263,8 +263,8 @@ def _entry(picture: EmojiPicture) -> dict[str, Any]:
     }
 
 
-def _fraction(*names: str) -> float:
-    """Draw a number in 0 … 1 by names, the same ever after."""
+def fraction_of_names(*names: str) -> float:
+    """Draw a number in 0 … 1 by names, the same ever after: a choice that no random generator has part in."""
     digest = hashlib.sha256("\0".join(names).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gobelin.clip import ImageEncoder, ImageEncoderConfig, contrastive_loss
+from gobelin.data.emoji import fraction_of_names
 from gobelin.data.emoji_set import EmojiSet
 from gobelin.errors import ModelError
 from gobelin.evaluate.intervals import Share
@@ -124,7 +125,7 @@ class EmojiJudge(nn.Module):
 
 def untouched(pictures: EmojiSet) -> Bool[np.ndarray, " images"]:
     """Choose the pictures that a judge is not trained on, by their names; of each concept one is left, at least."""
-    chosen = np.array([_fraction(*pair) < _UNTOUCHED_SHARE for pair in pictures.pairs])
+    chosen = np.array([fraction_of_names("untouched", *pair) < _UNTOUCHED_SHARE for pair in pictures.pairs])
     for concept in np.unique(pictures.concept[chosen]):
         members = pictures.concept == concept
         if chosen[members].all():
@@ -215,11 +216,6 @@ def _batches(images: UInt8[np.ndarray, "images size size 3"]) -> Sequence[Tensor
         images_to_tensor(images[start : start + _EVALUATED_AT_ONCE])
         for start in range(0, len(images), _EVALUATED_AT_ONCE)
     ]
-
-
-def _fraction(*names: str) -> float:
-    digest = hashlib.sha256("\0".join(("untouched", *names)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _fingerprint(pictures: EmojiSet, config: JudgeConfig) -> str:

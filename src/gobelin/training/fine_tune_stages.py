@@ -45,7 +45,16 @@ class WithPrior:
             timesteps=torch.cat([own.timesteps, prior.timesteps]),
             texts=torch.cat([own.texts, prior.texts]),
             weights=weights,
+            masks=_joined(own.masks, prior.masks, len(prior.latents)),
+            tokens=_joined(own.tokens, prior.tokens, len(prior.latents)),
         )
+
+
+def _joined(own: Tensor | None, prior: Tensor | None, count: int) -> Tensor | None:
+    """Join what grounds both batches; a prior of ``count`` images without masks has groups of nothing."""
+    if own is None:
+        return None
+    return torch.cat([own, own.new_zeros(count, *own.shape[1:]) if prior is None else prior])
 
 
 class InpaintingStage(UNetStage):
@@ -68,13 +77,7 @@ class InpaintingStage(UNetStage):
             seen = (images * (masks < 0.5)).to(self._vae.device)
             masked = self._vae.encode(seen).mean.float().cpu() * self._vae.config.scaling_factor
         small = F.interpolate(masks, size=masked.shape[-2:])
-        return UNetBatch(
-            latents=made.latents,
-            noise=made.noise,
-            timesteps=made.timesteps,
-            texts=made.texts,
-            masked=torch.cat([small, masked], dim=1),
-        )
+        return dataclasses.replace(made, masked=torch.cat([small, masked], dim=1))
 
 
 def draw_mask(random: np.random.Generator, height: int, width: int) -> Float[Tensor, "height width"]:
