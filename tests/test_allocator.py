@@ -1,4 +1,4 @@
-"""Memory that is freed and kept: no page is entered twice, and all of it is given back at the end."""
+"""Memory that is freed and kept: no page is entered twice, and all of it is given back at the end; few heaps."""
 
 import ctypes
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gobelin import allocator
-from gobelin.allocator import keep_freed_memory
+from gobelin.allocator import keep_freed_memory, limit_heaps
 
 IN_A_PROCESS = """
 import resource
@@ -84,3 +84,62 @@ def test_without_glibc_nothing_is_done(monkeypatch):
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
     with keep_freed_memory():
         assert allocator._users == 0
+
+
+HEAPS_OF_THREADS = """
+import ctypes
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from gobelin.allocator import limit_heaps
+
+if sys.argv[1] != "-":
+    limit_heaps(int(sys.argv[1]))
+library = ctypes.CDLL(None)
+library.fopen.restype = library.malloc.restype = ctypes.c_void_p
+library.malloc_info.argtypes, library.fclose.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+met = threading.Barrier(8)
+
+
+def allocate():
+    met.wait()
+    for _ in range(100):
+        library.malloc(1000)
+    met.wait()
+
+
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder, "heaps.xml")
+    stream = library.fopen(str(file).encode(), b"w")
+    library.malloc_info(0, stream)
+    library.fclose(stream)
+    print(file.read_text().count("<heap "))
+"""
+
+
+def heaps_of_threads(limit: str) -> int:
+    done = subprocess.run([sys.executable, "-c", HEAPS_OF_THREADS, limit], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(allocator._glibc() is None, reason="glibc's alone")
+def test_threads_share_as_many_heaps_as_they_are_given():
+    assert heaps_of_threads("2") <= 2
+    assert heaps_of_threads("-") > 2, "without the limit there are more"
+
+
+def test_heaps_are_left_alone_without_glibc(monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(allocator, "_glibc", lambda: calls)
+    limit_heaps(2)
+    assert calls.made == [(-8, 2)]
+    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    limit_heaps(2)
+    assert len(calls.made) == 1

@@ -1,4 +1,4 @@
-"""Freed memory that the C library keeps: large tensors then come from pages that are there already."""
+"""What the C library does with freed memory: keep it for the next tensor, or keep it in few places."""
 
 import ctypes
 import platform
@@ -11,7 +11,7 @@ _LOCK = Lock()
 _users = 0  # blocks that are running, in all threads
 
 # Options of mallopt, malloc.h
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8
 # While kept: nothing has a mapping of its own, nothing is given back, and the heap grows by 64 MB at a time.
 _KEPT = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
 # Afterwards: what glibc comes to by itself in a process that has freed a tensor of 32 MB. Its first thresholds, which
@@ -36,6 +36,17 @@ def keep_freed_memory() -> Iterator[None]:
         yield
     finally:
         _leave(library)
+
+
+def limit_heaps(count: int) -> None:
+    """Let all threads share so many heaps (glibc's arenas); for a process of many threads, before they start.
+
+    glibc makes heaps until there are eight a core, and a thread's next tensor comes from the heap that it was given:
+    what was freed in the others lies there unused. Without glibc nothing is done.
+    """
+    library = _glibc()
+    if library is not None:
+        library.mallopt(_ARENA_MAX, count)
 
 
 def _enter(library: ctypes.CDLL) -> None:

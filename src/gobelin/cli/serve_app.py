@@ -12,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 
+from gobelin.allocator import limit_heaps
 from gobelin.cli.open_and_paint import open_pipeline
 from gobelin.cli.serve import Serve
 from gobelin.errors import UsageError
@@ -20,6 +21,7 @@ from gobelin.server.security import check_options
 from gobelin.server.service import Service
 
 _CONNECTIONS = 512  # at once; more are told that the server is busy
+_HEAPS = 2  # for all threads; with glibc's 16 on two cores memory grows for minutes under load: docs/decisions.md
 _STOP_SECONDS = 5  # for answers that are being sent
 _IDLE_SECONDS = (
     30  # between two requests of a connection; with uvicorn's 5, a busy client often meets one that is closing
@@ -28,6 +30,7 @@ _IDLE_SECONDS = (
 
 def serve(options: Serve) -> None:
     """Listen, open the model, print the address, and serve until Ctrl-C or SIGTERM."""
+    limit_heaps(_HEAPS)
     token = options.token or os.environ.get("GOBELIN_TOKEN") or None
     server_options = ServerOptions(host=options.host, names=options.name, token=token, queue=options.queue)
     check_options(server_options)
