@@ -8,8 +8,9 @@ client submits a picture with the model's own settings, follows its events, fetc
 pictures are painted one after the other, by `gobelin generate`, a process a picture and many in one. *abuse*: of the
 clients' jobs a fifth is cancelled, a fifth followed by a reader that goes away, a fifth by one that takes a few bytes a
 second, and the rest fetched; lost is a job that was accepted and never ended, or a picture that was done and could not
-be fetched. The server's resident memory is read ten times from half-time on, and the peaks of the first and the second
-five are compared.
+be fetched. The server's resident memory is read four times a second from half-time on, and the mean and the peak of the
+last quarter of the time are compared with those of the quarter before. Memory moves with the batches that are painted
+by a tenth up and down, so that the mean is what tells a leak.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx2 as httpx
@@ -35,12 +37,13 @@ from gobelin.bench.machine import machine
 
 _PROMPTS = ("a red circle", "a blue ring and a red star", "three green rings", "a yellow star above a purple ring")
 _WARM = 0.5  # of the time: until then kernels are made, and finished jobs fill what is kept of them
+_READ_EVERY = 0.25  # s
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
 @asynccontextmanager
-async def served(*arguments: str) -> AsyncIterator[str]:
-    """Start ``gobelin serve`` at a free port; yields its address, and stops it."""
+async def served(*arguments: str) -> AsyncIterator[tuple[str, int]]:
+    """Start ``gobelin serve`` at a free port; yields its address and its process's number, and stops it."""
     command = [sys.executable, "-m", "gobelin", "serve", "--port", "0", *arguments]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -48,7 +51,7 @@ async def served(*arguments: str) -> AsyncIterator[str]:
     found = re.search(r"http://\S+?(?=[; ]|$)", line)
     assert found is not None, line
     try:
-        yield found[0]
+        yield found[0], process.pid
     finally:
         process.terminate()
         await process.wait()
@@ -95,7 +98,7 @@ async def paint_for(client: httpx.AsyncClient, seconds: float, number: int, coun
 async def throughput(clients: int, seconds: float) -> dict[str, Any]:
     """Measure pictures a minute of so many clients."""
     counts: Counter[str] = Counter()
-    async with served("--queue", "128") as address:
+    async with served("--queue", "128") as (address, _):
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=address, timeout=_TIMEOUT, limits=limits) as client:
             await client.get("/healthz")
@@ -206,26 +209,33 @@ async def fetch(client: httpx.AsyncClient, url: str, counts: Counter[str]) -> ht
 async def abuse(clients: int, seconds: float) -> dict[str, Any]:
     """Run clients that misbehave; returns what was counted, with the server's memory."""
     counts: Counter[str] = Counter()
-    async with served("--queue", "48") as address:
+    async with served("--queue", "48") as (address, process):
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=address, timeout=_TIMEOUT, limits=limits) as client:
             end = time.monotonic() + seconds
             running = asyncio.gather(*(misbehave(client, address, end, number, counts) for number in range(clients)))
             await asyncio.sleep(seconds * _WARM)
-            memory = [await metric(client, "process_resident_memory_bytes")]
+            memory = []
             while time.monotonic() < end:
-                await asyncio.sleep(seconds * 0.05)
-                memory.append(await metric(client, "process_resident_memory_bytes"))
+                await asyncio.sleep(_READ_EVERY)
+                memory.append(resident(process))
             await running
-            memory.append(await metric(client, "process_resident_memory_bytes"))
             text = (await client.get("/metrics")).text
     lost = sum(count for name, count in counts.items() if name.startswith("lost"))
-    half = len(memory) // 2
-    growth = max(memory[half:]) / max(memory[:half]) - 1  # of the peaks: between them batches come and go
-    listed = " ".join(f"{one / 2**20:.0f}" for one in memory)
-    print(f"{clients} clients, {seconds:.0f} s: lost {lost}; memory {listed} MiB, growth {growth:+.1%}")
+    before, after = memory[: len(memory) // 2], memory[len(memory) // 2 :]
+    growth, growth_of_peak = fmean(after) / fmean(before) - 1, max(after) / max(before) - 1
+    print(
+        f"{clients} clients, {seconds:.0f} s: lost {lost}; memory {fmean(before):.0f} and {fmean(after):.0f} MiB on "
+        f"average ({growth:+.1%}), at most {max(before):.0f} and {max(after):.0f} ({growth_of_peak:+.1%})"
+    )
     print(dict(counts), f"{batch_sizes(text):.1f} jobs a batch")
-    return {"clients": clients, "seconds": seconds, "lost": lost, "memory": memory, "growth": growth, **counts}
+    row = {"clients": clients, "seconds": seconds, "lost": lost, "memory": memory}
+    return {**row, "growth": growth, "growth_of_peak": growth_of_peak, **counts}
+
+
+def resident(process: int) -> float:
+    """Read a process's resident memory, in MiB."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 async def metric(client: httpx.AsyncClient, name: str) -> float:
