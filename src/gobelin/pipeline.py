@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,6 +27,7 @@ from gobelin.captioned_images import (
 )
 from gobelin.checkpoint import Model, open_model
 from gobelin.checkpoint.diffusers_folder import save_folder
+from gobelin.checkpoint.shipped import find_model, shipped_model
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.clip import TextEncoder
 from gobelin.concept_erasure import erase_words
@@ -55,7 +55,6 @@ from gobelin.words import Words
 
 __all__ = ["EditSettings", "Painting", "PaintingStep", "Pipeline", "Result", "Settings", "find_device", "shipped_model"]
 
-SHIPPED = "tiny"
 DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 """The precisions that a model is painted with and saved in, by name."""
 
@@ -82,15 +81,15 @@ class Pipeline:
         engine: EngineName = "eager",
         **options: Any,
     ) -> Self:
-        """Open a model: the one that ships with Gobelin, a diffusers folder, an original ``.safetensors`` or ``.ckpt``
-        file, or a repository of the Hub by its name.
+        """Open a model: one that ships with Gobelin by its name ("tiny", which is also what None is, or "emoji"), a
+        diffusers folder, an original ``.safetensors`` or ``.ckpt`` file, or a repository of the Hub by its name.
 
         ``device`` None takes the best there is (cuda, mps, cpu); ``dtype`` None, or "auto", the fastest for the device
         and the model: bfloat16 for large ones where it is multiplied faster, float32 otherwise. ``engine`` is as
         in :meth:`use`. The other options are those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError`
         that names the file and what is wrong with it.
         """
-        source = shipped_model() if path is None else validated("the model", path, Annotated[str | Path, "its path"])
+        source = find_model(None if path is None else validated("the model", path, Annotated[str | Path, "its path"]))
         refuse_unknown(options, list(inspect.signature(open_model).parameters)[3:])
         find_engine(engine)  # is refused before a model is opened
         chosen = "auto" if dtype in (None, "auto") else find_dtype(dtype)
@@ -500,11 +499,6 @@ def _refuse_unused(settings: EditSettings) -> None:
         unused = {"latents": "an edit of an image that is given begins from it"}
     if found := [name for name in unused if settings[name] is not None]:
         raise UsageError(f"{unused[found[0]]}: leave out {' and '.join(found)}")
-
-
-def shipped_model() -> Path:
-    """Return the folder of the model that comes with Gobelin."""
-    return Path(str(files("gobelin") / "models" / SHIPPED))
 
 
 def find_dtype(name: str | torch.dtype) -> torch.dtype:

@@ -1,8 +1,10 @@
 """Jobs: what the contract says of submitting, following, cancelling and fetching, against the pipeline itself."""
 
 import base64
+import dataclasses
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -191,6 +193,11 @@ def test_info_is_enough_for_the_page(client: TestClient, small: Pipeline) -> Non
     assert not {"trace", "control", "latents"} & info["settings"]["properties"].keys()
     assert (info["words_known"], info["pointing"]) == (None, None)
     assert info["limits"]["queue"] == 64
+
+
+def test_a_models_own_examples_are_offered(serving: Callable[..., TestClient], small: Pipeline) -> None:
+    own = Pipeline(dataclasses.replace(small.model, examples=("a cat", "a dog")))
+    assert serving(pipeline=own).get("/v1/info").json()["examples"] == ["a cat", "a dog"]
 
 
 def test_settings_are_read_from_an_image(client: TestClient) -> None:

@@ -58,6 +58,9 @@ def open_folder(
     extra = read_json(extra_file) if is_there(extra_file) else {}
     if not isinstance(world := extra.get("world"), str | None):
         raise ModelError(f"{extra_file}: world is {world!r}, expected the name of a world of scenes")
+    examples = extra.get("examples", [])
+    if not isinstance(examples, list) or not all(isinstance(one, str) for one in examples):
+        raise ModelError(f"{extra_file}: examples is {shown(str(examples))}, expected a list of prompts")
     heads_file = folder / HEAD_WEIGHTS
     return Model(
         unet=UNet.from_pretrained(folder / "unet", **options).to(device),
@@ -67,6 +70,7 @@ def open_folder(
         schedule=NoiseSchedule(config_from_json(ScheduleConfig, {**said, **(schedule or {})}, scheduler)),
         recommended=recommended_from_json(extra, extra_file),
         world=world,
+        examples=tuple(examples),
         pointing=extra["pointing"] if isinstance(extra.get("pointing"), dict) else None,
         head_weights=HeadWeights.from_json(read_json(heads_file), heads_file) if is_there(heads_file) else None,
         name=folder.resolve().name,
@@ -81,7 +85,8 @@ def save_folder(model: Model, folder: Path, dtype: torch.dtype | None = None) ->
     model.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_fields(model.schedule.config))
     world = {} if model.world is None else {"world": model.world}
-    write_json(folder / _GOBELIN_JSON, dict(model.recommended) | world)
+    examples = {"examples": list(model.examples)} if model.examples else {}
+    write_json(folder / _GOBELIN_JSON, dict(model.recommended) | world | examples)
     if model.head_weights is not None:
         write_json(folder / HEAD_WEIGHTS, model.head_weights.to_json())
     else:

@@ -10,6 +10,7 @@ import torch
 from gobelin.checkpoint.clip_tokenizer import find_clip_tokenizer
 from gobelin.checkpoint.diffusers_folder import HEAD_WEIGHTS, MODEL_INDEX, open_folder
 from gobelin.checkpoint.model import NETWORKS, Model
+from gobelin.checkpoint.shipped import SHIPPED_MODELS, find_model
 from gobelin.checkpoint.single_file import open_single_file, open_vae_file
 from gobelin.errors import ModelError, UsageError
 from gobelin.formats.files import is_there, refuse_broken_link
@@ -45,7 +46,8 @@ def open_model(
     prediction_type: PredictionType | None = None,
     zero_terminal_snr: bool = False,
 ) -> Model:
-    """Open a diffusers folder, an original single file, or a repository of the Hub by its name ``owner/name``.
+    """Open a diffusers folder, an original single file, a model that ships by its name, or a repository of the Hub by
+    its name ``owner/name``.
 
     ``dtype`` None keeps each tensor's own precision, and "auto" is :func:`fastest_dtype`. ``tokenizer``, a folder,
     takes the place of the model's own or of CLIP's; so does ``vae``, a folder or a file. ``variant`` ("fp16") picks
@@ -54,7 +56,7 @@ def open_model(
     was trained with, where the model does not, or wrongly. Raises :class:`ModelError` that names the file and what is
     wrong with it, and :class:`UsageError` for options that do not apply to it.
     """
-    source = _path(path, "model")
+    source = find_model(_path(path, "model"))
     schedule: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
     if zero_terminal_snr:
         schedule["rescale_betas_zero_snr"] = True
@@ -79,7 +81,8 @@ def open_model(
         )
     if not is_there(source / MODEL_INDEX):
         raise ModelError(
-            f"no model at {source}: expected a folder with a {MODEL_INDEX}, a .safetensors or .ckpt file, or a Hub name"
+            f"no model at {source}: expected a folder with a {MODEL_INDEX}, a .safetensors or .ckpt file, a Hub name, "
+            f"or a model that ships: {', '.join(SHIPPED_MODELS)}"
         )
     if ema:
         raise UsageError(f"ema is for single files, and {source} is a folder: leave it out")

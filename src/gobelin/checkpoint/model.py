@@ -43,9 +43,9 @@ def recommended_from_json(content: dict[str, Any], source: Path) -> Settings:
 class Model:
     """Three networks, with the tokenizer and the noise schedule that they were trained with.
 
-    ``world`` names the world of scenes that the model was trained on, if any; ``pointing`` says how well its words'
-    maps point, where its folder does, and ``head_weights`` make its sharp maps, where they were fitted. Raises
-    :class:`ModelError` for parts that do not fit together.
+    ``world`` names the world of scenes that the model was trained on, if any; ``examples`` are prompts to begin with;
+    ``pointing`` says how well its words' maps point, where its folder does, and ``head_weights`` make its sharp maps,
+    where they were fitted. Raises :class:`ModelError` for parts that do not fit together.
     """
 
     unet: UNet
@@ -55,6 +55,7 @@ class Model:
     schedule: NoiseSchedule
     recommended: Settings = RECOMMENDED
     world: str | None = None
+    examples: tuple[str, ...] = ()
     pointing: dict[str, Any] | None = None
     head_weights: HeadWeights | None = None
     name: str = ""

@@ -6,15 +6,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gobelin.cli.evaluate import EvaluateEmoji
+from gobelin.cli.evaluate_options import EvaluateEmoji
 from gobelin.cli.open_and_paint import open_pipeline
-from gobelin.cli.report_files import progress_bar, publish
+from gobelin.cli.report_files import progress_bar, publish, require_sheet_suffix, write_sheet
 from gobelin.data.emoji_set import EmojiSet, read_emoji
 from gobelin.errors import UsageError
 from gobelin.evaluate.emoji_judge import EmojiJudge, JudgeConfig, open_judge
 from gobelin.evaluate.emoji_scores import PARTS, choose_captions, emoji_report, measure_emoji
 from gobelin.evaluate.image_sets import paint_captions, painted_size
-from gobelin.formats.files import replacing
 from gobelin.look.contact_sheet import Tile, TileRow, captioned_grid
 from gobelin.settings import Settings
 
@@ -25,6 +24,7 @@ _SHOWN, _COLUMNS, _SIDE = 100, 10, 96
 
 def evaluate_emoji(options: EvaluateEmoji) -> None:
     """Train the judge unless it is there, paint, and print and write what came of it."""
+    require_sheet_suffix(options.sheet)
     if options.limit < 1:
         raise UsageError(f"limit is {options.limit}: give 1 or more")
     given = {key: getattr(options, key) for key in _SETTINGS}
@@ -50,11 +50,8 @@ def evaluate_emoji(options: EvaluateEmoji) -> None:
     }
     content = measure_emoji(pipeline.name, pictures, judge, pipeline.vae, painted, settings).to_json()
     if options.sheet is not None:
-        sheet = _sheet(
-            pictures, judge, painted, f"{pipeline.name}: captions as they come, those of others framed in red"
-        )
-        with replacing(options.sheet) as temporary:
-            sheet.save(temporary, format="PNG" if options.sheet.suffix.lower() == ".png" else "JPEG", quality=90)
+        title = f"{pipeline.name}: captions as they come, those of others framed in red"
+        write_sheet(options.sheet, _sheet(pictures, judge, painted, title))
     publish(options, content, emoji_report(content))
 
 

@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import Progress
 
-from gobelin.cli.evaluate import EvaluateFidelity
+from gobelin.checkpoint.shipped import find_model
+from gobelin.cli.evaluate_options import EvaluateFidelity
 from gobelin.cli.open_and_paint import open_pipeline
 from gobelin.cli.painting_options import PipelineOptions
 from gobelin.cli.report_files import progress_bar, publish
@@ -41,7 +42,7 @@ from gobelin.evaluate.image_sets import (
     write_captions,
 )
 from gobelin.formats.files import share_files
-from gobelin.pipeline import find_device, shipped_model
+from gobelin.pipeline import find_device
 from gobelin.settings import Settings
 
 _MODEL, _NONE = "model", "none"
@@ -197,7 +198,7 @@ def _open(folder: Path, caption_column: str | None, require_captions: bool) -> I
 
 def _encoder_folder(options: EvaluateFidelity) -> Path:
     """Find the folder of the model that paints; raises :class:`UsageError` where it has no image encoder."""
-    folder = Path(options.model) if options.model is not None else shipped_model()
+    folder = find_model(options.model)
     if not (folder / IMAGE_ENCODER).is_dir():
         raise UsageError(
             f"the model {folder} has no {IMAGE_ENCODER}, as models have that were trained from scratch: give the "
@@ -212,7 +213,7 @@ def _open_clip(
     """Open what compares images with captions; says on standard error why there is no CLIP score."""
     source: str | Path | None = options.clip
     if source is None and not isinstance(features, SharedSpace) and options.painted is None:
-        own = Path(options.model) if options.model is not None else shipped_model()
+        own = find_model(options.model)
         source = own if (own / IMAGE_ENCODER).is_dir() else None
     if source == _NONE:
         return None

@@ -22,7 +22,8 @@ class Mcp(PipelineOptions):
     """
 
     model: Positional[str | None] = None
-    """Diffusers folder, .safetensors or .ckpt file, or Hub name; without it, the model that comes with Gobelin."""
+    """Diffusers folder, .safetensors or .ckpt file, Hub name, or a model that comes with Gobelin: tiny, the one without
+    it, or emoji."""
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gobelin.checkpoint.shipped import SHIPPED
 from gobelin.cli.painting_options import PipelineOptions
 from gobelin.cli.report_files import progress_bar
 from gobelin.errors import UsageError
 from gobelin.painting import PaintingStep, Result
-from gobelin.pipeline import SHIPPED, Pipeline
+from gobelin.pipeline import Pipeline
 from gobelin.prompt_weighting import LoraTag
 from gobelin.settings import LEARNED_WORDS, LORAS, NOT_REPEATABLE, Settings
 from gobelin.validation import nearest, refuse_unknown, shown, validated

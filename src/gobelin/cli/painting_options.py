@@ -47,7 +47,8 @@ class PipelineOptions(ModelOptions):
     group: ClassVar[str] = "model"
 
     model: str | None = None
-    """Diffusers folder, .safetensors or .ckpt file, or Hub name; without it, the model that comes with Gobelin."""
+    """Diffusers folder, .safetensors or .ckpt file, Hub name, or a model that comes with Gobelin: tiny, the one without
+    it, or emoji."""
     lora: tuple[str, ...] = ()
     """LoRAs to load: FILE, or FILE:WEIGHT."""
     lora_dir: Path | None = None

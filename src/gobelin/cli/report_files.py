@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from gobelin.cli.options import write_report
+from gobelin.errors import UsageError
 from gobelin.evaluate.measurement_report import Report
-from gobelin.formats.files import write_text
+from gobelin.formats.files import replacing, write_text
+
+_SHEET_SUFFIXES = (".png", ".jpg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +25,18 @@ class ReportFiles:
     """Write the results here as JSON."""
     report: Path | None = None
     """Write the tables here as Markdown."""
+
+
+def require_sheet_suffix(file: Path | None) -> None:
+    """Check, before anything is painted, that a contact sheet's name ends as an image's."""
+    if file is not None and file.suffix.lower() not in _SHEET_SUFFIXES:
+        raise UsageError(f"--sheet is {file}: give a name that ends in {' or '.join(_SHEET_SUFFIXES)}")
+
+
+def write_sheet(file: Path, sheet: Image.Image) -> None:
+    """Write a contact sheet, as PNG or JPEG."""
+    with replacing(file) as temporary:
+        sheet.save(temporary, format="PNG" if file.suffix.lower() == ".png" else "JPEG", quality=90)
 
 
 @contextmanager

@@ -30,7 +30,8 @@ class Serve(PipelineOptions):
     """
 
     model: Positional[str | None] = None
-    """Diffusers folder, .safetensors or .ckpt file, or Hub name; without it, the model that comes with Gobelin."""
+    """Diffusers folder, .safetensors or .ckpt file, Hub name, or a model that comes with Gobelin: tiny, the one without
+    it, or emoji."""
     host: str = "127.0.0.1"
     """Address to listen at; one that other machines can reach needs a token."""
     name: tuple[str, ...] = ()

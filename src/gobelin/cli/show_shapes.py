@@ -1,18 +1,16 @@
 """The work of ``gobelin show``: a U-Net without weights, taken apart."""
 
-from pathlib import Path
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from gobelin.checkpoint.shipped import find_model
 from gobelin.cli.show import Show
 from gobelin.errors import UsageError
 from gobelin.formats.component import config_from_json
 from gobelin.formats.files import read_json
 from gobelin.formats.weights import parameter_count
 from gobelin.look.attention_shapes import SiteShapes, trace_shapes
-from gobelin.pipeline import shipped_model
 from gobelin.unet import UNet
 from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAEConfig
@@ -48,7 +46,7 @@ def _find_model(model: str) -> tuple[UNetConfig, int, int]:
     if model in _PRESETS:
         vae = getattr(VAEConfig, model)()
         return getattr(UNetConfig, model)(), vae.factor, _PRESETS[model]
-    folder = Path(model) if model else shipped_model()
+    folder = find_model(model or None)
     if not folder.is_dir():
         raise UsageError(f"{model!r} is neither a folder nor a preset: the presets are {', '.join(_PRESETS)}")
     unet, vae = (folder / part / "config.json" for part in ("unet", "vae"))

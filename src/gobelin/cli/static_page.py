@@ -21,7 +21,8 @@ class PageOptions:
     out: Path
     """Folder to write, which is not there yet, or empty."""
     model: str | None = None
-    """Folder of a model that Gobelin trained from scratch; without it, the model that comes with Gobelin."""
+    """Folder of a model that Gobelin trained from scratch, or a model that comes with it: tiny, the one without it, or
+    emoji."""
     runtime: Path | None = None
     """Folder or .tgz of npm's package onnxruntime-web, of the version that the page is made for; without it, npm gets
     it, once."""
@@ -36,11 +37,11 @@ def run(arguments: Sequence[str]) -> None:
 
     from gobelin.checkpoint import open_model
     from gobelin.checkpoint.onnx_files import require_onnx
-    from gobelin.pipeline import shipped_model
+    from gobelin.checkpoint.shipped import find_model
     from gobelin.static_page import find_runtime, write_page
 
     require_onnx()
     runtime = find_runtime(options.runtime)
-    model = open_model(options.model or shipped_model(), torch.device("cpu"), torch.float32)
+    model = open_model(find_model(options.model), torch.device("cpu"), torch.float32)
     size = write_page(model, options.out, runtime)
     print(f"{options.out} ({size / 1e6:.1f} MB): python -m http.server --directory {options.out}")

@@ -100,7 +100,7 @@ def describe_model(service: Service) -> dict[str, Any]:
         "engine": pipeline.engine,
         "recommended": dict(pipeline.recommended),
         "samplers": list(SAMPLERS),
-        "examples": list(_EXAMPLES if world is None else _SCENE_EXAMPLES),
+        "examples": list(pipeline.model.examples or (_EXAMPLES if world is None else _SCENE_EXAMPLES)),
         "limits": {name: getattr(limits, name) for name in bounds},
         "words_known": None if world not in WORLDS else world_words(WORLDS[world]),
         "pointing": pipeline.model.pointing,

@@ -13,10 +13,10 @@ from typing import Any
 
 import gobelin
 from gobelin.checkpoint import Model
+from gobelin.checkpoint.shipped import SHIPPED
 from gobelin.errors import UsageError
 from gobelin.formats.files import write_json
 from gobelin.look.colour_map import colour_map
-from gobelin.pipeline import SHIPPED
 from gobelin.plan import inpaints
 from gobelin.samplers import find_noise_levels
 from gobelin.scenes import WORLDS
@@ -138,7 +138,7 @@ def _describe_world(model: Model) -> dict[str, Any]:
     """Describe what captions taught the model: what they say by kind, all their words, and prompts made of these."""
     world = WORLDS.get(model.world or "")
     if world is None:
-        return {"examples": [], "vocabulary": {}, "words": None}
+        return {"examples": list(model.examples[:_MOST_EXAMPLES]), "vocabulary": {}, "words": None}
     words = caption_words(world)
     examples = [text for text in _EXAMPLES if words.issuperset(text.split())]
     return {"examples": examples[:_MOST_EXAMPLES], "vocabulary": vocabulary(world), "words": sorted(words)}

@@ -26,6 +26,7 @@ from gobelin.adapters.trained_words import (
     write_word,
 )
 from gobelin.checkpoint import Model, open_model
+from gobelin.checkpoint.shipped import find_model
 from gobelin.data import CachedDataset, Dataset
 from gobelin.data.captioned_files import METADATA
 from gobelin.data.encoded import LatentCache, TextCache
@@ -33,7 +34,7 @@ from gobelin.data.image_folder import ImageFolderDataset
 from gobelin.errors import DataError, TrainingError
 from gobelin.formats.files import write_text
 from gobelin.formats.png import write_png
-from gobelin.pipeline import Pipeline, shipped_model
+from gobelin.pipeline import Pipeline
 from gobelin.plan import inpaints
 from gobelin.training import distributed
 from gobelin.training.fine_tune_config import FineTuneConfig, PriorConfig
@@ -73,8 +74,8 @@ class FineTune(Recipe[FineTuneConfig]):
         return open_model(self._path, self.device, torch.float32)
 
     @property
-    def _path(self) -> str | Path:
-        return shipped_model() if self.config.model is None else self.config.model
+    def _path(self) -> Path:
+        return find_model(self.config.model)
 
     @property
     def image_size(self) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from gobelin.checkpoint import Model
@@ -34,6 +35,7 @@ STAGES = ("tokenizer", "text_encoder", "vae", "unet")
 _INITIAL_TEXT_ENCODER = "training/text_encoder"  # from its own stage: the U-Net's stage starts here, resumed or not
 _GRID_COLUMNS = 8  # images in the VAE's sample sheet
 _LATENT_STATISTICS = 8192  # images for the latents' mean and variance: 2 million values a channel at 64×64
+_EXAMPLES = 6  # prompts that a model says to begin with
 _SIZE = 64  # pixels, where the configuration names none
 
 
@@ -134,6 +136,7 @@ class FromScratch(Recipe[TrainConfig]):
                     schedule=schedule,
                     recommended=self.config.recommended.settings(),
                     world=self.config.data.world if self.config.data.path is None else None,
+                    examples=self._examples(),
                 )
             )
             card = model_card(
@@ -156,6 +159,14 @@ class FromScratch(Recipe[TrainConfig]):
         means = [vae.encode(self.dataset.images(batch.tolist()).to(vae.device)).mean for batch in batches]
         channels = torch.cat([mean.transpose(0, 1).flatten(1) for mean in means], dim=1).float()
         return channels.mean(dim=1), channels.std(dim=1)
+
+    def _examples(self) -> tuple[str, ...]:
+        """Choose prompts for others to begin with: those that were sampled, or captions from all over the data."""
+        if self.config.data.path is None:
+            return ()
+        spread = np.linspace(0, len(self.dataset) - 1, _EXAMPLES).round().astype(int).tolist()
+        captions = dict.fromkeys(self.dataset.captions(index)[0] for index in spread)
+        return tuple(self.config.sample_prompts[:_EXAMPLES] or captions)
 
     def _captions(self) -> Iterator[str]:
         for index in range(len(self.dataset)):
