@@ -2,7 +2,7 @@
 
 import torch
 
-from gobelin.kernels.hardware import has_bfloat16
+from gobelin.kernels.hardware import has_fast_bfloat16
 from gobelin.training.config import Precision
 
 
@@ -12,6 +12,6 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def computes_in(device: torch.device, precision: Precision) -> torch.dtype:
-    """Resolve a precision for a device: "auto" is bfloat16 where the device multiplies it in hardware."""
-    bfloat16 = has_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    """Resolve a precision for a device: "auto" is bfloat16 where the device multiplies it faster than float32."""
+    bfloat16 = has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
     return torch.bfloat16 if bfloat16 else torch.float32
