@@ -129,6 +129,19 @@ class UNetConfig:
         )
 
     @classmethod
+    def emoji(cls) -> Self:
+        """Configure 8 million parameters for 16×16 latents, most of them in the levels of 8×8 and 4×4."""
+        return cls.of(
+            *(32, 128, 192),
+            attention=(True, True, False),
+            sample_size=16,
+            layers_per_block=1,
+            cross_attention_dim=192,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        )
+
+    @classmethod
     def small(cls) -> Self:
         """Configure about 38 million parameters for 16×16 latents; training wants a GPU."""
         return cls.of(

@@ -15,7 +15,7 @@ from tests.conftest import sentence_of
 
 from gobelin.adapters.adapter_settings import AdapterConfig
 from gobelin.pipeline import Pipeline
-from gobelin.training import find_preset
+from gobelin.training import TRAINING_PRESETS, find_preset
 from gobelin.training.config import DataConfig
 from gobelin.training.fine_tune_config import NewWordConfig, PriorConfig
 from gobelin.training.presets import refuse_scenes_of_folder, refuse_without_effect
@@ -150,7 +150,7 @@ def test_settings_that_a_run_would_not_read_are_refused(preset, path, value, sen
 
 
 def test_settings_of_every_preset_have_an_effect_and_so_have_those_that_a_section_reads() -> None:
-    for preset in ("nano", "tiny", "finetune", "lora", "textual-inversion", "dreambooth", "inpainting", "vae"):
+    for preset in TRAINING_PRESETS:
         refuse_without_effect(find_preset(preset))
         refuse_scenes_of_folder(dataclasses.replace(find_preset(preset), data=FOLDER))
     refuse_without_effect(changed(find_preset("vae"), "vae.l1", 2.0))

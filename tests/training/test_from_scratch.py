@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import gobelin
+from gobelin.checkpoint.shipped import SHIPPED_MODELS
 from gobelin.data.batches import Order
 from gobelin.errors import DataError, TrainingError, UsageError
 from gobelin.pipeline import Pipeline, shipped_model
@@ -67,9 +68,9 @@ def test_the_folder_holds_a_model_its_card_and_its_history(trained):
     assert "32 scenes" in (trained / "README.md").read_text()
 
 
-@pytest.mark.parametrize("which", ["trained for a moment", "shipped"])
+@pytest.mark.parametrize("which", ["trained for a moment", *SHIPPED_MODELS])
 def test_it_opens_in_diffusers_and_paints_the_same(trained, which):
-    folder = shipped_model() if which == "shipped" else trained
+    folder = shipped_model(which) if which in SHIPPED_MODELS else trained
     ours = Pipeline.from_pretrained(folder)
     theirs = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
@@ -350,10 +351,13 @@ def test_a_stage_is_made_longer_while_its_rate_holds(micro, tmp_path):
         train(config(30), out, resume=True, stage="vae", console=QUIET)
 
 
-def test_the_shipped_model_was_trained_with_its_preset():
-    recorded = json.loads((shipped_model() / "training.json").read_text())
-    preset = json.dumps(dataclasses.asdict(find_preset("tiny")))
+@pytest.mark.parametrize("name", SHIPPED_MODELS)
+def test_a_shipped_model_was_trained_with_its_preset(name):
+    recorded = (shipped_model(name) / "training.json").read_text()
+    recorded = json.loads(recorded.replace('"precision": "auto"', '"precision": "bfloat16"'))
+    preset = json.dumps(dataclasses.asdict(find_preset(name)))
     preset = preset.replace('"precision": "auto"', '"precision": "bfloat16"')  # of the processor that it was trained on
-    preset = preset.replace('"size": null', '"size": 64')  # as where none is named
+    if recorded["data"]["size"] is not None:
+        preset = preset.replace('"size": null', '"size": 64')  # as where none is named
     found = list(differences(recorded, json.loads(preset)))
     assert [one for one in found if one[1] is not None] == [], "settings that came later are not in its record"

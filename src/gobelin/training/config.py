@@ -102,7 +102,7 @@ class OptimConfig:
     compile: bool = False
     """Compile the module (torch.compile): minutes at the start, faster steps on GPUs and for long runs."""
     precision: Precision = "float32"
-    """bfloat16: autocast; the weights stay float32. auto: bfloat16 on a device that multiplies it in hardware."""
+    """bfloat16: autocast; the weights stay float32. auto: bfloat16 on a device that multiplies it faster."""
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -228,7 +228,7 @@ class DiffusionConfig:
 class UNetStageConfig(DiffusionConfig):
     """The U-Net and its diffusion loss."""
 
-    preset: Literal["nano", "tiny", "small", "sd15"] = "nano"
+    preset: Literal["nano", "tiny", "emoji", "small", "sd15"] = "nano"
     """Size of the U-Net."""
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     """epsilon: the U-Net predicts the noise; v_prediction: the velocity."""
