@@ -5,7 +5,7 @@ FROM python:3.12-slim
 RUN apt-get update && apt-get install --no-install-recommends --yes g++ && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/gobelin
-COPY pyproject.toml README.md LICENSE constraints.txt ./
+COPY pyproject.toml README.md LICENSE NOTICE constraints.txt ./
 COPY src src
 # TORCH_INDEX may name an index that has CPU builds of torch, which are smaller: --build-arg TORCH_INDEX="--index-url URL"
 ARG TORCH_INDEX=""

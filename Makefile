@@ -4,11 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PROMPTS := "a red circle to the left of a blue star" "a yellow star above a purple ring" "three green rings" \
 	"a white cross" "a blue ring and a red star" "four orange squares"
+EMOJI := "cat with tears of joy, noto" "four leaf clover, glossy" "rocket, twemoji" "tiger face, flat" "pizza, blob" \
+	"hot beverage, noto"
 
 .PHONY: help run serve install test test-slow lint format docs clean
 
 help:
-	@echo "make run        install, then paint pictures with the shipped model, and what each word painted, into out/"
+	@echo "make run        install, then paint pictures with the shipped models, and what each word painted, into out/"
 	@echo "make serve      install, then serve the page: type a prompt, watch it being painted, touch its words"
 	@echo "make test       install, then run the tests"
 	@echo "make test-slow  the tests that take minutes to hours"
@@ -18,6 +20,7 @@ help:
 
 run: .venv/installed
 	$(BIN)/gobelin generate $(PROMPTS) --seed 1 --out out --maps
+	$(BIN)/gobelin generate $(EMOJI) --model emoji --seed 1 --out out/emoji --maps
 
 serve: .venv/installed
 	$(PIP) --editable '.[server]'

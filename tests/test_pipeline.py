@@ -216,11 +216,14 @@ def test_it_runs_in_bfloat16(trained, pipe):
     assert result.latents.isfinite().all()
 
 
-def test_the_shipped_model_is_small_and_opens():
-    size = sum(file.stat().st_size for file in shipped_model().rglob("*") if file.is_file())
-    assert size <= 16 * 2**20
-    pipe = gobelin.Pipeline.from_pretrained()
-    assert pipe("a red circle").images[0].size == (64, 64)
+@pytest.mark.parametrize(("name", "prompt", "megabytes"), [("tiny", "a red circle", 17), ("emoji", "rocket, flat", 24)])
+def test_a_shipped_model_is_small_and_opens(name, prompt, megabytes):
+    size = sum(file.stat().st_size for file in shipped_model(name).rglob("*") if file.is_file())
+    assert size <= megabytes * 1e6
+    pipe = gobelin.Pipeline.from_pretrained(name)
+    (image,) = pipe(prompt, seed=0).images
+    assert image.size == (64, 64)
+    assert np.asarray(image).std() > 10, "something is painted"
 
 
 def test_public_names_are_there():
