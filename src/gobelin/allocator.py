@@ -1,4 +1,4 @@
-"""What the C library does with freed memory: keep it for the next tensor, or keep it in few places."""
+"""Freed memory of the C library: kept for the next tensor while a model trains, or kept in few heaps in a server."""
 
 import ctypes
 import platform
