@@ -58,8 +58,8 @@ class Emoji:
     @iconify-json/noto, noto-v1, twemoji, fluent-emoji-flat and fluent-emoji, and cldr-annotations-full.
 
     Some examples:
-      gobelin data emoji --out emoji
-      gobelin data emoji --packages elsewhere/node_modules --styles noto twemoji --size 128 --out emoji
+      gobelin data emoji --out emoji-set
+      gobelin data emoji --packages elsewhere/node_modules --styles noto twemoji --size 128 --out emoji-set
     """
 
     out: Path
