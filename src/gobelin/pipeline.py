@@ -27,7 +27,7 @@ from gobelin.captioned_images import (
 )
 from gobelin.checkpoint import Model, open_model
 from gobelin.checkpoint.diffusers_folder import save_folder
-from gobelin.checkpoint.shipped import find_model, shipped_model
+from gobelin.checkpoint.shipped import shipped_model
 from gobelin.checkpoint.single_file import save_single_file
 from gobelin.clip import TextEncoder
 from gobelin.concept_erasure import erase_words
@@ -89,7 +89,7 @@ class Pipeline:
         in :meth:`use`. The other options are those of :func:`gobelin.checkpoint.open_model`. Raises :class:`ModelError`
         that names the file and what is wrong with it.
         """
-        source = find_model(None if path is None else validated("the model", path, Annotated[str | Path, "its path"]))
+        source = shipped_model() if path is None else validated("the model", path, Annotated[str | Path, "its path"])
         refuse_unknown(options, list(inspect.signature(open_model).parameters)[3:])
         find_engine(engine)  # is refused before a model is opened
         chosen = "auto" if dtype in (None, "auto") else find_dtype(dtype)

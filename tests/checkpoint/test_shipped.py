@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gobelin.checkpoint import open_model
+from gobelin.checkpoint import loading, open_model
 from gobelin.checkpoint.shipped import SHIPPED_MODELS, find_model, shipped_model
 from gobelin.errors import ModelError
 from gobelin.pipeline import Pipeline
@@ -63,3 +63,12 @@ def test_a_models_examples_are_kept_and_checked(trained, tmp_path):
         (folder / "gobelin.json").write_text(json.dumps({**content, "examples": wrong}))
         with pytest.raises(ModelError, match=r"examples is .*, expected a list of prompts"):
             open_model(folder, CPU, None)
+
+
+def test_a_path_that_leads_nowhere_is_no_name_of_the_hub(monkeypatch):
+    def asked(*arguments):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(loading, "_download", asked)
+    with pytest.raises(ModelError, match="no model at runs/mine"):
+        Pipeline.from_pretrained("./runs/mine")

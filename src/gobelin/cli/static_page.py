@@ -37,11 +37,11 @@ def run(arguments: Sequence[str]) -> None:
 
     from gobelin.checkpoint import open_model
     from gobelin.checkpoint.onnx_files import require_onnx
-    from gobelin.checkpoint.shipped import find_model
+    from gobelin.checkpoint.shipped import shipped_model
     from gobelin.static_page import find_runtime, write_page
 
     require_onnx()
     runtime = find_runtime(options.runtime)
-    model = open_model(find_model(options.model), torch.device("cpu"), torch.float32)
+    model = open_model(options.model or shipped_model(), torch.device("cpu"), torch.float32)
     size = write_page(model, options.out, runtime)
     print(f"{options.out} ({size / 1e6:.1f} MB): python -m http.server --directory {options.out}")

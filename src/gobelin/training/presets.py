@@ -95,46 +95,17 @@ def tiny() -> TrainConfig:
 
 def emoji() -> TrainConfig:
     """The model of emoji that ships: 1,390 concepts in five styles, from the folder that gobelin data emoji writes."""
-    return TrainConfig(
+    base = tiny()
+    text, vae, unet = (stage.optim for stage in (base.text, base.vae, base.unet))
+    return replace(
+        base,
         # All images are trained on: what is held out is in a folder of its own.
         data=DataConfig(path="emoji-set/train", validation=0),
         tokenizer=TokenizerConfig(vocab_size=2048),
-        text=TextStageConfig(
-            width=192,
-            layers=4,
-            projection=192,
-            text_lr_ratio=1.0,
-            optim=OptimConfig(
-                steps=400,
-                batch_size=128,
-                learning_rate=3e-3,
-                optimizer="muon",
-                warmup_steps=40,
-                hold=0.6,
-                ema=0.98,
-                precision="auto",
-            ),
-        ),
-        vae=VAEStageConfig(
-            preset="tiny",
-            optim=OptimConfig(
-                steps=1600, batch_size=16, learning_rate=2e-3, ema=0.99, weight_decay=0.0, precision="auto"
-            ),
-        ),
-        unet=UNetStageConfig(
-            preset="emoji",
-            timestep_shift=2.0,
-            optim=OptimConfig(
-                steps=3200,
-                batch_size=64,
-                learning_rate=3e-3,
-                optimizer="muon",
-                warmup_steps=200,
-                hold=0.5,
-                precision="auto",
-            ),
-        ),
-        recommended=SamplingConfig(sampler="ddpm", steps=25, guidance=3.0),
+        text=replace(base.text, optim=replace(text, steps=400, warmup_steps=40, ema=0.98)),
+        vae=replace(base.vae, optim=replace(vae, steps=1600)),
+        # Widths: "Emoji: a U-Net that is wide where it is cheap"
+        unet=replace(base.unet, preset="emoji", timestep_shift=2.0, optim=replace(unet, steps=3200, hold=0.5)),
     )
 
 

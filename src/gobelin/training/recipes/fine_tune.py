@@ -26,7 +26,7 @@ from gobelin.adapters.trained_words import (
     write_word,
 )
 from gobelin.checkpoint import Model, open_model
-from gobelin.checkpoint.shipped import find_model
+from gobelin.checkpoint.shipped import shipped_model
 from gobelin.data import CachedDataset, Dataset
 from gobelin.data.captioned_files import METADATA
 from gobelin.data.encoded import LatentCache, TextCache
@@ -74,8 +74,8 @@ class FineTune(Recipe[FineTuneConfig]):
         return open_model(self._path, self.device, torch.float32)
 
     @property
-    def _path(self) -> Path:
-        return find_model(self.config.model)
+    def _path(self) -> str | Path:
+        return shipped_model() if self.config.model is None else self.config.model
 
     @property
     def image_size(self) -> int:
