@@ -1,4 +1,4 @@
-"""Memory that is freed and kept: no page is entered twice, and all of it is given back at the end; few heaps."""
+"""Memory that is freed and kept: no page is entered twice, and all of it is given back at the end; few heaps; gaps."""
 
 import ctypes
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gobelin import allocator
-from gobelin.allocator import keep_freed_memory, limit_heaps
+from gobelin.allocator import give_back_freed_memory, keep_freed_memory, limit_heaps
 
 IN_A_PROCESS = """
 import resource
@@ -84,6 +84,51 @@ def test_without_glibc_nothing_is_done(monkeypatch):
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
     with keep_freed_memory():
         assert allocator._users == 0
+
+
+BETWEEN_WHAT_IS_USED = """
+import ctypes
+import resource
+
+from gobelin.allocator import give_back_freed_memory
+
+library = ctypes.CDLL(None)
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+SIZE = 16 << 10
+
+
+def megabytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+resting = megabytes()
+blocks = [library.malloc(SIZE) for _ in range(10_000)]
+for block in blocks:
+    ctypes.memset(block, 1, SIZE)
+for number, block in enumerate(blocks, 1):
+    if number % 100:
+        library.free(block)
+assert megabytes() > resting + 100, "the last block holds all that lies below it"
+give_back_freed_memory()
+assert megabytes() < resting + 30
+"""
+
+
+@pytest.mark.skipif(allocator._glibc() is None, reason="glibc's alone")
+def test_what_was_freed_between_blocks_in_use_is_given_back():
+    done = subprocess.run([sys.executable, "-c", BETWEEN_WHAT_IS_USED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_given_back_without_glibc(monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(allocator, "_glibc", lambda: calls)
+    give_back_freed_memory()
+    assert calls.made == ["trimmed"]
+    monkeypatch.setattr(allocator, "_glibc", lambda: None)
+    give_back_freed_memory()
+    assert len(calls.made) == 1
 
 
 HEAPS_OF_THREADS = """

@@ -8,9 +8,9 @@ client submits a picture with the model's own settings, follows its events, fetc
 pictures are painted one after the other, by `gobelin generate`, a process a picture and many in one. *abuse*: of the
 clients' jobs a fifth is cancelled, a fifth followed by a reader that goes away, a fifth by one that takes a few bytes a
 second, and the rest fetched; lost is a job that was accepted and never ended, or a picture that was done and could not
-be fetched. The server's resident memory is read four times a second from half-time on, and the mean and the peak of the
-last quarter of the time are compared with those of the quarter before. Memory moves with the batches that are painted
-by a tenth up and down, so that the mean is what tells a leak.
+be fetched. The time is divided into halves, and the server's resident memory is read at rest after each, when all jobs
+have ended: what the second half adds is growth. Under load memory moves with the batches that are painted by a quarter
+up and down; its mean and peak in the last quarter of the time are printed beside those of the quarter before.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from paired import print_machine
 from gobelin.bench.machine import machine
 
 _PROMPTS = ("a red circle", "a blue ring and a red star", "three green rings", "a yellow star above a purple ring")
-_WARM = 0.5  # of the time: until then kernels are made, and finished jobs fill what is kept of them
 _READ_EVERY = 0.25  # s
+_REST = 10.0  # s, at the end of which memory at rest is read
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
@@ -207,30 +207,36 @@ async def fetch(client: httpx.AsyncClient, url: str, counts: Counter[str]) -> ht
 
 
 async def abuse(clients: int, seconds: float) -> dict[str, Any]:
-    """Run clients that misbehave; returns what was counted, with the server's memory."""
+    """Run clients that misbehave, twice; returns what was counted, with the server's memory."""
     counts: Counter[str] = Counter()
     async with served("--queue", "48") as (address, process):
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=address, timeout=_TIMEOUT, limits=limits) as client:
-            end = time.monotonic() + seconds
-            running = asyncio.gather(*(misbehave(client, address, end, number, counts) for number in range(clients)))
-            await asyncio.sleep(seconds * _WARM)
-            memory = []
-            while time.monotonic() < end:
-                await asyncio.sleep(_READ_EVERY)
-                memory.append(resident(process))
-            await running
+            halves = []
+            for half in range(2):
+                end = time.monotonic() + seconds / 2
+                numbers = range(half * clients, (half + 1) * clients)
+                running = asyncio.gather(*(misbehave(client, address, end, number, counts) for number in numbers))
+                memory = []
+                while time.monotonic() < end:
+                    await asyncio.sleep(_READ_EVERY)
+                    memory.append(resident(process))
+                await running
+                await asyncio.sleep(_REST)
+                halves.append((memory, resident(process)))
             text = (await client.get("/metrics")).text
     lost = sum(count for name, count in counts.items() if name.startswith("lost"))
+    (_, rested), (memory, rests) = halves
     before, after = memory[: len(memory) // 2], memory[len(memory) // 2 :]
-    growth, growth_of_peak = fmean(after) / fmean(before) - 1, max(after) / max(before) - 1
+    growth = rests / rested - 1
     print(
-        f"{clients} clients, {seconds:.0f} s: lost {lost}; memory {fmean(before):.0f} and {fmean(after):.0f} MiB on "
-        f"average ({growth:+.1%}), at most {max(before):.0f} and {max(after):.0f} ({growth_of_peak:+.1%})"
+        f"{clients} clients, {seconds:.0f} s: lost {lost}; memory at rest {rested:.0f} and {rests:.0f} MiB "
+        f"({growth:+.1%}); under load {fmean(before):.0f} and {fmean(after):.0f} on average, at most {max(before):.0f} "
+        f"and {max(after):.0f}"
     )
     print(dict(counts), f"{batch_sizes(text):.1f} jobs a batch")
-    row = {"clients": clients, "seconds": seconds, "lost": lost, "memory": memory}
-    return {**row, "growth": growth, "growth_of_peak": growth_of_peak, **counts}
+    row = {"clients": clients, "seconds": seconds, "lost": lost, "growth": growth}
+    return {**row, "halves": [{"load": load, "rest": rest} for load, rest in halves], **counts}
 
 
 def resident(process: int) -> float:

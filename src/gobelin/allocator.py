@@ -1,4 +1,4 @@
-"""Freed memory of the C library: kept for the next tensor while a model trains, or kept in few heaps in a server."""
+"""Freed memory of the C library: kept for the next tensor while a model trains; in few heaps, or given back."""
 
 import ctypes
 import platform
@@ -47,6 +47,13 @@ def limit_heaps(count: int) -> None:
     library = _glibc()
     if library is not None:
         library.mallopt(_ARENA_MAX, count)
+
+
+def give_back_freed_memory() -> None:
+    """Give memory that was freed back to the system, also from between what is in use. Without glibc nothing is done."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 def _enter(library: ctypes.CDLL) -> None:

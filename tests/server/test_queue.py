@@ -193,6 +193,13 @@ def test_an_error_of_the_model_fails_the_job_and_not_the_server(
     assert done(client, paint())["state"] == "done"
 
 
+def test_memory_is_given_back_when_nobody_waits(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = threading.Event()
+    monkeypatch.setattr("gobelin.server.model_worker.give_back_freed_memory", given.set)
+    done(client, paint())
+    assert given.wait(60)
+
+
 def test_health_is_503_when_the_model_does_not_paint(
     serving: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:

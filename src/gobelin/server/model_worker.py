@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from gobelin.allocator import give_back_freed_memory
 from gobelin.errors import Cancelled, GobelinError, UsageError, is_out_of_memory
 from gobelin.pipeline import Pipeline
 from gobelin.plan import inpaints
@@ -23,6 +24,7 @@ from gobelin.server.runs import Runner
 _Returned = TypeVar("_Returned")
 _MOST_TASKS = 64
 _SMALL_SIDE = 8  # latents
+_GIVE_BACK_EVERY = 2.0  # s; batches of all sizes leave gaps, and without it a busy server grows by a percent a minute
 FAILED = "the server could not finish this, and its own log says why"
 """The sentence for every error that is not one of ours: no traceback and no path leaves the server."""
 
@@ -65,6 +67,7 @@ class ModelWorker:
         self._thread = threading.Thread(target=self._run, name="gobelin-model", daemon=True)
         self.last_step = float("-inf")
         """When a step last ended, on the monotonic clock."""
+        self._given_back = float("-inf")  # when freed memory was last given back
 
     def start(self) -> None:
         """Start the thread."""
@@ -107,6 +110,14 @@ class ModelWorker:
         except Exception as error:
             for job in batch:
                 self._store.finish(job, "failed", error_of(error))
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Give freed memory back where nobody waits, and every few seconds where somebody does."""
+        now = time.monotonic()
+        if not self._store.waiting or now - self._given_back > _GIVE_BACK_EVERY:
+            give_back_freed_memory()
+            self._given_back = now
 
     def _between_steps(self) -> None:
         self.last_step = time.monotonic()
