@@ -24,7 +24,7 @@ from gobelin.server.runs import Runner
 _Returned = TypeVar("_Returned")
 _MOST_TASKS = 64
 _SMALL_SIDE = 8  # latents
-_GIVE_BACK_EVERY = 2.0  # s; batches of all sizes leave gaps, and without it a busy server grows by a percent a minute
+_IDLE = 2.0  # s, after which freed memory is given back; the next step enters its pages anew, so not between two jobs
 FAILED = "the server could not finish this, and its own log says why"
 """The sentence for every error that is not one of ours: no traceback and no path leaves the server."""
 
@@ -67,7 +67,6 @@ class ModelWorker:
         self._thread = threading.Thread(target=self._run, name="gobelin-model", daemon=True)
         self.last_step = float("-inf")
         """When a step last ended, on the monotonic clock."""
-        self._given_back = float("-inf")  # when freed memory was last given back
 
     def start(self) -> None:
         """Start the thread."""
@@ -91,14 +90,24 @@ class ModelWorker:
         with contextlib.suppress(Exception):  # what is wrong with the model, the first job says
             paint_a_step(self._runner.pipeline)  # kernels are compiled, and weights packed, before anybody waits
         while not self._store.is_closed:
-            with self._store.changed:
-                if not (self._tasks or self._store.waiting or self._store.is_closed):
-                    self._store.changed.wait()
+            self._wait()
             self._run_tasks()
             if batch := self._store.take():
                 self._run_batch(batch)
         for task in self._tasks:
             task.future.cancel()
+
+    def _wait(self) -> None:
+        """Wait until there is something to do, and give freed memory back after a while without."""
+        with self._store.changed:
+            if self._store.changed.wait_for(self._has_work, timeout=_IDLE):
+                return
+        give_back_freed_memory()
+        with self._store.changed:
+            self._store.changed.wait_for(self._has_work)
+
+    def _has_work(self) -> bool:
+        return bool(self._tasks or self._store.waiting or self._store.is_closed)
 
     def _run_batch(self, batch: list[Any]) -> None:
         """Run jobs that are painted together; whatever goes wrong ends them, and not the thread."""
@@ -110,14 +119,6 @@ class ModelWorker:
         except Exception as error:
             for job in batch:
                 self._store.finish(job, "failed", error_of(error))
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Give freed memory back where nobody waits, and every few seconds where somebody does."""
-        now = time.monotonic()
-        if not self._store.waiting or now - self._given_back > _GIVE_BACK_EVERY:
-            give_back_freed_memory()
-            self._given_back = now
 
     def _between_steps(self) -> None:
         self.last_step = time.monotonic()
