@@ -11,8 +11,8 @@ from gobelin.attention import Trace
 from gobelin.errors import ModelError, UsageError
 from gobelin.evaluate.fit_heads import _logistic_regression, fit_heads
 from gobelin.head_weights import PATCH_FEATURES, WORD_FEATURES, HeadWeights, head_features
-from gobelin.look.heatmaps import sharp_trace
 from gobelin.look.page import word_map_data
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import CORE
 

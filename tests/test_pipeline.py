@@ -12,7 +12,7 @@ import gobelin
 from gobelin.attention import AttentionEdit, Trace
 from gobelin.checkpoint import loading
 from gobelin.errors import ModelError, UsageError
-from gobelin.look.heatmaps import sharp_trace
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.samplers import SAMPLERS
 

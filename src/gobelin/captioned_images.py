@@ -22,7 +22,9 @@ from gobelin.engines import Engine, NoisePredictor
 from gobelin.errors import UsageError
 from gobelin.guidance import ConditionedUNet, Predictions
 from gobelin.images import ImageSource, images_to_tensor, open_image, tensor_to_images
-from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
+from gobelin.look.collector import Collector
+from gobelin.look.heatmaps import HeatMaps
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.look.patch_features import PatchFeatures, join_layers
 from gobelin.plan import check_clip_skip, chunk_prompts, chunk_words, find_trace, inpaints, latent_size
 from gobelin.prompt_weighting import PromptSyntax

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from gobelin.attention import AttentionSite, Trace, attention_probs, choose_sites
 from gobelin.errors import GobelinError, ModelError, UsageError
 from gobelin.images import open_image
-from gobelin.look.heatmaps import Collector, HeatMaps
+from gobelin.look.collector import Collector
+from gobelin.look.heatmaps import HeatMaps
 from gobelin.plan import find_trace
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
@@ -336,7 +337,7 @@ class MapRecorder:
         self._hooks.close()
 
     def maps(self, index: int) -> dict[AttentionSite, Tensor]:
-        """Return the maps of one of the recorded rows, as :meth:`gobelin.look.heatmaps.Collector.maps` does."""
+        """Return the maps of one of the recorded rows, as :meth:`gobelin.look.collector.Collector.maps` does."""
         return self._collector.maps(index)
 
     def _check(self, site: AttentionSite, module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -22,7 +22,8 @@ from gobelin.formats.png import write_png
 from gobelin.guidance import ConditionedUNet
 from gobelin.images import data_url, png_bytes, tensor_to_images
 from gobelin.inpainting import Inpainting, noised_image, source_images
-from gobelin.look.heatmaps import Collector, HeatMaps
+from gobelin.look.collector import Collector
+from gobelin.look.heatmaps import HeatMaps
 from gobelin.look.page import word_map_element
 from gobelin.plan import Plan, inpaints
 from gobelin.samplers import NoiseSource, Step, sample_latents

@@ -17,7 +17,7 @@ from gobelin.guidance import Guidance, classifier_free_guidance
 from gobelin.head_weights import HeadWeights
 from gobelin.images import open_image, open_mask
 from gobelin.inpainting import InitImage
-from gobelin.look.heatmaps import sharp_trace
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.samplers import NoiseLevels, find_noise_levels, img2img_levels
 from gobelin.settings import DEFAULT_STRENGTH, MAX_SEED, NOT_REPEATABLE, Prompts, Settings

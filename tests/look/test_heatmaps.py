@@ -13,7 +13,9 @@ from torch import Tensor
 
 from gobelin.attention import AttentionMaps, AttentionSite, Trace
 from gobelin.errors import UsageError
-from gobelin.look.heatmaps import Collector, HeatMaps, sharp_trace
+from gobelin.look.collector import Collector
+from gobelin.look.heatmaps import HeatMaps
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.tokenizer import Tokenizer
 from gobelin.words import Words
 

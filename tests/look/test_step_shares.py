@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from gobelin.attention import Trace
-from gobelin.look.heatmaps import sharp_trace
 from gobelin.look.page import word_map_data, word_shares
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.look.step_shares import StepCollector
 from gobelin.pipeline import Pipeline
 

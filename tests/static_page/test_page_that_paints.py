@@ -19,8 +19,8 @@ from tests.static_page.conftest import HAS_RUNTIME, served
 from gobelin.attention import Trace
 from gobelin.checkpoint import Model
 from gobelin.formats.png import read_png_settings
-from gobelin.look.heatmaps import sharp_trace
 from gobelin.look.page import word_map_data
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.pipeline import Pipeline
 
 pytestmark = pytest.mark.skipif(not HAS_RUNTIME, reason="no onnxruntime-web in the cache folder: gobelin page gets it")

@@ -11,7 +11,7 @@ from tests.conftest import relative_error, sentence_of
 from tests.static_page.conftest import NO_RUNTIME, SCRIPTS, make_small_model
 
 from gobelin.checkpoint import Model
-from gobelin.look.heatmaps import sharp_trace
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.pipeline import Pipeline
 from gobelin.samplers import find_noise_levels
 from gobelin.settings import Settings

@@ -11,7 +11,7 @@ from gobelin.bench.random_weights import diffusers_unet
 from gobelin.bench.unet_contenders import BASE, UNetPass, no_grad
 from gobelin.bench.workload import BenchPrecision, Call, Contender, Workload
 from gobelin.diffusers_pipelines import MapRecorder, find_attention
-from gobelin.look.heatmaps import sharp_trace
+from gobelin.look.sharp_maps import sharp_trace
 
 LOOK_INTO = "diffusers, gobelin.look_into"
 """Our maps of diffusers' own pass."""

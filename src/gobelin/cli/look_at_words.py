@@ -28,9 +28,10 @@ from gobelin.errors import DataError, UsageError
 from gobelin.formats.files import replacing, write_text
 from gobelin.formats.png import read_png_settings, write_png
 from gobelin.images import open_image
-from gobelin.look.heatmaps import MOST_PATCHES, HeatMap, HeatMaps
+from gobelin.look.heatmaps import HeatMap, HeatMaps
 from gobelin.look.mask_files import coco_annotations, mask_image, word_masks
 from gobelin.look.page import word_map_page
+from gobelin.look.sharp_maps import MOST_PATCHES
 from gobelin.look.word_sheets import grid_sheet, save_animation, word_sheet
 from gobelin.painting import file_slug
 from gobelin.pipeline import Pipeline

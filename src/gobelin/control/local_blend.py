@@ -11,7 +11,7 @@ from gobelin.control.alignment import changed_words, counterparts, tokens_of_wor
 from gobelin.control.batch import Attached, Batch, RowPair, WordList
 from gobelin.denoiser import ComposableDenoiser
 from gobelin.guidance import ConditionedUNet
-from gobelin.look.heatmaps import sharp_trace, sharpen
+from gobelin.look.sharp_maps import sharp_trace, sharpen
 from gobelin.samplers import DenoiserOutput
 from gobelin.types import Latents
 from gobelin.validation import Fraction, validate_fields

@@ -27,7 +27,8 @@ from gobelin.evaluate.attribution import (
 from gobelin.evaluate.intervals import Mean
 from gobelin.evaluate.measurement_report import Report, ReportTable, as_json, mean_cell
 from gobelin.head_weights import HeadWeights, head_features
-from gobelin.look.heatmaps import HeatMaps, sharp_trace
+from gobelin.look.heatmaps import HeatMaps
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.pipeline import Pipeline
 from gobelin.scenes import Sample, World, sample
 

@@ -1,11 +1,6 @@
-"""Heat maps: from attention maps to which word painted which pixel, and back.
-
-The maps of many sites, steps and heads become the heat maps of one image. Tang et al. 2022 (DAAM, arXiv 2210.04885)
-sum them over steps and average them over layers and heads; so does Gobelin.
-"""
+"""Heat maps of one image: which word painted which pixel, and back; from its attention maps of many sites and heads."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -18,124 +13,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from gobelin.attention import AttentionMaps, AttentionSite, Sites, Trace, choose_sites
+from gobelin.attention import AttentionMaps, AttentionSite, Sites, choose_sites
 from gobelin.errors import UsageError
 from gobelin.head_weights import HeadWeights
 from gobelin.look.colour_map import overlay_values
+from gobelin.look.sharp_maps import sharp_trace, sharpen
 from gobelin.validation import validated
 from gobelin.words import TokenKind, Word, Words, WordSpan
 
-MOST_PATCHES = 48 * 32  # of a site whose self-attention is kept: 9 MB; at 512 pixels the finest have 64×64, 67 MB
 _EVEN = 1e-5  # shares that differ by less are rounding
-_LATE = 0.5  # progress from which maps point best: IoU .62, and .53 over all steps (*Which attention points*)
 _Numbers = Annotated[Sequence[int] | None, "numbers, as in [0, 3]"]
 _Box = Annotated[tuple[int, int, int, int], "left, top, right and bottom in whole pixels"]
 _KINDS: tuple[TokenKind, ...] = ("text", "bos", "eos", "padding")
 _PARTS: tuple[TokenKind, ...] = _KINDS[1:]
-
-
-def sharp_trace(
-    sites: Sequence[AttentionSite], latent_size: tuple[int, int], head_weights: HeadWeights | None = None
-) -> Trace:
-    """Choose the trace that :meth:`HeatMaps.sharpened` needs: attn1 and attn2 of the decoder's finest level, late.
-
-    The finest level of at most 48×32 patches, or else the coarsest; which attention points best was measured on
-    scenes (docs/decisions.md, *Which attention points*). Where ``head_weights`` are of that level, they are used, with
-    the heads of their sites apart.
-    """
-
-    def patches(site: AttentionSite) -> int:
-        return math.prod(site.grid(*latent_size))
-
-    decoder = [site for site in sites if site.name.startswith("up_blocks")] or sites
-    few = [site for site in decoder if patches(site) <= MOST_PATCHES]
-    chosen = max(map(patches, few)) if few else min(map(patches, decoder))
-    level = [site for site in sites if patches(site) == chosen]
-    if head_weights is not None and head_weights.fits({site.name: site.heads for site in level}):
-        weighted = [site for site in level if site.name in head_weights.cross or site.name in head_weights.own]
-        return Trace(sites=weighted, start=_LATE, per_head=True, head_weights=head_weights)
-    return Trace(sites=[site for site in level if site in decoder], start=_LATE)
-
-
-def sharpen(share: Float[Tensor, " patches"], own: Float[Tensor, "patches patches"]) -> Float[Tensor, " patches"]:
-    """Sharpen a map of patches: each keeps it as far as the patches that it attends to, by ``own``, have it too."""
-    gathered = own @ share
-    return share * gathered / gathered.max().clamp(min=torch.finfo(gathered.dtype).tiny)
-
-
-class Collector:
-    """Accumulator of attention maps over the steps at which each site ran; memory does not grow with their number.
-
-    With ``trace.per_step`` it keeps the maps of each step instead. With ``trace.negative`` the last ``images`` rows of
-    a step are those of the prompts, and rows before them those of the negative ones, which not every step has.
-    """
-
-    def __init__(self, trace: Trace, images: int | None = None):
-        self.trace = trace
-        self._images = images
-        self._negative = Collector(replace(trace, negative=False)) if trace.negative else None
-        self._kept: dict[AttentionSite, list[Tensor]] = {}
-        self._steps: Counter[AttentionSite] = Counter()
-
-    def add(self, maps: AttentionMaps) -> None:
-        """Add one step's maps, [B, patches, keys] or [B, heads, patches, keys]; an untraced step has none."""
-        if self._negative is not None and self._images is not None:
-            self._negative.add(
-                {site: probs[: -self._images] for site, probs in maps.items() if len(probs) > self._images}
-            )
-            maps = {site: probs[-self._images :] for site, probs in maps.items()}
-        for site, probs in maps.items():
-            self._steps[site] += 1
-            kept = self._kept.setdefault(site, [])
-            if self.trace.per_step or not kept:
-                kept.append(probs.clone())
-            else:
-                kept[0] += probs
-
-    def maps(self, index: int) -> AttentionMaps:
-        """Return the maps of image ``index``, [steps or 1, heads or 1, patches, keys]; of added steps the mean."""
-        apart = self.trace.per_step
-        maps = {
-            site: torch.stack([probs[index] for probs in kept]) / (1 if apart else self._steps[site])
-            for site, kept in self._kept.items()
-        }
-        return {site: (probs if self.trace.per_head else probs[:, None]).cpu() for site, probs in maps.items()}
-
-    def heatmaps(
-        self,
-        index: int,
-        words: Words,
-        image: Image.Image,
-        latent_size: tuple[int, int],
-        also: Words | None = None,
-        negative: Words | None = None,
-    ) -> "HeatMaps":
-        """Make the heat maps of image ``index``: of the ``words`` of its prompt, and what else was traced.
-
-        ``also`` are the words beside the prompt, whose shares follow the text's, and ``negative`` those of the negative
-        prompt. Maps are sharp if the trace is.
-        """
-        maps = self.maps(index)
-        found = HeatMaps(words=words, maps=_of_text(maps, words), latent_size=latent_size, image=image)
-        if also is not None:
-            beside = replace(found, words=also, maps=_after_text(maps, words), around=found)
-            found = replace(found, also_traced=beside)
-        if negative is not None and self._negative is not None and self._negative._kept:
-            apart = _of_text(self._negative.maps(index), negative)
-            found = replace(found, negative_traced=replace(found, words=negative, maps=apart, also_traced=None))
-        return found.sharpened(self.trace.head_weights) if self.trace.sharp else found
-
-
-def _of_text(maps: AttentionMaps, words: Words) -> AttentionMaps:
-    """Take the shares of a text's own positions."""
-    cut = slice(words.length)
-    return {site: probs[..., cut].contiguous() if site.kind == "cross" else probs for site, probs in maps.items()}
-
-
-def _after_text(maps: AttentionMaps, words: Words) -> AttentionMaps:
-    """Take the shares of the words beside a text."""
-    cut = slice(words.length, None)
-    return {site: probs[..., cut].contiguous() if site.kind == "cross" else probs for site, probs in maps.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from gobelin.attention import AttentionMaps, AttentionSite, Trace
-from gobelin.look.heatmaps import Collector, HeatMaps
+from gobelin.look.collector import Collector
+from gobelin.look.heatmaps import HeatMaps
 from gobelin.look.page import word_shares
 from gobelin.words import Words
 
@@ -18,7 +19,7 @@ _BLANK = Image.new("RGB", (1, 1))  # shares need no image
 class StepCollector:
     """Collector of the sharp maps of a painting, and of every word's share at each of its steps.
 
-    ``trace`` is :func:`gobelin.look.heatmaps.sharp_trace`: its sites have to be traced at every step, and from its
+    ``trace`` is :func:`gobelin.look.sharp_maps.sharp_trace`: its sites have to be traced at every step, and from its
     start on, in shares of the way, they go into the mean. The maps of single steps are not kept, only what
     :func:`gobelin.look.page.word_shares` makes of them.
     """

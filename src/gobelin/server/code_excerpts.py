@@ -10,7 +10,7 @@ import gobelin
 from gobelin.attention import attention, attention_probs
 from gobelin.control.ablations import remove_bos, shuffle_words, silence_site
 from gobelin.layers import Attention
-from gobelin.look.heatmaps import sharpen
+from gobelin.look.sharp_maps import sharpen
 from gobelin.samplers.first_order import ddim
 from gobelin.tokenizer import Tokenizer
 from gobelin.unet import BasicTransformerBlock

@@ -12,7 +12,7 @@ from gobelin.attention import Trace
 from gobelin.checkpoint import Model
 from gobelin.formats.png import encode_png
 from gobelin.images import data_url
-from gobelin.look.heatmaps import sharp_trace
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.look.step_shares import StepCollector
 from gobelin.painting import Painting, PaintingStep
 from gobelin.pipeline import Pipeline

@@ -11,7 +11,7 @@ from torch import Tensor
 from gobelin.attention import Trace, choose_sites
 from gobelin.checkpoint import Model
 from gobelin.checkpoint.onnx_files import CalledNetwork, OnnxFile, require_onnx, write_onnx
-from gobelin.look.heatmaps import sharp_trace
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.plan import latent_size
 
 if TYPE_CHECKING:
