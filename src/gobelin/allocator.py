@@ -50,7 +50,7 @@ def limit_heaps(count: int) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give memory that was freed back to the system, also from between what is in use. Without glibc nothing is done."""
+    """Give freed memory back to the system, also from between what is in use. Without glibc nothing is done."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

@@ -6,7 +6,7 @@ what the U-Net's layers make of it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
@@ -24,8 +24,8 @@ from gobelin.guidance import ConditionedUNet, Predictions
 from gobelin.images import ImageSource, images_to_tensor, open_image, tensor_to_images
 from gobelin.look.collector import Collector
 from gobelin.look.heatmaps import HeatMaps
-from gobelin.look.sharp_maps import sharp_trace
 from gobelin.look.patch_features import PatchFeatures, join_layers
+from gobelin.look.sharp_maps import sharp_trace
 from gobelin.plan import check_clip_skip, chunk_prompts, chunk_words, find_trace, inpaints, latent_size
 from gobelin.prompt_weighting import PromptSyntax
 from gobelin.settings import Prompts, Seed
@@ -135,6 +135,7 @@ def look_at_images(
     trace: Literal["sharp", True] | Trace,
     also: Sequence[str],
     options: LookOptions,
+    advance: Callable[[int], None],
 ) -> list[HeatMaps]:
     """Do as :meth:`gobelin.pipeline.Pipeline.look`; images of one size are traced together."""
     opened = _open_images(images)
@@ -160,6 +161,7 @@ def look_at_images(
             also=chunk_words(model, found.also, options.syntax, stacklevel=4),
             timesteps=timesteps,
             options=options,
+            advance=advance,
         )
         chunks = [distinct[texts[index]] for index in indices]
         looked |= zip(indices, tracer.heatmaps([opened[index] for index in indices], chunks, size), strict=True)
@@ -244,7 +246,7 @@ class ImageTracer:
     """Trace attention to captions in images of one size: at ``timesteps``, under noise.
 
     Every image has noise of its own generator, so that its maps do not depend on its neighbours. ``also`` are the words
-    that are looked for beside the captions.
+    that are looked for beside the captions; ``advance`` is called with each timestep of each batch when it is done.
     """
 
     model: Model
@@ -253,6 +255,7 @@ class ImageTracer:
     also: Sequence[Chunks]
     timesteps: Sequence[int]
     options: LookOptions
+    advance: Callable[[int], None]
 
     def heatmaps(
         self, images: Sequence[Image.Image], captions: Sequence[Chunks], latent_size: tuple[int, int]
@@ -280,6 +283,7 @@ class ImageTracer:
             )
             predictions.positive()
             collector.add(predictions.maps)
+            self.advance(timestep)
         length, size = text.embeddings.shape[1], (noised.latents.shape[2], noised.latents.shape[3])
         return [
             collector.heatmaps(index, caption.words.at_length(length), image, size, also=beside_words(self.also))

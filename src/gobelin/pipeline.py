@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -146,6 +146,7 @@ class Pipeline:
         width: int | None = None,
         weights: PromptSyntax | None = None,
         clip_skip: int | None = None,
+        advance: Callable[[int], None] = lambda timestep: None,
     ) -> list[HeatMaps]:
         """Look at images that anybody made: which word of its caption each pixel hears, in heat maps of every word.
 
@@ -154,8 +155,8 @@ class Pipeline:
         of the ``timesteps`` (0 to 999) by the ``seed``, and predicted there once; ``trace`` is as in painting, of
         these timesteps. ``also`` are words or phrases that the captions need not have, whose maps are computed beside:
         ``pipe.look("photo.jpg", "a cat", also=["dog"])[0].also["dog"]``. ``weights`` and ``clip_skip`` are the model's
-        own unless given. Raises :class:`UsageError` for what cannot be looked at, and :class:`DataError` for a file
-        that is no image.
+        own unless given. ``advance`` is called with each timestep when it is done; what it raises ends the looking.
+        Raises :class:`UsageError` for what cannot be looked at, and :class:`DataError` for a file that is no image.
         """
         options = LookOptions.of(self.model, seed=seed, size=(height, width), weights=weights, clip_skip=clip_skip)
         return look_at_images(
@@ -167,6 +168,7 @@ class Pipeline:
             trace=trace,
             also=also,
             options=options,
+            advance=advance,
         )
 
     def features(

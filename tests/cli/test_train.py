@@ -86,6 +86,7 @@ def test_a_file_for_training_from_a_model_needs_no_preset_from_scratch(refused, 
     [
         ("--preset huge", "unknown preset 'huge': the choices are nano"),
         ("--preset lora", "no folder to write to: say --out DIR"),
+        ("--preset emoji --out a", "emoji-set/train, which is not here: gobelin data emoji --out emoji-set writes it"),
         ("--preset lora --out a --out b", "--out is given twice: give it once"),
         ("--preset lora --tokenizer.vocab-size 600", "unknown option --tokenizer.vocab-size"),
         ("--adapter.rank 3", "unknown option --adapter.rank"),

@@ -167,6 +167,7 @@ def test_an_image_is_painted_over_and_inpainted(client: TestClient, small: Pipel
 def test_a_look_is_a_job_or_is_answered_at_once(client: TestClient, small: Pipeline) -> None:
     body = {"image": picture(), "caption": "a red circle", "timesteps": [100, 400], "seed": 1}
     view = done(client, {"kind": "look", **body})
+    assert (view["step"], view["steps"]) == (2, 2)
     data = client.get(view["maps"][0]).json()
     at_once = client.post("/v1/look", json=body).json()
     assert at_once["maps"] == data

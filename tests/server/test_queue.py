@@ -14,9 +14,10 @@ import pytest
 import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
-from tests.server.conftest import done, ended, paint, submitted
+from tests.server.conftest import done, ended, paint, picture, submitted
 from tests.server.test_requests import refusal
 
+from gobelin.captioned_images import NoisedImages
 from gobelin.pipeline import Pipeline
 from gobelin.server.events import follow
 from gobelin.server.service import Service
@@ -114,8 +115,6 @@ def test_a_full_queue_says_when_to_come_back(serving: Callable[..., TestClient])
 
 
 def test_waiting_images_take_a_bounded_memory(serving: Callable[..., TestClient]) -> None:
-    from tests.server.conftest import picture
-
     client = serving(waiting_bytes=3000)
     with held(client):
         body = paint(settings={"init_image": picture(), "steps": 4})
@@ -142,6 +141,25 @@ def test_one_of_a_batch_is_cancelled_and_the_others_go_on(client: TestClient) ->
         time.sleep(0.001)
     assert client.delete(f"/v1/jobs/{jobs[1]}").json()["state"] == "cancelled"
     assert [ended(client, one)["state"] for one in jobs] == ["done", "cancelled", "done"]
+
+
+def test_a_look_is_cancelled_within_a_timestep(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    service: Service = client.app.state.service
+    noised, add_noise = [], NoisedImages.at
+
+    def at(images: NoisedImages, timestep: int) -> Any:
+        noised.append(timestep)
+        if len(noised) == 2:
+            (job,) = service.store.running
+            service.store.cancel(job)
+        return add_noise(images, timestep)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NoisedImages, "at", at)
+        body = {"kind": "look", "image": picture(), "caption": "a ring", "timesteps": [100, 200, 300, 400]}
+        view = ended(client, submitted(client, body))
+        done(client, paint(settings={"steps": 1}))
+    assert (view["state"], view["images"], noised) == ("cancelled", [], [100, 200])
 
 
 def test_an_edit_is_cancelled_within_a_step(client: TestClient) -> None:

@@ -72,6 +72,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     if options.out is None:
         raise UsageError("no folder to write to: say --out DIR")
+    _refuse_missing_emoji(options.config.data.path)
     from rich.console import Console  # PyTorch is imported after the options are read: help and mistakes are quick
 
     from gobelin.training import distributed
@@ -81,6 +82,16 @@ def run(arguments: Sequence[str]) -> None:
     folder = train(options.config, options.out, resume=options.resume, stage=options.stage, console=console)
     if distributed.is_main_process():
         print(folder)
+
+
+def _refuse_missing_emoji(path: str | None) -> None:
+    """Raise :class:`UsageError` where the preset's own data set is not there, with the command that writes it."""
+    own = find_preset("emoji").data.path
+    if own is not None and path == own and not Path(own).exists():
+        raise UsageError(
+            f"the preset emoji trains on {own}, which is not here: gobelin data emoji --out {Path(own).parent} writes "
+            "it, or give another folder by --data.path"
+        )
 
 
 def config_to_toml(config: RunConfig) -> str:

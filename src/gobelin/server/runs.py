@@ -1,5 +1,6 @@
 """Runs of jobs: a batch of paintings, an edit, or a look, step by step, with what is to be kept of them."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from PIL import Image
 
 from gobelin.attention import Trace
 from gobelin.checkpoint import Model
+from gobelin.errors import Cancelled
 from gobelin.formats.png import encode_png
 from gobelin.images import data_url
 from gobelin.look.sharp_maps import sharp_trace
@@ -50,7 +52,7 @@ class Runner:
             if number == 1:
                 self.store.start(job, _started(len(editing), [work.options["seed"]], self._size(step)))
             changed = len(step.latents) - 1
-            event = _step_event(number, len(editing), step, previews.of(job, step, [changed]))
+            event = _step_event(number, len(editing), step.timestep, previews.of(job, step, [changed]))
             if not self.goes_on([job], [event]):
                 return
         result = editing.result
@@ -60,7 +62,13 @@ class Runner:
     def _look(self, job: Job, work: LookWork) -> None:
         self.store.start(job, {"steps": len(work.timesteps), "seeds": [work.seed], "width": None, "height": None})
         image = work.image.open()
-        (heatmaps,) = self.pipeline.look(image, work.caption, timesteps=work.timesteps, seed=work.seed)
+        numbers = itertools.count(1)
+
+        def advance(timestep: int) -> None:
+            if not self.goes_on([job], [_step_event(next(numbers), len(work.timesteps), timestep, [])]):
+                raise Cancelled("the look was cancelled: it has no result")
+
+        (heatmaps,) = self.pipeline.look(image, work.caption, timesteps=work.timesteps, seed=work.seed, advance=advance)
         settings = {"caption": work.caption, "timesteps": list(work.timesteps), "seed": work.seed}
         self.done(job, [keep(heatmaps.image, {**settings, "model": self.pipeline.name}, heatmaps)])
 
@@ -120,9 +128,9 @@ def _started(steps: int, seeds: Sequence[int], size: tuple[int, int]) -> dict[st
     return {"steps": steps, "seeds": list(seeds), "height": size[0], "width": size[1]}
 
 
-def _step_event(number: int, steps: int, step: PaintingStep, previews: list[str], first: int = 0) -> dict[str, Any]:
+def _step_event(number: int, steps: int, timestep: float, previews: list[str], first: int = 0) -> dict[str, Any]:
     """Describe a step; ``first`` is the number of the image that the first preview is of."""
-    return {"step": number, "steps": steps, "timestep": step.timestep, "previews": previews, "first": first}
+    return {"step": number, "steps": steps, "timestep": timestep, "previews": previews, "first": first}
 
 
 @dataclass(kw_only=True)
@@ -191,7 +199,7 @@ class PaintRun:
     def _event(self, job: Job, step: PaintingStep, rows: Sequence[tuple[Job, int]], steps: int) -> dict[str, Any]:
         own = [row for row, (other, _) in enumerate(rows) if other is job]
         first = rows[own[0]][1] if own else 0
-        return _step_event(self._steps_done, steps, step, self._previews[job].of(job, step, own), first)
+        return _step_event(self._steps_done, steps, step.timestep, self._previews[job].of(job, step, own), first)
 
 
 class StepRecorder:
