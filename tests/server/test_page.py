@@ -161,15 +161,21 @@ def patches(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return image.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3))
 
 
-def test_a_prompt_is_painted_before_ones_eyes(tab: Page) -> None:
+def record_progress(tab: Page, view: str) -> None:
+    """Have the page record what it says while a job goes on, with the number of small pictures, in ``window.seen``."""
     tab.evaluate(
-        """() => {
+        """(view) => {
             window.seen = [];
-            const line = document.querySelector("#paint-stage .loom-line");
+            const line = document.querySelector(`#${view}-stage .loom-line`);
             const look = () => seen.push([line.textContent, document.querySelectorAll(".frames img").length]);
             new MutationObserver(look).observe(line, { childList: true });
-        }"""
+        }""",
+        view,
     )
+
+
+def test_a_prompt_is_painted_before_ones_eyes(tab: Page) -> None:
+    record_progress(tab, "paint")
     shown = paint(tab, steps=6)
     seen = tab.evaluate("window.seen")
     assert [line for line, _ in seen if line.startswith("Step 6 of 6")]
@@ -262,9 +268,13 @@ def test_a_photo_and_its_caption_have_a_map(tab: Page, tmp_path: Path) -> None:
     tab.locator("#look-file input").set_input_files(photo)
     tab.locator("#look-file img").wait_for()
     tab.locator("#caption").fill("a red square")
+    record_progress(tab, "look")
     tab.get_by_role("button", name="Look", exact=True).click()
     shown = tab.locator("#look-stage word-map")
     shown.get_by_role("button", name="red").hover()
+    said = [line for line, _ in tab.evaluate("window.seen")]
+    assert "At noise level 20 of 999: 1 of 1" in said
+    assert not [line for line in said if line.startswith(("Step", "From noise"))]  # nothing is painted
     expect(shown.locator("figcaption")).to_contain_text("“red”: up to")
     expect(shown.locator(".note")).to_contain_text("On pictures of another kind")
 

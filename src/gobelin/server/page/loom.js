@@ -19,6 +19,7 @@ export class Loom {
   #grain = makeGrain();
   #last = null; // what the canvas shows, without grain
   #turn = 0; // of a fade: a later one ends it
+  #isLooking = false; // at a picture that is there already
   #said = 0; // quarters of the way that were announced
 
   constructor() {
@@ -42,17 +43,26 @@ export class Loom {
     this.#fitTo(1, 1);
   }
 
-  begin(prompt) {
+  begin(prompt, seen) {
     this.element.classList.remove("empty");
     this.#set(prompt, "Waiting", "Sent to the server");
     this.#bar.style.visibility = "visible";
     this.#bar.removeAttribute("value");
-    this.#canvas.ariaLabel = `Painting: ${prompt}`;
+    this.#isLooking = seen !== null;
+    this.#canvas.ariaLabel = `${this.#isLooking ? "Looking at" : "Painting"}: ${prompt}`;
     this.#frames.replaceChildren();
     this.#last = null;
     this.#said = 0;
     this.#draw(1);
+    if (seen !== null) this.#see(seen);
     announce("Waiting for the server");
+  }
+
+  async #see(source) {
+    const image = await loadImage(source);
+    this.#fitTo(image.naturalWidth, image.naturalHeight);
+    this.#last = image;
+    this.#draw(0);
   }
 
   waiting(seconds) {
@@ -64,9 +74,14 @@ export class Loom {
   }
 
   started({ steps, width, height }) {
-    this.#fitTo(width, height);
     this.#bar.max = steps;
     this.#bar.value = 0;
+    if (this.#isLooking) {
+      this.#set(null, "Looking", steps === 1 ? "At one noise level" : `At ${steps} noise levels`);
+      announce("Looking");
+      return;
+    }
+    this.#fitTo(width, height);
     this.#set(null, "Denoising", `From noise, in ${steps} steps`);
     const frames = Math.min(steps, MOST_FRAMES);
     this.#frames.replaceChildren(...Array.from({ length: frames }, () => make("li")));
@@ -76,6 +91,10 @@ export class Loom {
   async step({ step, steps, timestep, previews }) {
     this.#bar.max = steps;
     this.#bar.value = step;
+    if (this.#isLooking) {
+      this.#set(null, "Looking", `At noise level ${Math.round(timestep)} of 999: ${step} of ${steps}`);
+      return;
+    }
     this.#set(null, "Denoising", `Step ${step} of ${steps}, at noise level ${Math.round(timestep)} of 999`);
     const quarter = Math.floor((4 * step) / steps);
     if (quarter > this.#said && quarter < 4) announce(`${25 * quarter} percent`);

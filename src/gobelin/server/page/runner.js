@@ -58,7 +58,7 @@ export class Runner {
 
   // Run a job on a stage; returns the run, or null.
   async paint(body, stage, blame) {
-    const heard = stage.begin(body.prompt ?? body.caption);
+    const heard = stage.begin(body.prompt ?? body.caption, body.kind === "look" ? body.image : null);
     const run = await this.attempt(async (signal) => {
       const job = await runJob(body, heard, signal);
       await heard.settled();

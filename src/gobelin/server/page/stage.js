@@ -24,12 +24,12 @@ export class Stage {
     this.back();
   }
 
-  // Show a painting while it goes on: what is returned hears of it, and keeps each step's pictures.
-  begin(prompt) {
+  // Show a painting while it goes on, or what is looked at: what is returned hears of it, and keeps each step's pictures.
+  begin(prompt, seen) {
     const previews = [];
     const loom = this.#loom;
     this.#hold();
-    loom.begin(prompt);
+    loom.begin(prompt, seen);
     this.#root.replaceChildren(loom.element);
     let drawn = Promise.resolve();
     return {
