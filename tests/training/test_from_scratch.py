@@ -26,11 +26,13 @@ from gobelin.errors import DataError, TrainingError, UsageError
 from gobelin.pipeline import Pipeline, shipped_model
 from gobelin.training import find_preset, trainer
 from gobelin.training.config import DataConfig
+from gobelin.training.losses import UNetLoss
 from gobelin.training.recipes.claim import differences
-from gobelin.training.recipes.from_scratch import STAGES
+from gobelin.training.recipes.from_scratch import STAGES, FromScratch
 from gobelin.training.run_folder import Run
 from gobelin.training.train_model import train
 from gobelin.training.trainer import fit
+from gobelin.vae import VAE, VAEConfig
 
 QUIET = Console(quiet=True)
 
@@ -242,6 +244,41 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
     with pytest.raises(TrainingError, match=r"stage broken, step 0, images 3, 1…: the loss is nan"):
         fit(Broken(), run)
     assert torch.equal(Broken.module.weight, before)
+
+
+def test_a_run_begins_at_half_size(micro, tmp_path, monkeypatch):
+    sizes, forward = [], UNetLoss.forward
+
+    def spy(self, batch):
+        sizes.append(tuple(batch.latents.shape[2:]))
+        return forward(self, batch)
+
+    monkeypatch.setattr(UNetLoss, "forward", spy)
+    config = micro()
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, half_size_steps=3), sample_every=100)
+    folder = train(config, tmp_path / "run", console=QUIET)
+    pipe = Pipeline.from_pretrained(folder)
+    side, steps = pipe.unet.config.sample_size, config.unet.optim.steps
+    assert sizes == [(side // 2, side // 2)] * 3 + [(side, side)] * (steps - 3)
+    assert pipe("a red circle", steps=1).images[0].size == (64, 64)
+    assert "Its first 3 steps were on images of half the size." in (folder / "README.md").read_text()
+
+
+def test_half_size_latents_are_of_the_means_of_four_pixels(micro, tmp_path):
+    recipe = FromScratch(micro(), tmp_path / "run", False, QUIET)
+    vae = VAE(VAEConfig.nano()).eval()
+    found, _ = recipe.latents(recipe.dataset, vae, "float32", is_half_size=True).read(torch.arange(4))
+    images = recipe.dataset.images(range(4)).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(found, vae.encode(images).mean, atol=1e-2, rtol=1e-2)  # they are kept in 16 bits
+    full, _ = recipe.latents(recipe.dataset, vae, "float32").read(torch.arange(4))
+    assert full.shape[2:] == (2 * found.shape[2], 2 * found.shape[3])
+
+
+def test_all_steps_at_half_size_are_refused(micro):
+    config = micro().unet
+    with pytest.raises(UsageError, match=f"half_size_steps is {config.optim.steps}, of {config.optim.steps} steps"):
+        dataclasses.replace(config, half_size_steps=config.optim.steps)
 
 
 def test_differences_of_configurations_are_named():

@@ -22,7 +22,7 @@ from gobelin.training.fine_tune_stages import InpaintingStage, WithPrior
 from gobelin.training.grounding import grounding_loss, is_grounded
 from gobelin.training.losses import UNetBatch, UNetLoss
 from gobelin.training.presets import refuse_scenes_of_folder
-from gobelin.training.stages import UNetStage
+from gobelin.training.stages import HalfSize, UNetStage
 from gobelin.training.train_model import train
 from gobelin.unet import UNet
 from gobelin.unet_config import UNetConfig
@@ -215,6 +215,33 @@ def test_dropped_captions_speak_of_nothing_and_masks_are_mirrored_with_the_image
     for row, caption in enumerate(told):
         assert torch.equal(batch.tokens[row], tokens[row] if caption else torch.zeros_like(tokens[row]))
         assert torch.equal(batch.masks[row], masks[row].flip(-1) if is_mirrored[row] else masks[row])
+
+
+def test_masks_are_halved_with_the_latents(core, tokenizer, tmp_path):
+    few = dataclasses.replace(core, count=8)
+    cache = GroundingCache(few, tokenizer, 16, tmp_path)
+    cache.fill()
+    config = dataclasses.replace(find_preset("tiny").unet, caption_dropout=0.0, grounding=0.1)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch_size=8))
+    unet = UNet(UNetConfig.nano())
+
+    def moments(side):
+        return lambda indices, mirrored: (torch.zeros(8, 4, side, side),) * 2
+
+    stage = UNetStage(
+        UNetLoss(unet, None, NoiseSchedule(ScheduleConfig()), grounding=0.1),
+        CachedDataset(few, tmp_path),
+        *(moments(16), 1.0, lambda captions: torch.zeros(len(captions), 32, 96), config, 0),
+        show=lambda module, step, run: None,
+        grounding=cache,
+        half_size=HalfSize(latents=moments(8), steps=1),
+    )
+    first, second = (stage.batch(step, slice(None)) for step in range(2))
+    masks, _ = cache.read(stage.order.indices(0))
+    assert first.masks.shape[2:] == first.latents.shape[2:] == (8, 8)
+    torch.testing.assert_close(first.masks.mean(dim=(2, 3)), masks.mean(dim=(2, 3)))
+    assert second.masks.shape[2:] == (16, 16)
+    assert stage.module(first)["grounding"] > 0
 
 
 @pytest.mark.parametrize("has_masks", [True, False])

@@ -17,7 +17,7 @@ from gobelin.tokenizer import Tokenizer
 from gobelin.training import find_preset
 from gobelin.training.losses import SketchHead, UNetLoss, min_snr_weights
 from gobelin.training.run_folder import Run
-from gobelin.training.stages import TextStage, UNetStage, VAEStage, encode_texts, image_grid
+from gobelin.training.stages import HalfSize, TextStage, UNetStage, VAEStage, encode_texts, image_grid
 from gobelin.unet import UNet
 from gobelin.unet_config import UNetConfig
 from gobelin.vae import VAE, VAEConfig
@@ -177,6 +177,23 @@ def test_the_unet_stage_predicts_the_noise(dataset):
     assert [known[int(text)] for text in seen["text"]] == captions
     assert seen["timesteps"].min() >= 0
     assert seen["timesteps"].max() <= 999
+
+
+def test_the_first_steps_are_at_half_size(dataset):
+    stage, seen, _ = unet_stage(dataset)
+    full = [stage.batch(step, slice(None)) for step in range(3)]
+    halves = torch.randn(len(dataset), 4, 8, 8)
+    stage._half_size = HalfSize(latents=lambda indices, mirrored: (halves[indices], torch.zeros(1)), steps=2)
+    made = [stage.batch(step, slice(None)) for step in range(3)]
+    for step in (0, 1):
+        assert torch.equal(made[step].latents, halves[stage.order.indices(step)])
+        assert made[step].noise.shape == made[step].latents.shape
+        assert torch.equal(made[step].timesteps, full[step].timesteps)
+        assert torch.equal(made[step].texts, full[step].texts)
+    assert torch.equal(made[2].latents, full[2].latents)
+    assert torch.equal(made[2].noise, full[2].noise)
+    assert stage.module(made[0])["loss"].item() == pytest.approx(1, abs=0.1)
+    assert seen["noisy"].shape[2:] == (8, 8)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

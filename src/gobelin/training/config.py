@@ -232,6 +232,9 @@ class UNetStageConfig(DiffusionConfig):
     """Size of the U-Net."""
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     """epsilon: the U-Net predicts the noise; v_prediction: the velocity."""
+    half_size_steps: WholeNumber = 0  # "Half the size first"
+    """Steps, the first ones, that train on images of half the height and width: each costs less, and what goes where is
+    learned sooner; how things look is learned in the steps after them. Images that are sampled meanwhile are poor."""
     zero_terminal_snr: bool = True  # with epsilon it is refused: "ε-prediction with zero terminal SNR is refused"
     """Rescale the noise schedule so that its last timestep is pure noise."""
 
@@ -240,6 +243,11 @@ class UNetStageConfig(DiffusionConfig):
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UsageError(
                 "zero_terminal_snr needs prediction v_prediction: in pure noise there is no epsilon to learn from"
+            )
+        if self.half_size_steps >= self.optim.steps:
+            raise UsageError(
+                f"half_size_steps is {self.half_size_steps}, of {self.optim.steps} steps in all: give fewer, as the "
+                "last are to be at full size"
             )
 
 

@@ -31,6 +31,8 @@ def model_card(
     recommended = config.recommended
     target = "velocity" if config.unet.prediction == "v_prediction" else "noise"
     size = unet.config.sample_size * vae.config.factor
+    first = config.unet.half_size_steps
+    halved = f" Its first {first:,} steps were on images of half the size." if first else ""
     return f"""---
 library_name: gobelin
 pipeline_tag: text-to-image
@@ -52,7 +54,7 @@ Data: {data_description}.
 {steps}
 
 The U-Net predicts the {target}; {config.unet.caption_dropout:.0%} of the captions were dropped, for classifier-free
-guidance.
+guidance.{halved}
 
 ```python
 import gobelin

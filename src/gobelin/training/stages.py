@@ -1,10 +1,12 @@
 """Training stages with gradients: text encoder, VAE, U-Net. Each has its loss, its batches, and what it shows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
@@ -19,6 +21,12 @@ from gobelin.training.config import DiffusionConfig, TextStageConfig, VAELossCon
 from gobelin.training.losses import TextBatch, TextLoss, UNetBatch, UNetLoss, VAEBatch, VAELoss
 from gobelin.training.run_folder import Run
 from gobelin.vae import VAE
+
+ReadLatents: TypeAlias = Callable[
+    [Int[Tensor, " batch"], Bool[Tensor, " batch"]],
+    tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]],
+]
+"""Read (mean, standard deviation) of unscaled latents by index, where asked of the mirrored image."""
 
 
 class _Stage:
@@ -135,10 +143,17 @@ class VAEStage(_Stage):
         return image_grid(tensor_to_images(both), columns=len(images))
 
 
+@dataclass(frozen=True, kw_only=True)
+class HalfSize:
+    """Latents of images of half the height and width, which the first ``steps`` train on."""
+
+    latents: ReadLatents
+    steps: int
+
+
 class UNetStage(_Stage):
     """Train the U-Net on cached latents: :class:`~gobelin.training.losses.UNetLoss`.
 
-    ``latents`` reads (mean, standard deviation) of unscaled latents by index, where asked of the mirrored image;
     ``scaling_factor`` is the VAE's. ``texts`` makes text embeddings of captions, or token ids if the module encodes
     them. ``show`` measures and draws the module; ``grounding`` has the masks that its loss may ask for.
     """
@@ -150,7 +165,7 @@ class UNetStage(_Stage):
         self,
         module: UNetLoss,
         dataset: CachedDataset,
-        latents: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        latents: ReadLatents,
         scaling_factor: float,
         texts: Callable[[list[str]], Float[Tensor, "texts length dim"] | Int[Tensor, "texts length"]],
         config: DiffusionConfig,
@@ -158,10 +173,12 @@ class UNetStage(_Stage):
         show: Callable[[UNetLoss, int, Run], Image.Image | None],
         flip: bool = False,
         grounding: GroundingCache | None = None,
+        half_size: HalfSize | None = None,
     ):
         super().__init__(dataset, config.optim.batch_size, seed)
         self.optim = config.optim
         self._grounding = grounding
+        self._half_size = half_size
         # A new word is in the text encoder too, and learns at the rate itself.
         self.lr_ratios = {"text_encoder.": config.text_lr_ratio} if config.train_text_encoder else {}
         self.module = module
@@ -183,7 +200,8 @@ class UNetStage(_Stage):
             "" if drop < self._config.caption_dropout else _pick(self.dataset.captions(index), pick)
             for index, drop, pick in zip(indices.tolist(), dropped.tolist(), picks.tolist(), strict=True)
         ]
-        means, stds = self._latents(indices, is_mirrored)
+        half_size = self._half_size if self._half_size is not None and step < self._half_size.steps else None
+        means, stds = (self._latents if half_size is None else half_size.latents)(indices, is_mirrored)
         shape = means.shape[1:]
         latents = (means + stds * normals(randoms, *shape)) * self._scaling_factor
         noise = normals(randoms, *shape)
@@ -195,6 +213,7 @@ class UNetStage(_Stage):
         masks, tokens = self._grounding.read(indices)
         has_words = torch.tensor([bool(caption) for caption in captions])
         masks = torch.where(is_mirrored[:, None, None, None], masks.flip(-1), masks)
+        masks = masks if half_size is None else F.avg_pool2d(masks, 2)
         return replace(batch, masks=masks, tokens=tokens & has_words[:, None, None])
 
     def choices(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,7 +23,7 @@ from gobelin.training.config import DiffusionConfig
 from gobelin.training.losses import UNetLoss
 from gobelin.training.recipes.recipe import Recipe
 from gobelin.training.run_folder import Run
-from gobelin.training.stages import UNetStage, encode_texts
+from gobelin.training.stages import HalfSize, UNetStage, encode_texts
 from gobelin.training.unet_monitor import UNetMonitor, ValidationPairs
 from gobelin.unet import UNet
 from gobelin.vae import VAE
@@ -46,14 +47,19 @@ def make_unet_stage(
     config: DiffusionConfig,
     write: Callable[[UNetLoss, int], Pipeline],
     stage: Callable[..., UNetStage] = UNetStage,
+    half_size_steps: int = 0,
 ) -> UNetStage:
     """Make the U-Net's stage over a recipe's data, with its latents and texts cached.
 
-    ``stage`` is the class, or what makes one; ``write`` writes the model as it stands and returns its pipeline.
+    ``stage`` is the class, or what makes one; ``write`` writes the model as it stands and returns its pipeline. The
+    first ``half_size_steps`` are on images of half the size.
     """
     networks.unet.gradient_checkpointing = config.gradient_checkpointing
     latents = recipe.latents(recipe.dataset, networks.vae, config.optim.precision)
     monitor = _make_monitor(recipe, networks, config, write, latents)
+    if half_size_steps:
+        halves = recipe.latents(recipe.dataset, networks.vae, config.optim.precision, is_half_size=True)
+        stage = partial(stage, half_size=HalfSize(latents=halves.read, steps=half_size_steps))
     return _make_stage(recipe, networks, config, recipe.dataset, latents, recipe.config.seed, monitor, stage)
 
 

@@ -146,7 +146,8 @@ class FromScratch(Recipe[TrainConfig]):
             pipeline.save_pretrained(self.out)
             return pipeline
 
-        trained = fit(make_unet_stage(self, networks, config, write), self.context)
+        stage = make_unet_stage(self, networks, config, write, half_size_steps=config.half_size_steps)
+        trained = fit(stage, self.context)
         if distributed.is_main_process():
             write(trained, config.optim.steps)
 

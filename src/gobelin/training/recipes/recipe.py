@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 
@@ -223,13 +224,19 @@ class Recipe(ABC, Generic[Config]):
             distributed.wait_for_main()
         return cached
 
-    def latents(self, dataset: CachedDataset, vae: VAE, precision: Precision) -> LatentCache:
-        """Encode a dataset's images, those that are not cached: every process takes its share."""
-        key = f"{weights_hash(vae)} in {computes_in(vae.device, precision)}"
+    def latents(
+        self, dataset: CachedDataset, vae: VAE, precision: Precision, is_half_size: bool = False
+    ) -> LatentCache:
+        """Encode a dataset's images, those that are not cached: every process takes its share.
+
+        If ``is_half_size``, they are made half as high and wide before, each pixel the mean of four.
+        """
+        key = f"{weights_hash(vae)} in {computes_in(vae.device, precision)}{' at half size' * is_half_size}"
         cache = LatentCache(dataset, self.cache, key, self.config.data.flip)
 
         @torch.no_grad()
         def encode(images: torch.Tensor) -> Posterior:
+            images = F.avg_pool2d(images, 2) if is_half_size else images
             with autocast(vae.device, precision):
                 return vae.encode(images.to(vae.device))
 
