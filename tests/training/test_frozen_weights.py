@@ -38,11 +38,19 @@ def step(unet, in_use, precision, side):
     return loss
 
 
+def gradients(unet) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in adapter_parameters(unet)])
+
+
 @pytest.mark.parametrize("targets", ["attention", "all"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.0), ("float32", 1e-5)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 2**-7), ("float32", 1e-5)])
 def test_they_change_nothing(targets, precision, tolerance):
-    """Of loss and gradients, in steps of maps of several sizes; afterwards the weights are what they were."""
-    plain, other = unet_with_adapters(targets), unet_with_adapters(targets)
+    """Of loss and gradients, in steps of maps of several sizes; afterwards the weights are what they were.
+
+    In bfloat16 oneDNN adds up a packed convolution in another order where there is AMX, and in the same one elsewhere:
+    so the numbers are to be as near to float32's as without.
+    """
+    plain, other, exact = (unet_with_adapters(targets) for _ in range(3))
     frozen = FrozenWeights(other, CPU, precision)
     before = {name: value.clone() for name, value in other.named_parameters()}
     for side in (FEW, MANY, FEW // 2, FEW):
@@ -50,9 +58,15 @@ def test_they_change_nothing(targets, precision, tolerance):
             step(unet, use, precision, side) for unet, use in ((plain, nullcontext()), (other, frozen.in_use()))
         )
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
-        for one, same in zip(adapter_parameters(plain), adapter_parameters(other), strict=True):
-            assert one.grad is not None
-            torch.testing.assert_close(same.grad, one.grad, rtol=tolerance, atol=tolerance * one.grad.abs().max())
+        if precision == "float32":
+            scale = gradients(plain).abs().max()
+            torch.testing.assert_close(gradients(other), gradients(plain), rtol=tolerance, atol=tolerance * scale)
+        else:
+            step(exact, nullcontext(), "float32", side)
+            wrong, as_wrong = ((gradients(unet) - gradients(exact)).norm() for unet in (other, plain))
+            assert wrong <= 1.1 * as_wrong
+        for unet in (plain, other, exact):
+            unet.zero_grad()
     for name, value in other.named_parameters():
         assert value.dtype == torch.float32
         assert torch.equal(value, before[name])
