@@ -19,7 +19,7 @@ export class Loom {
   #grain = makeGrain();
   #last = null; // what the canvas shows, without grain
   #turn = 0; // of a fade: a later one ends it
-  #isLooking = false; // at a picture that is there already
+  #seen = null; // the source of a picture that is there already, and is looked at
   #said = 0; // quarters of the way that were announced
 
   constructor() {
@@ -48,8 +48,8 @@ export class Loom {
     this.#set(prompt, "Waiting", "Sent to the server");
     this.#bar.style.visibility = "visible";
     this.#bar.removeAttribute("value");
-    this.#isLooking = seen !== null;
-    this.#canvas.ariaLabel = `${this.#isLooking ? "Looking at" : "Painting"}: ${prompt}`;
+    this.#seen = seen;
+    this.#canvas.ariaLabel = `${seen === null ? "Painting" : "Looking at"}: ${prompt}`;
     this.#frames.replaceChildren();
     this.#last = null;
     this.#said = 0;
@@ -60,6 +60,7 @@ export class Loom {
 
   async #see(source) {
     const image = await loadImage(source);
+    if (this.#seen !== source) return; // another began meanwhile
     this.#fitTo(image.naturalWidth, image.naturalHeight);
     this.#last = image;
     this.#draw(0);
@@ -76,7 +77,7 @@ export class Loom {
   started({ steps, width, height }) {
     this.#bar.max = steps;
     this.#bar.value = 0;
-    if (this.#isLooking) {
+    if (this.#seen !== null) {
       this.#set(null, "Looking", steps === 1 ? "At one noise level" : `At ${steps} noise levels`);
       announce("Looking");
       return;
@@ -91,7 +92,7 @@ export class Loom {
   async step({ step, steps, timestep, previews }) {
     this.#bar.max = steps;
     this.#bar.value = step;
-    if (this.#isLooking) {
+    if (this.#seen !== null) {
       this.#set(null, "Looking", `At noise level ${Math.round(timestep)} of 999: ${step} of ${steps}`);
       return;
     }
