@@ -4,9 +4,9 @@ python scripts/page_pictures.py docs/images            # page.png, how-it-works.
 python scripts/page_pictures.py /tmp/page --all        # each view, on a desk and on a phone, light and dark, and errors
 """
 
+import argparse
 import shutil
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -117,4 +117,8 @@ def main(folder: Path, everything: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--all" in sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the pictures go")
+    parser.add_argument("--all", action="store_true", help="each view, not only those of the docs")
+    options = parser.parse_args()
+    main(options.folder, options.all)

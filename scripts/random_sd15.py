@@ -7,7 +7,7 @@
 What it paints is noise; what opening and painting take, in memory and time, is what a trained one takes.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ from gobelin.bench.picture_contenders import random_pipeline
 
 def main() -> None:
     """The script."""
-    random_pipeline(torch.float16).save_single_file(Path(sys.argv[1]), torch.float16)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="where the model goes, *.safetensors")
+    random_pipeline(torch.float16).save_single_file(parser.parse_args().file, torch.float16)
 
 
 if __name__ == "__main__":

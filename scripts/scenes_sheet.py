@@ -1,6 +1,6 @@
 """Draw the scenes' sheet, the first six of each kind: python scripts/scenes_sheet.py docs/scenes.png"""
 
-import sys
+import argparse
 from itertools import count, islice
 from pathlib import Path
 
@@ -37,4 +37,6 @@ def first(world: World, category: str) -> list[Sample]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="where the sheet goes")
+    main(parser.parse_args().file)

@@ -3,8 +3,8 @@
 python scripts/benchmarks/regions.py [PROMPTS]     # 20: a quarter of an hour on one core
 """
 
+import argparse
 import random
-import sys
 from collections.abc import Callable
 
 from gobelin import Pipeline
@@ -50,4 +50,6 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int, nargs="?", default=20, help="pictures of each kind")
+    main(parser.parse_args().count)
