@@ -194,6 +194,17 @@ def test_files_that_are_no_clip_tokenizer_are_refused(files: dict[str, str], mes
         Tokenizer.from_pretrained(rewrite(tmp_path, **files))
 
 
+def test_a_model_has_its_tokenizer_in_a_folder_of_its_own(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "tokenizer")
+    assert torch.equal(Tokenizer.from_pretrained(tmp_path)(CORPUS), tokenizer(CORPUS))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(ModelError, match=r"has no tokenizer: expected tokenizer\.json in it, or vocab\.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     (rewrite(tmp_path) / name).unlink()

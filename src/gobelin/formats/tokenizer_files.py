@@ -46,12 +46,15 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Read a tokenizer's folder; raises :class:`ModelError` that names the file and what is wrong.
+    """Read a tokenizer's folder, or that of a model which has one in ``tokenizer``.
+
+    Raises :class:`ModelError` that names the file and what is wrong.
 
     The vocabulary and the merges are those of ``tokenizer.json`` where there is one, and of ``vocab.json`` and
     ``merges.txt`` where not; added tokens stand in ``tokenizer_config.json``, or in ``special_tokens_map.json``,
     ``added_tokens.json`` and ``tokenizer.json``.
     """
+    folder = _tokenizer_folder(folder)
     config = folder / "tokenizer_config.json"
     said = read_json(config) if is_there(config) else {}
     length = said.get("model_max_length", 77)
@@ -77,6 +80,14 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         added=added,
         numbers=numbers,
     )
+
+
+def _tokenizer_folder(given: Path) -> Path:
+    """Find the folder that has the vocabulary: the one given, or the ``tokenizer`` in it."""
+    for folder in (given, given / "tokenizer"):
+        if any(is_there(folder / name) for name in ("tokenizer.json", "vocab.json", "merges.txt")):
+            return folder
+    raise ModelError(f"{given} has no tokenizer: expected tokenizer.json in it, or vocab.json and merges.txt")
 
 
 def write_tokenizer_files(

@@ -63,11 +63,11 @@ def check_options(options: ServerOptions) -> None:
         raise UsageError(f"the token has {len(options.token)} characters: give {MIN_TOKEN} ASCII characters or more")
     if options.token is None and not is_loopback(options.host):
         raise UsageError(
-            f"--host is {options.host}, which other machines can reach: give a --token that they have to know"
+            f"--host is {options.host}, which other machines can reach: give a --token, or set GOBELIN_TOKEN"
         )
     if options.token is None and options.names:
         raise UsageError(
-            f"--name is {options.names[0]}, by which others reach it: give a --token that they have to know"
+            f"--name is {options.names[0]}, by which others reach it: give a --token, or set GOBELIN_TOKEN"
         )
 
 
