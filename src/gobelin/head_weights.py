@@ -45,7 +45,7 @@ def head_features(
         torch.einsum("wq,hqk->whk", start, own) / attention.clamp(min=_SMALL**3),
         attention[None],
     )
-    words = len(share)
+    words = share.shape[0]  # not len(), which export to ONNX would take for a number that never changes
     return torch.cat([(each + _SMALL).log().expand(words, -1, -1) for each in (*by_word, *by_patch)], dim=1)
 
 

@@ -18,6 +18,7 @@ from tests.conftest import fill_
 from gobelin.cache_folder import cache_folder
 from gobelin.checkpoint import Model, open_model
 from gobelin.clip import TextEncoder, TextEncoderConfig
+from gobelin.head_weights import PATCH_FEATURES, WORD_FEATURES, HeadWeights
 from gobelin.pipeline import shipped_model
 from gobelin.schedule import NoiseSchedule, ScheduleConfig
 from gobelin.settings import Settings
@@ -115,6 +116,23 @@ def make_small_model(**changes: Any) -> Model:
 @pytest.fixture(scope="session")
 def small_model() -> Model:
     return make_small_model()
+
+
+@pytest.fixture(scope="session")
+def weighted_model() -> Model:
+    """The small model, with head weights of its finest level."""
+    sites = [site for site in make_small_model().unet.attention_sites if site.grid(8, 8) == (8, 8)]
+    heads = {kind: {site.name: site.heads for site in sites if site.kind == kind} for kind in ("cross", "self")}
+    features = len(WORD_FEATURES) * sum(heads["cross"].values()) + len(PATCH_FEATURES) * sum(heads["self"].values())
+    weights = torch.randn(features, generator=torch.Generator().manual_seed(0))
+    chosen = HeadWeights(cross=heads["cross"], own=heads["self"], weights=weights / 4, bias=-0.5)
+    pointing = {"noun": {"iou": 0.5, "perfect": 0.9, "everywhere": 0.1}, "place": {"iou": 0.2}}
+    return make_small_model(head_weights=chosen, pointing=pointing, name="weighted")
+
+
+@pytest.fixture(scope="session")
+def weighted_page(weighted_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(weighted_model, tmp_path_factory.mktemp("weighted") / "page")
 
 
 @pytest.fixture(scope="session")

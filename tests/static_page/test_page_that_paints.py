@@ -113,14 +113,15 @@ def compare(tab: Page, model: Model, prompt: str, seed: int) -> None:
     warnings.simplefilter("ignore")  # of a prompt that is cut
     pipe = Pipeline(model)
     side = model.unet.config.sample_size
-    trace = sharp_trace(model.unet.attention_sites, (side, side))
+    trace = sharp_trace(model.unet.attention_sites, (side, side), model.head_weights)
     settings: dict[str, Any] = {"seed": seed, "weights": "none"}
     previews = [step.preview() for step in pipe.start(prompt, **settings)]
     result = pipe(prompt, **settings, trace="sharp")
-    each = pipe(prompt, **settings, trace=Trace(sites=trace.sites, per_step=True)).heatmaps[0].sharpened()
+    apart_by = Trace(sites=trace.sites, per_step=True, per_head=trace.per_head)
+    each = pipe(prompt, **settings, trace=apart_by).heatmaps[0].sharpened(trace.head_weights)
     whole, apart = word_map_data(result.heatmaps[0]), word_map_data(each)
     assert data["text"] == [list(piece) for piece in whole["text"]]
-    assert (data["words"], data["steps"]) == (whole["words"], 1 + each.steps)
+    assert (data["words"], data["steps"], data["weighted"]) == (whole["words"], 1 + each.steps, whole["weighted"])
     assert np.abs(shares(data)[0] - shares(whole)[0]).max() < 0.01
     assert np.abs(shares(data)[1:] - shares(apart)[1:]).max() < 0.01
     for ours, theirs in zip(data["images"], [result.images[0], *previews], strict=True):
@@ -131,6 +132,23 @@ def compare(tab: Page, model: Model, prompt: str, seed: int) -> None:
 def test_it_paints_what_python_paints(tab: Page, small_model: Model, prompt: str, seed: int) -> None:
     paint(tab, prompt, seed)
     compare(tab, small_model, prompt, seed)
+
+
+def test_head_weights_make_its_maps(browser: Browser, weighted_page: Path, weighted_model: Model) -> None:
+    context = without_service_workers(browser)
+    tab = context.new_page()
+    with served(weighted_page) as address:
+        tab.goto(f"{address}/")
+        paint(tab)
+        compare(tab, weighted_model, PROMPT, 0)
+        paint(tab, "!!!")  # no words
+        assert painted(tab)["words"] == []
+        paint(tab)
+    element = tab.locator("word-map")
+    element.get_by_role("button", name="ring").hover()
+    assert "likely" in element.locator("figcaption").inner_text()
+    assert "overlap by 50" in tab.locator("#trust").inner_text()
+    context.close()
 
 
 @pytest.mark.slow

@@ -25,14 +25,15 @@ ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime (gobelin[onnx
 pytest.importorskip("onnxscript", reason="needs onnxscript (gobelin[onnx])")
 
 
-@pytest.fixture(scope="module", params=["small", pytest.param("shipped", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["small", "weighted", pytest.param("shipped", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> Model:
-    return request.getfixturevalue("small_model" if request.param == "small" else "shipped")
+    name = request.param
+    return request.getfixturevalue(name if name == "shipped" else f"{name}_model")
 
 
 @pytest.fixture(scope="module")
 def folder(model: Model, request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue("small_page" if model.name == "small" else "shipped_page")
+    return request.getfixturevalue(f"{model.name if model.name in ('small', 'weighted') else 'shipped'}_page")
 
 
 def run(file: Path, **inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -50,13 +51,20 @@ def test_the_unet_predicts_and_looks_as_ours_does(model: Model, folder: Path) ->
     text = torch.randn(2, model.tokenizer.max_length, config.cross_attention_dim)
     timestep = torch.tensor([321.0])
     prediction, cross, own = run(folder / UNET, latents=latents, timestep=timestep, text_embeddings=text)
-    sites = sharp_trace(model.unet.attention_sites, (config.sample_size,) * 2).sites
-    ours, maps = model.unet.trace(latents, timestep, text, sites=sites, rows=slice(1, 2))
+    trace = sharp_trace(model.unet.attention_sites, (config.sample_size,) * 2, model.head_weights)
+    ours, maps = model.unet.trace(latents, timestep, text, sites=trace.sites, reduce="none", rows=slice(1, 2))
     assert relative_error(prediction, ours) < 1e-4
-    of = {kind: torch.cat([maps[site] for site in maps if site.kind == kind]) for kind in ("cross", "self")}
-    assert len(of["cross"]) >= 1
-    assert relative_error(cross, of["cross"]) < 1e-4
-    assert relative_error(own, of["self"].mean(dim=0)) < 1e-4
+    heads = {kind: [maps[site][0] for site in maps if site.kind == kind] for kind in ("cross", "self")}
+    assert len(heads["cross"]) >= 1
+    weights = trace.head_weights
+    assert (weights is None) == (model.name == "small")
+    if weights is None:
+        assert relative_error(cross, torch.stack([each.mean(dim=0) for each in heads["cross"]])) < 1e-4
+        assert relative_error(own, torch.cat(heads["self"]).mean(dim=0)[None]) < 1e-4
+    else:
+        by_name = {site.name: probs[0] for site, probs in maps.items()}
+        assert relative_error(cross, torch.cat([by_name[name] for name in weights.cross])) < 1e-4
+        assert relative_error(own, torch.cat([by_name[name] for name in weights.own])) < 1e-4
 
 
 @torch.no_grad()

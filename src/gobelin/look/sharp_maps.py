@@ -38,7 +38,9 @@ def sharp_trace(
     return Trace(sites=[site for site in level if site in decoder], start=_LATE)
 
 
-def sharpen(share: Float[Tensor, " patches"], own: Float[Tensor, "patches patches"]) -> Float[Tensor, " patches"]:
-    """Sharpen a map of patches: each keeps it as far as the patches that it attends to, by ``own``, have it too."""
-    gathered = own @ share
-    return share * gathered / gathered.max().clamp(min=torch.finfo(gathered.dtype).tiny)
+def sharpen(
+    share: Float[Tensor, "*words patches"], own: Float[Tensor, "patches patches"]
+) -> Float[Tensor, "*words patches"]:
+    """Sharpen maps of patches: each keeps it as far as the patches that it attends to, by ``own``, have it too."""
+    gathered = torch.einsum("qk,...k->...q", own, share)
+    return share * gathered / gathered.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(gathered.dtype).tiny)

@@ -16,7 +16,7 @@ _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-_WORD_MAP = "word_map.js"  # of gobelin.look
+_OF_LOOK = ("word_map.js", "trust.js")
 _INDEX = "index.html"
 
 
@@ -45,7 +45,7 @@ def list_page_files() -> dict[str, Traversable]:
     folder = files("gobelin.server") / "page"
     there = list(folder.iterdir()) if folder.is_dir() else []
     found = {one.name: one for one in there if any(one.name.endswith(suffix) for suffix in _TYPES)}
-    return {**found, _WORD_MAP: files("gobelin.look") / _WORD_MAP}
+    return {**found, **{name: files("gobelin.look") / name for name in _OF_LOOK}}
 
 
 def _answer(name: str) -> Response:

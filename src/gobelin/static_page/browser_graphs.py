@@ -1,5 +1,6 @@
 """Graphs for the browser: a model's networks as ONNX, for one image of its own size, with its maps as outputs."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,32 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gobelin.attention import Trace, choose_sites
+from gobelin.attention import Reduction, Trace, choose_sites
 from gobelin.checkpoint import Model
 from gobelin.checkpoint.onnx_files import CalledNetwork, OnnxFile, require_onnx, write_onnx
-from gobelin.look.sharp_maps import sharp_trace
+from gobelin.look.sharp_maps import sharp_trace, sharpen
 from gobelin.plan import latent_size
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-TEXT_ENCODER, UNET, DECODER = "text_encoder.onnx", "unet.onnx", "decoder.onnx"
+TEXT_ENCODER, UNET, DECODER, WORD_MAPS = "text_encoder.onnx", "unet.onnx", "decoder.onnx", "word_maps.onnx"
 
 
 def write_graphs(model: Model, folder: Path) -> list[Path]:
-    """Write the three graphs into a folder; returns their paths.
+    """Write the four graphs into a folder; returns their paths.
 
     The text encoder takes ``token_ids`` [2, L], of what to steer away from and of the prompt, and gives
     ``text_embeddings`` [2, L, D]. The U-Net takes these, ``latents`` [1, C, h, w] and ``timestep`` [1], and gives
-    ``prediction`` [2, C, h, w], and of the prompt's the attention that sharp maps are made of, means over heads:
-    ``cross`` [sites, patches, L] to words, ``own`` [patches, patches] to patches, a mean over sites. The decoder takes
-    ``latents`` and gives ``levels`` [H, W, 4], bytes of red, green, blue and opacity.
+    ``prediction`` [2, C, h, w], and of the prompt's the attention that sharp maps are made of: ``cross``
+    [maps, patches, L] to tokens and ``own`` [own maps, patches, patches] to patches, of each head where the model has
+    head weights, else means over heads, and ``own`` over sites too. Of their means over steps and of ``words`` [W, L],
+    1 for a word's tokens, 0 for others, the word maps are made: ``shares`` [W, patches]. The decoder takes ``latents``
+    and gives ``levels`` [H, W, 4], bytes of red, green, blue and opacity.
 
     Weights that half precision holds exactly are stored in it; everything is computed in float32. Raises
     :class:`UsageError` where ONNX is not installed, and :class:`ModelError` for what cannot be exported.
     """
     require_onnx()
-    paths = [write_onnx(file, folder) for file in (_text_encoder(model), _unet(model), _decoder(model))]
+    paths = [write_onnx(made(model), folder) for made in (_text_encoder, _unet, _word_maps, _decoder)]
     for path in paths:
         _make_smaller(path)
     return paths
@@ -46,7 +49,7 @@ def page_size(model: Model) -> tuple[int, int]:
 
 def page_trace(model: Model) -> Trace:
     """Choose the maps that the page shows: those that point best."""
-    return sharp_trace(model.unet.attention_sites, page_size(model))
+    return sharp_trace(model.unet.attention_sites, page_size(model), model.head_weights)
 
 
 def _text_encoder(model: Model) -> OnnxFile:
@@ -60,18 +63,49 @@ def _text_encoder(model: Model) -> OnnxFile:
 
 
 def _unet(model: Model) -> OnnxFile:
-    unet = model.unet
+    unet, trace = model.unet, page_trace(model)
     text = torch.zeros(2, model.tokenizer.max_length, unet.config.cross_attention_dim)
-    sites = choose_sites(unet.attention_sites, page_trace(model).sites)
+    sites = choose_sites(unet.attention_sites, trace.sites)
+    weights = trace.head_weights
+    reduction: Reduction = "heads" if weights is None else "none"
+    kinds = {kind: [site.name for site in sites if site.kind == kind] for kind in ("cross", "self")}
+    cross_names, own_names = (kinds["cross"], kinds["self"]) if weights is None else (weights.cross, weights.own)
 
     def predict(latents: Tensor, timestep: Tensor, text_embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        prediction, maps = unet.trace(latents, timestep, text_embeddings, sites=sites, rows=slice(1, 2))
-        cross = [maps[site] for site in sites if site.kind == "cross"]
-        own = [maps[site] for site in sites if site.kind == "self"]
-        return prediction, torch.cat(cross), torch.cat(own).mean(dim=0)
+        prediction, maps = unet.trace(
+            latents, timestep, text_embeddings, sites=sites, reduce=reduction, rows=slice(1, 2)
+        )
+        by_name = {site.name: probs.flatten(0, -3) for site, probs in maps.items()}  # [maps, patches, keys]
+        cross, own = (torch.cat([by_name[name] for name in names]) for names in (cross_names, own_names))
+        return prediction, cross, own if weights is not None else own.mean(dim=0, keepdim=True)
 
     inputs = {"latents": (_latents(model), ()), "timestep": (torch.zeros(1), ()), "text_embeddings": (text, ())}
     return OnnxFile(UNET, CalledNetwork(unet, predict), inputs, ("prediction", "cross", "own"))
+
+
+def _word_maps(model: Model) -> OnnxFile:
+    trace, length = page_trace(model), model.tokenizer.max_length
+    sites = choose_sites(model.unet.attention_sites, trace.sites)
+    weights = trace.head_weights
+    if weights is None:
+        cross_maps, own_maps = sum(site.kind == "cross" for site in sites), 1
+    else:
+        cross_maps, own_maps = sum(weights.cross.values()), sum(weights.own.values())
+    patches = math.prod(sites[0].grid(*page_size(model)))
+
+    def word_maps(cross: Tensor, own: Tensor, words: Tensor) -> Tensor:
+        share = torch.einsum("mpl,wl->wmp", cross, words)
+        if weights is None:
+            return sharpen(share, own[0]).mean(dim=1).clamp(0, 1)
+        bos = cross[None, ..., 0]  # the first token
+        return weights.logits(share, bos, own).sigmoid()
+
+    inputs = {
+        "cross": (torch.rand(cross_maps, patches, length), ()),
+        "own": (torch.rand(own_maps, patches, patches), ()),
+        "words": (torch.zeros(3, length), (0,)),
+    }
+    return OnnxFile(WORD_MAPS, CalledNetwork(torch.nn.Identity(), word_maps), inputs, ("shares",))
 
 
 def _decoder(model: Model) -> OnnxFile:

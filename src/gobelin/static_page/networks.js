@@ -43,7 +43,7 @@ export async function openNetworks(model, tell) {
       return outputs.text_embeddings;
     },
 
-    // → {negative, positive} predictions, and the maps {cross, own}
+    // → {negative, positive} predictions, and the prompt's attention {cross, own}
     async predict(latents, timestep, embeddings) {
       const { prediction, cross, own } = await sessions.unet.run({
         latents: floats(latents, 1, channels, height, width),
@@ -54,8 +54,21 @@ export async function openNetworks(model, tell) {
       return {
         negative: prediction.data.slice(0, half),
         positive: prediction.data.slice(half),
-        maps: { cross: cross.data, own: own.data },
+        attention: { cross, own },
       };
+    },
+
+    // attention, and words with their tokens' places → each word's share of each patch, [words, patches]
+    async wordMaps({ cross, own }, words) {
+      if (words.length === 0) return new Float32Array(0);
+      const marks = new Float32Array(words.length * length);
+      words.forEach(({ tokens }, word) => tokens.forEach((place) => (marks[word * length + place] = 1)));
+      const { shares } = await sessions.maps.run({
+        cross: floats(cross.data, ...cross.dims),
+        own: floats(own.data, ...own.dims),
+        words: floats(marks, words.length, length),
+      });
+      return shares.data;
     },
 
     // → bytes of an image: red, green, blue, opacity

@@ -4,6 +4,7 @@ import "./word_map.js";
 import { packShares } from "./maps.js";
 import { withText } from "./png.js";
 import { splitPrompt } from "./prompt_words.js";
+import { trust } from "./trust.js";
 
 const MOST_KEPT = 12; // pictures of this visit
 const STORED = "gobelin"; // the keyword of a PNG's settings
@@ -27,6 +28,7 @@ await start().catch(() => fail("This page's file model.json is missing or damage
 async function start() {
   model = await (await fetch("./model.json", { cache: "no-cache" })).json();
   [canvas.height, canvas.width] = model.image;
+  document.querySelector("#trust").textContent = trust(model.pointing, "paint");
   describe();
   fillIn();
   listen();
@@ -189,6 +191,7 @@ function show({ image, images, steps }) {
     columns,
     steps: steps.length,
     sharp: true,
+    weighted: model.isWeighted ? job.words.length : 0,
     colours: model.colours,
     image,
     images,

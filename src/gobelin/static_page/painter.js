@@ -4,7 +4,7 @@
 // {kind: "stop"}, and answers {kind: "reading", share}, {kind: "ready", threads}; then, each with the id,
 // {kind: "begun", …}, {kind: "step", …}, {kind: "done", …}, {kind: "stopped"}; and {kind: "failed", sentence}.
 
-import { Maps } from "./maps.js";
+import { Attention } from "./maps.js";
 import { openNetworks } from "./networks.js";
 import { drawNoise, Generator } from "./noise.js";
 import { findWords } from "./prompt_words.js";
@@ -57,11 +57,11 @@ async function paint({ id, prompt, negativePrompt, seed, steps, guidance }) {
   const generator = new Generator(seed);
   const count = model.latents.reduce((product, side) => product * side);
   const levels = model.levels[steps];
-  const late = new Maps();
-  let maps = null;
+  const late = new Attention();
+  let attention = null;
   const predict = async (latents, timestep) => {
     const predicted = await networks.predict(latents, timestep, embeddings);
-    maps = predicted.maps;
+    attention = predicted.attention;
     return guide(predicted.negative, predicted.positive, guidance, model.guidanceRescale);
   };
   let clean = null;
@@ -75,15 +75,14 @@ async function paint({ id, prompt, negativePrompt, seed, steps, guidance }) {
     await others();
     if (wanted !== id) return self.postMessage({ kind: "stopped", id });
     clean = latents;
-    const seen = new Maps();
-    seen.add(maps);
-    if (index >= levels.mapsFrom) late.add(maps);
+    if (index >= levels.mapsFrom) late.add(attention);
+    const shares = await networks.wordMaps(attention, words);
     const image = await networks.decode(denoised);
     const done = { step: index + 1, steps: levels.timesteps.length };
-    self.postMessage({ kind: "step", id, ...done, image, shares: seen.shares(words, tokenizer.maxLength) });
+    self.postMessage({ kind: "step", id, ...done, image, shares });
   }
   const image = await networks.decode(clean);
-  self.postMessage({ kind: "done", id, image, shares: late.shares(words, tokenizer.maxLength) });
+  self.postMessage({ kind: "done", id, image, shares: await networks.wordMaps(late.mean(), words) });
 }
 
 function readTokens(text) {

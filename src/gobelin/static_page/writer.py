@@ -21,7 +21,15 @@ from gobelin.plan import inpaints
 from gobelin.samplers import find_noise_levels
 from gobelin.scenes import WORLDS
 from gobelin.scenes.vocabulary import caption_words, vocabulary
-from gobelin.static_page.browser_graphs import DECODER, TEXT_ENCODER, UNET, page_size, page_trace, write_graphs
+from gobelin.static_page.browser_graphs import (
+    DECODER,
+    TEXT_ENCODER,
+    UNET,
+    WORD_MAPS,
+    page_size,
+    page_trace,
+    write_graphs,
+)
 from gobelin.static_page.runtime_files import PACKAGE, PROGRAM, SCRIPT, RuntimeFiles
 from gobelin.text_conditioning import CHUNKED_LENGTH
 
@@ -32,7 +40,7 @@ _COPIED = (
     *("index.html", "page.css", "page.js", "painter.js", "networks.js", "samplers.js", "noise.js", "tokenizer.js"),
     *("prompt_words.js", "maps.js", "png.js", "sentences.js", "service_worker.js", "logo.svg", "licences.txt"),
 )
-_WORD_MAP = "word_map.js"
+_OF_LOOK = ("word_map.js", "trust.js")
 _EXAMPLES = (  # of which a model is given those whose words it was taught
     *("a red circle to the left of a blue star", "three green rings", "a yellow star above a purple ring"),
     *("a white cross", "a pink diamond and a brown box", "a red ring and a blue square", "a yellow triangle"),
@@ -55,7 +63,8 @@ def write_page(model: Model, folder: Path, runtime: RuntimeFiles) -> int:
         heavy = [*write_graphs(model, made), *_write_runtime(runtime, made / "onnxruntime")]
         for name in _COPIED:
             (made / name).write_bytes(files("gobelin.static_page").joinpath(name).read_bytes())
-        (made / _WORD_MAP).write_bytes(files("gobelin.look").joinpath(_WORD_MAP).read_bytes())
+        for name in _OF_LOOK:
+            (made / name).write_bytes(files("gobelin.look").joinpath(name).read_bytes())
         write_json(made / "model.json", _describe(model, made, heavy))
         if folder.is_dir():  # an empty one
             folder.rmdir()
@@ -113,7 +122,7 @@ def _describe(model: Model, folder: Path, heavy: Iterable[Path]) -> dict[str, An
         "command": "gobelin generate" + ("" if model.name == SHIPPED else f" --model {shlex.quote(model.name)}"),
         "numbers": numbers,
         "files": [_describe_file(path, folder) for path in heavy],
-        "graphs": {"text": TEXT_ENCODER, "unet": UNET, "decoder": DECODER},
+        "graphs": {"text": TEXT_ENCODER, "unet": UNET, "decoder": DECODER, "maps": WORD_MAPS},
         "latents": [model.vae.config.latent_channels, h, w],
         "image": [h * factor, w * factor],
         "tokenizer": {
@@ -128,6 +137,8 @@ def _describe(model: Model, folder: Path, heavy: Iterable[Path]) -> dict[str, An
         "guidanceRescale": asked.guidance_rescale or 0.0,
         "negativePrompt": asked.negative_prompt or "",
         "clipSkip": asked.clip_skip or 0,
+        "isWeighted": page_trace(model).head_weights is not None,
+        "pointing": model.pointing,
         "levels": {str(steps): _describe_levels(model, steps) for steps in _step_counts(model)},
         "colours": base64.b64encode(colour_map().tobytes()).decode("ascii"),
         **_describe_world(model),

@@ -252,17 +252,18 @@ function explain({ query, keys, scores, softmax, output, latents, denoised, ...t
   const width = query.length;
   const best = order[0];
   byId("how-score").textContent =
-    `For “${tokens[best]}”: q · k = ${figure(scores[best] * Math.sqrt(width))}, ` +
+    `For “${spoken(tokens[best])}”: q · k = ${figure(scores[best] * Math.sqrt(width))}, ` +
     `over √${width} = ${figure(Math.sqrt(width))} makes ${figure(scores[best])}; e to the power of it, ` +
     `over the sum of all, ${figure(softmax[best], 3)}.`;
   const large = order.slice(0, SHOWN_TERMS).filter((place) => softmax[place] >= 0.001);
-  const terms = large.map((place) => `${figure(softmax[place], 3)} · v(${tokens[place]})`);
+  const terms = large.map((place) => `${figure(softmax[place], 3)} · v(${spoken(tokens[place])})`);
   byId("how-sum").textContent = `${terms.join(" + ")} + … =`;
   byId("how-output").replaceChildren(vectorStrip(output, "The output"));
-  byId("how-values").textContent = large.map((place) => `|v(${tokens[place]})| = ${figure(values[place])}`).join(", ");
+  byId("how-values").textContent = large.map((place) => `|v(${spoken(tokens[place])})| = ${figure(values[place])}`).join(", ");
 }
 
 const isPad = (token) => token === "<pad>";
+const spoken = (token) => (isPad(token) ? "padding" : token);
 
 // Tokens in their order, those of the padding as one.
 function shownTokens(tokens) {

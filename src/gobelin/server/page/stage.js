@@ -4,8 +4,8 @@ import { button, download, downloadText, dataUrl, make, slug } from "./elements.
 import { getJson, request } from "./client.js";
 import { desk, differences } from "./desk.js";
 import { Loom } from "./loom.js";
+import { trust } from "./trust.js";
 
-const WEAK = ["relation", "place"]; // kinds of words whose maps hardly point
 const FORGOTTEN = "The server no longer has this run. Paint it again to look into its layers.";
 
 export class Stage {
@@ -219,22 +219,3 @@ export function siteTitle(name) {
 export function pointing(kind) {
   return make("p", { slot: "note", className: "note", textContent: trust(desk.info?.pointing, kind) });
 }
-
-function trust(figures, kind) {
-  if (!Number.isFinite(figures?.noun?.iou))
-    return "How well this model's words point was not measured: read its maps as hints.";
-  if (kind === "layer") return "How well single layers and heads point was not measured: read them as hints.";
-  const { iou, perfect, everywhere } = figures.noun;
-  const bounds = perfect
-    ? `; a perfect map of this resolution reaches ${share(perfect)}, one that lights up everywhere ${share(everywhere)}`
-    : "";
-  const weak = WEAK.filter((name) => figures[name]).map((name) => `${name} ${share(figures[name].iou)}`);
-  return (
-    `How far to trust this: on this model's own pictures the map of a noun and the pixels of its object overlap by ` +
-    `${share(iou)} (intersection over union${bounds}). ` +
-    `Words of other kinds point less: ${weak.join(", ")}.` +
-    (kind === "look" ? " On pictures of another kind than the model's own it was not measured." : "")
-  );
-}
-
-const share = (value) => `${Math.round(100 * value)}\u00a0%`;
