@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tests.training.small_stage import STEPS, Interrupted, SmallStage, fit, make_run
+from tests.training.small_stage import STEPS, Interrupted, SmallStage, fit, make_run, text_gradients
 
 from gobelin.training import distributed
 
@@ -19,6 +19,9 @@ def main(folder: Path) -> None:
             assert all(torch.equal(stage.evaluated[STEPS][key], averaged[key]) for key in averaged)
             torch.save(averaged, folder / f"{name}.pt")
 
+    gradients = text_gradients(distributed.shard())
+    if distributed.is_main_process():
+        torch.save(gradients, folder / "text-gradients.pt")
     for optimizer, parallelism in KINDS:
         kind = f"{optimizer}-{parallelism}"
         finish(kind, SmallStage(optimizer), make_run(folder / kind, parallelism, sample_every=1))

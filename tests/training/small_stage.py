@@ -9,10 +9,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from gobelin.clip import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from gobelin.data.batches import Order, normals
 from gobelin.layers import ResnetBlock2D
-from gobelin.training import trainer
+from gobelin.tokenizer import Tokenizer
+from gobelin.training import distributed, trainer
 from gobelin.training.config import OptimConfig
+from gobelin.training.losses import TextBatch, TextLoss
+from gobelin.training.presets import find_preset
 from gobelin.training.run_folder import Run
 from gobelin.unet import BasicTransformerBlock, Conditioning
 from gobelin.unet_config import UNetConfig
@@ -47,6 +51,29 @@ class SmallLoss(nn.Module):
         conditioning = Conditioning(hidden.new_zeros(len(hidden), 1), batch.texts)
         hidden = hidden + self.transformer(hidden.flatten(2).mT, conditioning).mT.view_as(hidden)
         return {"loss": (self.leave(hidden) - batch.noise).square().mean(dim=(1, 2, 3)).mean()}
+
+
+def text_gradients(rows: slice) -> dict[str, Tensor]:
+    """The losses and gradients of the text stage, on some rows of a batch with made-up images: means over processes.
+
+    Of its captions two are one, and not every row has a hard negative.
+    """
+    captions = ["a ring", "a red star", "a ring", "two blue stars", "a cross", "a red ring"]
+    hard = {0: "a star", 3: "two blue rings", 4: "a ring", 5: "a blue ring"}
+    tokenizer = Tokenizer.train(captions, vocab_size=530, max_length=8)
+    torch.manual_seed(0)
+    images = torch.rand(len(captions), 3, 64, 64) * 2 - 1
+    text = TextEncoder(TextEncoderConfig.of(32, layers=1, heads=2, vocab_size=530, max_position_embeddings=8)).init_()
+    image = ImageEncoder(ImageEncoderConfig(text_width=32, projection_dim=16, block_out_channels=(16, 16, 16)))
+    module = TextLoss(text, image, find_preset("nano").text)
+    mine = list(range(len(captions)))[rows]
+    texts = [*(captions[row] for row in mine), *(hard[row] for row in mine if row in hard)]
+    losses = module(TextBatch(images=images[mine], token_ids=tokenizer(texts)))
+    losses["loss"].backward()
+    found = {**losses, **{name: value.grad for name, value in module.named_parameters() if value.grad is not None}}
+    found = {name: value.detach().clone() for name, value in found.items()}
+    distributed.all_reduce_mean_(found.values())
+    return found
 
 
 class Interrupted(Exception):

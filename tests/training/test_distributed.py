@@ -134,6 +134,10 @@ def test_two_processes_make_the_model_that_one_makes(config, tmp_path):
     step = config.unet.optim.learning_rate
     for name, tensor in parts[one].items():
         torch.testing.assert_close(parts[two][name], tensor, rtol=0, atol=step / 20, msg=f"{name} differs")
+    texts = [load_file(folder / "training" / "text_encoder" / "model.safetensors") for folder in (one, two)]
+    step = config.text.optim.learning_rate
+    for name, tensor in texts[0].items():
+        torch.testing.assert_close(texts[1][name], tensor, rtol=0, atol=step / 20, msg=f"{name} differs")
     lines = [(folder / "training" / "metrics.jsonl").read_text().count("\n") for folder in (one, two)]
     assert lines[0] == lines[1], "both processes wrote"
 

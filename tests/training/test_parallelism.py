@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from tests.training.in_two_processes import KINDS
-from tests.training.small_stage import STEPS, Interrupted, SmallStage, fit, make_run
+from tests.training.small_stage import STEPS, Interrupted, SmallStage, fit, make_run, text_gradients
 from tests.training.test_distributed import launch
 
 from gobelin.training.checkpoints import load_checkpoint
@@ -37,6 +37,14 @@ def is_near(found, expected):
 
 def is_equal(found, expected):
     return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_two_processes_contrast_the_pairs_of_the_whole_batch(alone):
+    folder, _ = alone
+    whole, shared = text_gradients(slice(None)), torch.load(folder / "text-gradients.pt")
+    assert whole.keys() == shared.keys()
+    for name, value in whole.items():
+        assert (shared[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-6, name
 
 
 def weights(run_folder):

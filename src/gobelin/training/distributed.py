@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
@@ -193,6 +193,37 @@ def all_gather_rows(rows: Shaped[Tensor, "shard ..."], total: int) -> Shaped[Ten
     gathered[shard()] = rows
     distributed.all_reduce(gathered)
     return gathered
+
+
+def concat_rows(rows: Float[Tensor, "shard width"]) -> Float[Tensor, "rows width"]:
+    """Concatenate the rows of all processes, of which each may have another number, with gradients, in float32.
+
+    Every process computes the whole loss of them, and so the backward pass adds up as many gradients as there are
+    processes: what a mean over the processes, as DDP takes it, divides by again.
+    """
+    if not distributed.is_initialized():
+        return rows
+    counts = all_gather_rows(torch.tensor([len(rows)], device=rows.device), world_size()).tolist()
+    return _ConcatRows.apply(rows.float(), counts) if any(counts) else rows.float()
+
+
+class _ConcatRows(torch.autograd.Function):
+    """``all_gather`` of rows; its gradient is the sum over the processes of the gradients of their copies."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total.split(ctx.counts)[distributed.get_rank()], None
 
 
 def broadcast(value: _Value) -> _Value:

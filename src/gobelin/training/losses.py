@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gobelin.clip import ImageEncoder, TextEncoder, contrastive_loss
 from gobelin.layers import Attention
 from gobelin.schedule import NoiseSchedule
+from gobelin.training import distributed
 from gobelin.training.config import TextStageConfig, VAELossConfig
 from gobelin.training.grounding import grounding_loss, is_grounded
 from gobelin.unet import UNet
@@ -35,11 +36,10 @@ class _Batch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextBatch(_Batch):
-    """Images in [-1, 1], the token ids of their captions and then of the hard negatives, and which captions are one."""
+    """Images in [-1, 1], and the token ids of their captions and then of the hard negatives."""
 
     images: Float[Tensor, "batch 3 height width"]
     token_ids: Int[Tensor, "texts length"]
-    same: Bool[Tensor, "batch batch"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,11 +103,16 @@ class SketchHead(nn.Module):
         """Compute the squared error against images in [-1, 1], as a fraction of the colours' variance in the batch."""
         colours = F.interpolate(images, size=(self.side, self.side), mode="area")
         error = self(text_embeddings, mask).float() - colours
-        return error.square().mean() / colours.var(dim=0).mean().clamp(min=_LEAST_VARIANCE)
+        variance = distributed.concat_rows(colours.flatten(1)).var(dim=0).mean()
+        return error.square().mean() / variance.clamp(min=_LEAST_VARIANCE)
 
 
 class TextLoss(nn.Module):
-    """CLIP's contrastive loss over (image, caption) pairs, and the sketch loss, of a text and an image encoder."""
+    """CLIP's contrastive loss over (image, caption) pairs, and the sketch loss, of a text and an image encoder.
+
+    Several processes encode their shards of a batch each, and contrast the pairs of all: the loss is the whole batch's.
+    Captions of the same tokens are one.
+    """
 
     def __init__(self, text: TextEncoder, image: ImageEncoder, config: TextStageConfig):
         super().__init__()
@@ -118,16 +123,19 @@ class TextLoss(nn.Module):
 
     def forward(self, batch: TextBatch) -> dict[str, Float[Tensor, ""]]:
         """Compute the loss, its two terms, and the accuracy of finding each image's caption in the batch."""
-        images, same, count = batch.images, batch.same, len(batch.images)
+        images, own = batch.images, len(batch.images)
         mask = batch.token_ids != self.text.config.eos_token_id
         token_ids = batch.token_ids[:, : int(mask.sum(dim=1).max()) + 1]
         text_embeddings = self.text(token_ids)
         texts = self.image.project_text(self.text.pooled(token_ids, text_embeddings))
-        logits = self.image.similarity(self.image(images), texts)
+        captions, negatives = distributed.concat_rows(texts[:own]), distributed.concat_rows(texts[own:])
+        logits = self.image.similarity(distributed.concat_rows(self.image(images)), torch.cat([captions, negatives]))
+        said = distributed.concat_rows(batch.token_ids[:own].float())  # exact: token ids are small
+        same, count = (said[:, None] == said).all(dim=-1), len(said)
         found = logits.argmax(dim=1)
         right = (found < count) & same.gather(1, found.clamp(max=count - 1)[:, None])[:, 0]
         contrast = contrastive_loss(logits, same)
-        pairs = slice(count)  # without the hard negatives
+        pairs = slice(own)  # without the hard negatives
         sketch = self.sketch.loss(text_embeddings[pairs], mask[pairs, : token_ids.shape[1]], images)
         return {
             "loss": contrast + self.config.sketch * sketch,

@@ -89,7 +89,6 @@ class TextStage(_Stage):
         return TextBatch(
             images=mirrored(self.dataset.images(indices), (uniforms(randoms) < 0.5) & self._flip),
             token_ids=self._tokenizer([*captions, *negatives]),
-            same=torch.tensor([[one == other for other in captions] for one in captions]),
         )
 
     def evaluate(self, module: TextLoss, step: int, run: Run) -> None:

@@ -69,7 +69,10 @@ class Stage(Protocol[Module]):
     lr_ratios: dict[str, float]
     """Fractions of the learning rate, by the prefix of parameters' names."""
     is_divisible: bool
-    """Whether the loss is a mean over samples, so that a batch can be divided; else every process takes all of it."""
+    """Whether the loss is a mean over samples, so that a batch can be taken in parts; else it takes all at once.
+
+    Processes share a batch in any case: the loss then sees to it that it is that of the whole.
+    """
 
     def batch(self, step: int, rows: slice) -> Any:
         """Make these rows of a step's batch, on the CPU: a pure function of its arguments, called in any thread."""
@@ -248,9 +251,9 @@ def _prefetched(stage: Stage, start: int, stop: StopRequest) -> Iterator[Callabl
 
     Yields a function that waits for those of the next step; where a stop is requested meanwhile, it returns none.
     """
-    parts = distributed.world_size() * stage.optim.accumulate if stage.is_divisible else 1
-    first = distributed.rank() * stage.optim.accumulate if stage.is_divisible else 0
-    shares = [slice(first + number, None, parts) for number in range(stage.optim.accumulate if parts > 1 else 1)]
+    parts = stage.optim.accumulate if stage.is_divisible else 1
+    first = distributed.rank() * parts
+    shares = [slice(first + number, None, distributed.world_size() * parts) for number in range(parts)]
     steps = iter(range(start, stage.optim.steps))
     ahead: deque[Future[list[TrainingBatch]]] = deque()
 

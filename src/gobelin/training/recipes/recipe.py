@@ -297,8 +297,9 @@ class Recipe(ABC, Generic[Config]):
         """Raise :class:`TrainingError` for a batch that the processes cannot share evenly."""
         for stage, section in self.sections.items():
             optim, processes = getattr(self.config, section).optim, distributed.world_size()
-            if stage != "text_encoder" and optim.batch_size % (processes * optim.accumulate):
-                parts = f" in {optim.accumulate} parts each" if optim.accumulate > 1 else ""
+            accumulate = 1 if stage == "text_encoder" else optim.accumulate
+            if optim.batch_size % (processes * accumulate):
+                parts = f" in {accumulate} parts each" if accumulate > 1 else ""
                 raise TrainingError(
                     f"a batch of {optim.batch_size} cannot be shared evenly among {processes} processes{parts}: change "
                     f"{section}.optim.batch_size, or their number"
