@@ -7,7 +7,7 @@ Options that are not its own are those of ``gobelin train``. It trains all stage
 at every ``--sample-every`` steps of the U-Net, paints the development list (34 prompts a task, 2 images each), and goes
 on until the highest goal is reached or the recipe ends. What counts is the time in which training ran, with its starts
 and its own samples, and without the scoring. Scores stand in ``speedrun.json`` in the run's folder; a run that was
-stopped goes on with the same command.
+stopped goes on with the same command. What training says goes into a file beside the folder, ``OUT.log``.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 
 from gobelin.bench.machine import machine, machine_line
 from gobelin.formats.files import read_json, write_json
+from gobelin.scenes.prompt_lists import TASKS
 
 GOALS = (0.80, 0.85, 0.90, 0.95)
 _PROMPTS, _IMAGES = 34, 2
@@ -56,6 +57,10 @@ def _record(out: Path) -> Path:
     return out / "speedrun.json"
 
 
+def _log(out: Path) -> Path:
+    return out.with_name(f"{out.name}.log")
+
+
 def _read_record(out: Path, recipe: Sequence[str]) -> dict[str, Any]:
     """Read what was measured before, or begin; ends the script where the folder holds something else."""
     file = _record(out)
@@ -75,7 +80,9 @@ def _train(out: Path, found: dict[str, Any], until: int) -> bool:
     train += ["-m", "gobelin", "train", "--out", str(out)]
     train += ["--resume"] if (out / "training" / "config.json").exists() else found["recipe"]
     before, begun = found["seconds"], time.monotonic()
-    process = subprocess.Popen(train, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _log(out).open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(train, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
     is_stopped = False
     while process.poll() is None:
         time.sleep(_POLL)
@@ -86,7 +93,7 @@ def _train(out: Path, found: dict[str, Any], until: int) -> bool:
             is_stopped = True
             process.send_signal(signal.SIGTERM)
     if process.returncode != 0 and not is_stopped:
-        sys.exit(f"training ended with status {process.returncode}: give the same command to go on")
+        sys.exit(f"training ended with status {process.returncode}, {_log(out)} says why: go on with the same command")
     return process.returncode == 0
 
 
@@ -103,7 +110,7 @@ def _newest(out: Path) -> tuple[int, int]:
 def _score(out: Path) -> dict[str, float]:
     """Score the model as it stands; returns the mean of the six tasks with its interval."""
     scores = out / "dev.json"
-    evaluate = [sys.executable, "-m", "gobelin", "evaluate", "scenes", str(out), "--splits", "dev"]
+    evaluate = [sys.executable, "-m", "gobelin", "evaluate", "scenes", str(out), "--splits", "dev", "--tasks", *TASKS]
     evaluate += ["--limit", str(_PROMPTS), "--count", str(_IMAGES), "--json", str(scores)]
     subprocess.run(evaluate, check=True, stdout=subprocess.DEVNULL)
     (mean,) = read_json(scores)["means"]
