@@ -259,7 +259,8 @@ function explain({ query, keys, scores, softmax, output, latents, denoised, ...t
   const terms = large.map((place) => `${figure(softmax[place], 3)} · v(${spoken(tokens[place])})`);
   byId("how-sum").textContent = `${terms.join(" + ")} + … =`;
   byId("how-output").replaceChildren(vectorStrip(output, "The output"));
-  byId("how-values").textContent = large.map((place) => `|v(${spoken(tokens[place])})| = ${figure(values[place])}`).join(", ");
+  const lengths = large.map((place) => `|v(${spoken(tokens[place])})| = ${figure(values[place])}`);
+  byId("how-values").textContent = lengths.join(", ");
 }
 
 const isPad = (token) => token === "<pad>";
